@@ -1,0 +1,1 @@
+"""Linux's page-table interfaces with one written meaning, and backends that answer them."""

@@ -1,0 +1,387 @@
+"""What a backend is: a kernel that can be looked at, its processes, and a workbench that runs programs.
+
+These are `typing.Protocol` classes with the conveniences filled in: a backend subclasses them, provides the members
+marked "to provide", and inherits the rest. `pmcore.testing.conformance` checks that what it provides means the same as
+everywhere else.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, runtime_checkable
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from pmcore.errors import ArgumentError
+from pmcore.pageflags import PageFlagsArray
+from pmcore.pagemap import PagemapEntries
+
+if TYPE_CHECKING:
+    from pmcore.profile import KernelProfile
+    from pmcore.scan.request import ScanRequest
+    from pmcore.scan.result import ScanResult
+    from pmcore.smaps import SmapsEntry
+    from pmcore.uapi import ClearRefs, Madvise, MapFlag, MremapFlag, Prot, UffdFeature
+    from pmcore.vma import Vma
+
+__all__ = ["BoolArray", "FileResidency", "FrameFile", "Kernel", "Process", "Task", "U64Array", "Workbench"]
+
+U64Array: TypeAlias = NDArray[np.uint64]
+BoolArray: TypeAlias = NDArray[np.bool_]
+
+
+class FrameFile(enum.StrEnum):
+    """The files indexed by PFN, one 64-bit word a frame."""
+
+    KPAGECOUNT = "kpagecount"
+    KPAGEFLAGS = "kpageflags"
+    KPAGECGROUP = "kpagecgroup"
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class FileResidency:
+    """What the file behind a mapping says of a range, one element a page (document: Exceptions for Shared Memory)."""
+
+    #: lseek(SEEK_DATA): the file has the page, in memory or swapped out.
+    data: BoolArray
+    #: mincore(): the page is in memory (page cache, swap cache included).
+    in_core: BoolArray
+
+
+@runtime_checkable
+class Process(Protocol):
+    """One process's page tables, looked at from outside."""
+
+    #: To provide: the process's number.
+    pid: int
+
+    @property
+    def kernel(self) -> Kernel:
+        """To provide: the kernel that the process runs on."""
+        ...
+
+    def pread(self, name: str, offset: int, length: int) -> bytes:
+        """To provide: `length` bytes of /proc/PID/`name` from `offset`; fewer only at the end.
+
+        Raises what the kernel does: InvalidArgument for a pagemap offset or length that is no multiple of 8,
+        NotPermitted, ProcessGone, Missing for a file that this kernel has not.
+        """
+        ...
+
+    def read_pagemap(self, start_vpn: int, out: U64Array) -> int:
+        """To provide: fill `out` with the raw entries from page `start_vpn` on; the number filled.
+
+        Fewer than `len(out)` only at the end of the address space; 0 if the process is gone.
+        """
+        ...
+
+    def maps(self) -> tuple[Vma, ...]:
+        """To provide: the VMAs in ascending order. Raises ProcessGone, NotPermitted."""
+        ...
+
+    def smaps(self) -> tuple[SmapsEntry, ...]:
+        """To provide: the VMAs with their counters, in ascending order. Raises as `maps`."""
+        ...
+
+    def pagemap_scan_raw(self, request: ScanRequest) -> ScanResult:
+        """To provide: PAGEMAP_SCAN; a refusal is a result whose `errno` is set (what was written stays in it)."""
+        ...
+
+    def clear_refs(self, what: ClearRefs) -> None:
+        """To provide: write `what` to clear_refs. Raises NotSupported where the kernel knows no such number."""
+        ...
+
+    def file_residency(self, vma: Vma, start: int, end: int) -> FileResidency:
+        """To provide: SEEK_DATA and mincore of the file behind `vma` for the pages `start` to `end`.
+
+        Raises InvalidArgument for a mapping with no file, NotPermitted where the file cannot be reached.
+        """
+        ...
+
+    # -- conveniences ----------------------------------------------------------------------------------
+
+    def pagemap(self, start: int, end: int) -> PagemapEntries:
+        """Entries of the pages from `start` to `end` (bytes, page-aligned), one a page.
+
+        Raises ArgumentError for an unaligned range, ProcessGone where the process has died.
+        """
+        geometry = self.kernel.profile.geometry
+        out = np.zeros(geometry.pages(start, end), dtype=np.uint64)
+        filled = self.read_pagemap(start >> geometry.page_shift, out)
+        return PagemapEntries(out[:filled], start=start, profile=self.kernel.profile)
+
+    def pagemap_scan(self, request: ScanRequest) -> ScanResult:
+        """PAGEMAP_SCAN, once. Raises the kernel's refusal as a SyscallError. See `pmcore.scan.scan_all`."""
+        return self.pagemap_scan_raw(request).check()
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """A machine's page frames and processes."""
+
+    #: To provide: the backend's name ("procfs", "sim", ...).
+    name: str
+    #: To provide: what this kernel can do.
+    profile: KernelProfile
+    #: To provide: whether this opener sees frame numbers and swap entries.
+    pfn_visible: bool
+    #: To provide: how many threads reading frames at once make it faster (1: no gain).
+    concurrency: int
+
+    def frame_count(self) -> int:
+        """To provide: number of frames that the kpage* files cover (their size in words)."""
+        ...
+
+    def pread(self, name: str, offset: int, length: int) -> bytes:
+        """To provide: bytes of /proc/`name` (kpagecount, kpageflags, kpagecgroup, meminfo, ...) from `offset`.
+
+        Raises InvalidArgument, NotPermitted, Missing as the kernel does.
+        """
+        ...
+
+    def read_frames(self, file: FrameFile, start_pfn: int, out: U64Array) -> int:
+        """To provide: fill `out` with the raw words of `file` from `start_pfn` on; the number filled.
+
+        Fewer than `len(out)` only at the end of the file. Safe to call from several threads at once.
+        """
+        ...
+
+    def pids(self) -> Sequence[int]:
+        """To provide: the numbers of the processes there are, ascending."""
+        ...
+
+    def process(self, pid: int) -> Process:
+        """To provide: the process `pid`. Raises ProcessGone if there is none."""
+        ...
+
+    def close(self) -> None:
+        """To provide: let go of what is held. Closing twice is allowed."""
+        ...
+
+    # -- conveniences ----------------------------------------------------------------------------------
+
+    def kpageflags(self, start_pfn: int = 0, count: int | None = None) -> PageFlagsArray:
+        """Flags of `count` frames (None: all that follow), one word a frame."""
+        return PageFlagsArray(self._frames(FrameFile.KPAGEFLAGS, start_pfn, count), profile=self.profile)
+
+    def kpagecount(self, start_pfn: int = 0, count: int | None = None) -> U64Array:
+        """Map counts of `count` frames (None: all that follow)."""
+        return self._frames(FrameFile.KPAGECOUNT, start_pfn, count)
+
+    def kpagecgroup(self, start_pfn: int = 0, count: int | None = None) -> U64Array:
+        """Memory-cgroup inode numbers of `count` frames (None: all that follow), 0 for none."""
+        return self._frames(FrameFile.KPAGECGROUP, start_pfn, count)
+
+    def frames_at(self, file: FrameFile, pfns: U64Array) -> U64Array:
+        """The words of `file` for the frames `pfns` (any order, repeats allowed); 0 past the end of the file.
+
+        Reads runs of neighbouring frames together, so a process's frames cost few reads.
+        """
+        unique, inverse = np.unique(np.asarray(pfns, dtype=np.uint64), return_inverse=True)
+        words = np.zeros(len(unique), dtype=np.uint64)
+        for first, last in _gapped_runs(unique):
+            low = int(unique[first])
+            span = np.zeros(int(unique[last - 1]) - low + 1, dtype=np.uint64)
+            self.read_frames(file, low, span)
+            words[first:last] = span[(unique[first:last] - np.uint64(low)).astype(np.intp)]
+        return words[inverse]
+
+    def _frames(self, file: FrameFile, start_pfn: int, count: int | None) -> U64Array:
+        if start_pfn < 0 or (count is not None and count < 0):
+            raise ArgumentError(f"start_pfn {start_pfn} and count {count} must not be negative")
+        available = max(0, self.frame_count() - start_pfn)
+        out = np.zeros(available if count is None else min(count, available), dtype=np.uint64)
+        return out[: self.read_frames(file, start_pfn, out)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+#: Frames apart at which one longer read is cheaper than two (a system call is worth some dozens of frames).
+_READ_THROUGH = np.uint64(64)
+
+
+def _gapped_runs(sorted_pfns: U64Array) -> Iterator[tuple[int, int]]:
+    """Index ranges of `sorted_pfns` (ascending, unique) whose frames lie near enough to be read together."""
+    if len(sorted_pfns) == 0:
+        return
+    cuts = np.flatnonzero(np.diff(sorted_pfns) > _READ_THROUGH) + 1
+    bounds = [0, *cuts.tolist(), len(sorted_pfns)]
+    yield from zip(bounds[:-1], bounds[1:], strict=True)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A process that runs a page-table program's steps. Calls are the kernel's, errors are SyscallError.
+
+    Addresses and lengths are bytes. A refused call raises and changes nothing.
+    """
+
+    #: To provide: its number.
+    pid: int
+
+    @property
+    def process(self) -> Process:
+        """To provide: the same process, looked at from outside."""
+        ...
+
+    def mmap(
+        self,
+        length: int,
+        *,
+        addr: int = 0,
+        prot: Prot | int = 3,
+        flags: MapFlag | int = 0x22,
+        fd: int = -1,
+        offset: int = 0,
+    ) -> int:
+        """mmap(2); the address. Default: private anonymous, readable and writable."""
+        ...
+
+    def munmap(self, start: int, length: int) -> None:
+        """munmap(2)."""
+        ...
+
+    def mprotect(self, start: int, length: int, prot: Prot | int) -> None:
+        """mprotect(2)."""
+        ...
+
+    def mremap(
+        self, start: int, old_length: int, new_length: int, *, flags: MremapFlag | int = 0, new_addr: int = 0
+    ) -> int:
+        """mremap(2); the new address."""
+        ...
+
+    def madvise(self, start: int, length: int, advice: Madvise | int) -> None:
+        """madvise(2)."""
+        ...
+
+    def mlock(self, start: int, length: int, *, onfault: bool = False) -> None:
+        """mlock(2), or mlock2(2) with MLOCK_ONFAULT."""
+        ...
+
+    def munlock(self, start: int, length: int) -> None:
+        """munlock(2)."""
+        ...
+
+    def mincore(self, start: int, length: int) -> BoolArray:
+        """mincore(2): one element a page, whether it is in memory."""
+        ...
+
+    def msync(self, start: int, length: int, flags: int) -> None:
+        """msync(2)."""
+        ...
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes at `start`, read by the task itself. Raises AddressSpaceFault where it would be killed."""
+        ...
+
+    def write(self, start: int, data: bytes) -> None:
+        """Write `data` at `start`, by the task itself. Raises AddressSpaceFault where it would be killed."""
+        ...
+
+    def touch(self, start: int, length: int, *, write: bool = True, step: int | None = None) -> None:
+        """One access of one byte every `step` bytes (default: a page); a write keeps the byte's value.
+
+        Raises AddressSpaceFault at the first address that cannot be accessed.
+        """
+        ...
+
+    def memfd_create(self, name: str, *, flags: int = 0) -> int:
+        """memfd_create(2); the descriptor."""
+        ...
+
+    def open_file(self, name: str) -> int:
+        """Open (create) the regular file `name` in the workbench's own directory, readable and writable."""
+        ...
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        """ftruncate(2)."""
+        ...
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """fallocate(2)."""
+        ...
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        """pread(2)."""
+        ...
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """pwrite(2)."""
+        ...
+
+    def lseek(self, fd: int, offset: int, whence: int) -> int:
+        """lseek(2), with SEEK_DATA (3) and SEEK_HOLE (4)."""
+        ...
+
+    def fsync(self, fd: int) -> None:
+        """fsync(2)."""
+        ...
+
+    def close(self, fd: int) -> None:
+        """close(2)."""
+        ...
+
+    def userfaultfd(self, features: UffdFeature | int = 0) -> int:
+        """userfaultfd(2) and UFFDIO_API with `features`; the descriptor."""
+        ...
+
+    def uffd_register(self, fd: int, start: int, length: int, mode: int) -> int:
+        """UFFDIO_REGISTER (mode 1 missing, 2 write-protect, 4 minor); the bit set of ioctls allowed."""
+        ...
+
+    def uffd_unregister(self, fd: int, start: int, length: int) -> None:
+        """UFFDIO_UNREGISTER."""
+        ...
+
+    def uffd_writeprotect(self, fd: int, start: int, length: int, *, protect: bool) -> None:
+        """UFFDIO_WRITEPROTECT."""
+        ...
+
+    def fork(self) -> Task:
+        """fork(2); the child, waiting for steps."""
+        ...
+
+    def exit(self) -> None:
+        """Let the task exit and be reaped. Exiting twice is allowed."""
+        ...
+
+
+@runtime_checkable
+class Workbench(Protocol):
+    """Where page-table programs run: it spawns tasks on a kernel."""
+
+    @property
+    def kernel(self) -> Kernel:
+        """To provide: the kernel that its tasks run on, for looking."""
+        ...
+
+    def spawn(self) -> Task:
+        """To provide: a fresh task with nothing of the program mapped."""
+        ...
+
+    def tasks(self) -> Iterable[Task]:
+        """To provide: the tasks that are alive, in the order they came to be."""
+        ...
+
+    def close(self) -> None:
+        """To provide: end all tasks and remove what they left. Closing twice is allowed."""
+        ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
