@@ -10,12 +10,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import attrs
 import numpy as np
-from numpy.typing import NDArray
 
+from pmcore.arrays import BoolArray, U64Array
 from pmcore.errors import ArgumentError
 from pmcore.pageflags import PageFlagsArray
 from pmcore.pagemap import PagemapEntries
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from pmcore.vma import Vma
 
 __all__ = ["BoolArray", "FileResidency", "FrameFile", "Kernel", "Process", "Task", "U64Array", "Workbench"]
-
-U64Array: TypeAlias = NDArray[np.uint64]
-BoolArray: TypeAlias = NDArray[np.bool_]
 
 
 class FrameFile(enum.StrEnum):

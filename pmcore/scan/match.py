@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from pmcore.arrays import BoolArray, U64Array
 from pmcore.profile import KernelProfile
-from pmcore.protocols import BoolArray, U64Array
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.tables import LeafBatch, LeafKind, ScanVma
 from pmcore.uapi import PageCategory, ScanFlag
@@ -54,16 +54,15 @@ def vma_interesting(vma: ScanVma, request: ScanRequest) -> bool:
     return (vma_categories(vma) ^ request.category_inverted) & required == required
 
 
-def leaf_categories(
-    batch: LeafBatch, vma: ScanVma, request: ScanRequest, profile: KernelProfile
-) -> U64Array:
+def leaf_categories(batch: LeafBatch, vma: ScanVma, request: ScanRequest, profile: KernelProfile) -> U64Array:
     """The full categories of each leaf: the entry's, the VMA's, and what empty ones count as."""
     categories = batch.categories | np.uint64(vma_categories(vma))
     if vma.uffd_wp and not vma.hugetlb:
         categories[batch.kind == LeafKind.HOLE] |= np.uint64(_WRITTEN)
-    if profile.has("scan.empty_pte_written") or _exclusive_fast_path(request):
-        categories[batch.kind == LeafKind.EMPTY] |= np.uint64(_WRITTEN)
-    elif written_fast_path(request):
+    empty_written = (
+        profile.has("scan.empty_pte_written") or written_fast_path(request) or _exclusive_fast_path(request)
+    )
+    if empty_written:
         categories[batch.kind == LeafKind.EMPTY] |= np.uint64(_WRITTEN)
     return categories
 

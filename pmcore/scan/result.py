@@ -33,7 +33,7 @@ class ScanResult:
     #: 0, or the errno of the refusal; regions and walk_end then hold what had been written before.
     errno: int = 0
     #: Categories that the answering side cannot know (the engine over an older kernel's pagemap); 0 elsewhere.
-    unknown: PageCategory = PageCategory(0)
+    unknown: PageCategory = attrs.field(default=PageCategory(0))
 
     @property
     def pages_bytes(self) -> int:

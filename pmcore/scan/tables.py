@@ -69,7 +69,10 @@ class LeafBatch:
     def take(self, index: NDArray[np.intp] | NDArray[np.bool_] | slice) -> LeafBatch:
         """The leaves at `index`."""
         return LeafBatch(
-            start=self.start[index], end=self.end[index], kind=self.kind[index], categories=self.categories[index]
+            start=self.start[index],
+            end=self.end[index],
+            kind=self.kind[index],
+            categories=self.categories[index],
         )
 
 

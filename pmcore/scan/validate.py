@@ -53,9 +53,9 @@ def refusal(request: ScanRequest, profile: KernelProfile, *, vec_address: int = 
     vec = vec_address if request.vec else 0
     if request.size != PM_SCAN_ARG_BYTES:
         return errno.EINVAL
-    if request.flags & ~known_flags(profile):
+    if request.flags & ~int(known_flags(profile)):
         return errno.EINVAL
-    if masks & ~known_categories(profile):
+    if masks & ~int(known_categories(profile)):
         return errno.EINVAL
     if request.start & (profile.geometry.page_size - 1):
         return errno.EINVAL

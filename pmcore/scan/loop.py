@@ -1,0 +1,91 @@
+"""The loop around PAGEMAP_SCAN that is easily written wrong: go on, do not report twice, join what was split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+import numpy as np
+
+from pmcore.errors import ArgumentError
+from pmcore.protocols import Process
+from pmcore.scan.request import ScanRequest
+from pmcore.scan.result import RegionArray, ScanResult, empty_regions
+
+__all__ = ["DEFAULT_VEC_LEN", "join_regions", "scan_all", "scan_chunks"]
+
+#: Regions asked for in one call: 192 KiB of buffer, a few milliseconds of kernel time when all are used.
+DEFAULT_VEC_LEN = 8192
+
+
+def scan_all(process: Process, request: ScanRequest) -> ScanResult:
+    """Scan the whole range of `request`, in as many calls as it takes; all regions, equal neighbours joined.
+
+    `vec_len` is the size of the buffer of one call (0: a good default); `max_pages` limits all calls together, and
+    `walk_end` of the result is where the next page of interest may be. Raises what the kernel refuses; regions of
+    calls before the refusal are lost, so use `scan_chunks` where write-protecting scans must not lose any.
+    """
+    pieces: list[RegionArray] = []
+    last = ScanResult(walk_end=request.start)
+    for last in _calls(process, request):
+        pieces.append(last.regions)
+    regions = join_regions(np.concatenate(pieces)) if pieces else empty_regions()
+    return attrs.evolve(last, regions=regions)
+
+
+def scan_chunks(process: Process, request: ScanRequest) -> Iterator[RegionArray]:
+    """As `scan_all`, yielding arrays of joined regions as they come: memory stays bounded by `vec_len`.
+
+    A region is held back until it is known where it ends, so no two neighbours of the stream could be joined.
+    """
+    held = empty_regions()
+    for result in _calls(process, request):
+        regions = join_regions(np.concatenate([held, result.regions]))
+        held = regions[-1:]
+        if len(regions) > 1:
+            yield regions[:-1]
+    if len(held):
+        yield held
+
+
+def join_regions(regions: RegionArray) -> RegionArray:
+    """`regions` (ascending) with neighbours joined that touch and have the same categories."""
+    if len(regions) < 2:
+        return regions
+    head = np.empty(len(regions), dtype=np.bool_)
+    head[0] = True
+    np.not_equal(regions["start"][1:], regions["end"][:-1], out=head[1:])
+    head[1:] |= regions["categories"][1:] != regions["categories"][:-1]
+    if head.all():
+        return regions
+    first = np.flatnonzero(head)
+    joined = regions[first]
+    joined["end"] = regions["end"][np.append(first[1:], len(regions)) - 1]
+    return joined
+
+
+def _calls(process: Process, request: ScanRequest) -> Iterator[ScanResult]:
+    """The calls one after the other, until the range is covered or `max_pages` is reached."""
+    if not request.vec and request.vec_len:
+        raise ArgumentError("a request that is to be resumed needs a buffer", remedy="leave out vec")
+    size = process.kernel.profile.geometry.page_size
+    room = request.vec_len or DEFAULT_VEC_LEN
+    position, pages = request.start, 0
+    while True:
+        left = request.max_pages - pages if request.max_pages else 0
+        call = attrs.evolve(request, start=position, vec_len=room, vec=True, max_pages=left)
+        result = process.pagemap_scan(call)
+        yield result
+        got = result.regions
+        pages += result.pages_bytes // size
+        # walk_end can be stale, behind regions that the same call has reported: never go back there.
+        reached = max(result.walk_end, int(got["end"][-1]) if len(got) else 0)
+        full = len(got) == room
+        enough = bool(request.max_pages) and pages >= request.max_pages
+        if enough or not full or reached >= request.end:
+            return
+        if reached <= position:
+            raise ArgumentError(
+                f"PAGEMAP_SCAN made no progress at {position:#x}", remedy="give it a larger vec_len"
+            )
+        position = reached
