@@ -65,27 +65,27 @@ def join_regions(regions: RegionArray) -> RegionArray:
 
 
 def _calls(process: Process, request: ScanRequest) -> Iterator[ScanResult]:
-    """The calls one after the other, until the range is covered or `max_pages` is reached."""
+    """The calls one after the other, until the range is covered or `max_pages` is reached.
+
+    The `walk_end` of each result is where the next call goes on, stale ones corrected.
+    """
     if not request.vec and request.vec_len:
         raise ArgumentError("a request that is to be resumed needs a buffer", remedy="leave out vec")
-    size = process.kernel.profile.geometry.page_size
+    geometry = process.kernel.profile.geometry
     room = request.vec_len or DEFAULT_VEC_LEN
     position, pages = request.start, 0
     while True:
         left = request.max_pages - pages if request.max_pages else 0
         call = attrs.evolve(request, start=position, vec_len=room, vec=True, max_pages=left)
         result = process.pagemap_scan(call)
-        yield result
-        got = result.regions
-        pages += result.pages_bytes // size
-        # walk_end can be stale, behind regions that the same call has reported: never go back there.
-        reached = max(result.walk_end, int(got["end"][-1]) if len(got) else 0)
-        full = len(got) == room
-        enough = bool(request.max_pages) and pages >= request.max_pages
-        if enough or not full or reached >= request.end:
+        regions = result.regions
+        pages += result.pages_bytes >> geometry.page_shift
+        limited = bool(request.max_pages) and pages >= request.max_pages
+        if len(regions) == room or limited:
+            # walk_end can be stale, behind regions that the same call has reported: never go back there.
+            position = max(result.walk_end, int(regions["end"][-1]))
+        else:
+            position = geometry.page_align(request.end)
+        yield attrs.evolve(result, walk_end=position)
+        if limited or position >= request.end:
             return
-        if reached <= position:
-            raise ArgumentError(
-                f"PAGEMAP_SCAN made no progress at {position:#x}", remedy="give it a larger vec_len"
-            )
-        position = reached
