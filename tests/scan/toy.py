@@ -28,6 +28,8 @@ class ToyTables:
     populated: set[int]
     log: list[tuple[str, int, int]] = attrs.field(factory=list)
     batch: int = 5
+    #: Bytes that a PMD maps.
+    pmd: int = PMD
 
     # -- what the reference asks -------------------------------------------------------------------------
 
@@ -41,11 +43,11 @@ class ToyTables:
             if base in self.entries:
                 return reference.Leaf("hugetlb", address, stop, self.entries[base][1])
             return reference.Leaf("hole", address, stop)
-        block = address - address % PMD
+        block = address - address % self.pmd
         if self.entries.get(block, ("",))[0] == "pmd":
-            return reference.Leaf("pmd", address, min(end, block + PMD), self.entries[block][1])
-        if block // PMD not in self.populated:
-            return reference.Leaf("hole", address, min(end, block + PMD))
+            return reference.Leaf("pmd", address, min(end, block + self.pmd), self.entries[block][1])
+        if block // self.pmd not in self.populated:
+            return reference.Leaf("hole", address, min(end, block + self.pmd))
         if address in self.entries:
             return reference.Leaf("pte", address, address + PAGE, self.entries[address][1])
         return reference.Leaf("empty", address, address + PAGE)
@@ -64,17 +66,17 @@ class ToyTables:
             self.entries[leaf.start] = (kind, categories & ~written)
         else:
             for address in range(leaf.start, leaf.end, PAGE):
-                self.populated.add(address // PMD)
+                self.populated.add(address // self.pmd)
                 _, categories = self.entries.get(address, ("pte", int(PageCategory.SWAPPED)))
                 self.entries[address] = ("pte", categories & ~written)
 
     def split(self, vma: reference.Vma | ScanVma, address: int) -> None:
-        block = address - address % PMD
+        block = address - address % self.pmd
         _, categories = self.entries.pop(block)
-        self.log.append(("split", block, block + PMD))
-        self.populated.add(block // PMD)
+        self.log.append(("split", block, block + self.pmd))
+        self.populated.add(block // self.pmd)
         if not categories & PageCategory.FILE:  # a file's huge page is unmapped instead
-            for page in range(block, block + PMD, PAGE):
+            for page in range(block, block + self.pmd, PAGE):
                 self.entries[page] = ("pte", categories & ~int(PageCategory.HUGE))
 
     # -- what the engine asks ----------------------------------------------------------------------------
