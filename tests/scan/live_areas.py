@@ -53,6 +53,8 @@ class LiveAreas:
 
     libc: ctypes.CDLL = attrs.field(factory=_libc)
     areas: list[ScanVma] = attrs.field(factory=list)
+    #: Mapped as well, but not part of what is looked at.
+    spare: list[ScanVma] = attrs.field(factory=list)
     fds: list[int] = attrs.field(factory=list)
     pagemap: int = -1
     uffd: int = -1
@@ -69,12 +71,16 @@ class LiveAreas:
         return self
 
     def close(self) -> None:
-        for area in self.areas:
-            self.libc.munmap(area.start, area.end - area.start)
-        self.areas.clear()
+        self.unmap_all()
         for fd in self.fds:
             os.close(fd)
         self.fds.clear()
+
+    def unmap_all(self) -> None:
+        for area in self.areas + self.spare:
+            self.libc.munmap(area.start, area.end - area.start)
+        self.areas.clear()
+        self.spare.clear()
 
     def map(self, start: int, length: int, *, kind: str, protect: bool) -> ScanVma:
         flags, fd = 0x100000, -1  # MAP_FIXED_NOREPLACE
