@@ -122,7 +122,9 @@ class SyscallError(PmcoreError, OSError):
 
     errno: int
 
-    def __init__(self, errno: int, call: str, *, reason: str | None = None, remedy: str | None = None) -> None:
+    def __init__(
+        self, errno: int, call: str, *, reason: str | None = None, remedy: str | None = None
+    ) -> None:
         name = _errno.errorcode.get(errno, str(errno))
         message = f"{call}: {name} ({reason or os.strerror(errno)})"
         if remedy is not None:

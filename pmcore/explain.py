@@ -61,7 +61,7 @@ def explain_pagemap(entry: PagemapEntry) -> Explanation:
     shift = entry.page_shift
     states = {"present": entry.present, "swapped": entry.swapped and not entry.present, "always": True}
     for row in spec.pagemap_bits():
-        if not entry.profile.has(row.capability) or not states[row.when] and row.last - row.first > 0:
+        if not entry.profile.has(row.capability) or (not states[row.when] and row.last > row.first):
             continue
         overlaid = shift is not None and row.name != "page-shift" and row.first >= 55 and row.last <= 60
         if overlaid or (row.name == "page-shift" and shift is None):
@@ -71,7 +71,11 @@ def explain_pagemap(entry: PagemapEntry) -> Explanation:
         if row.name == "pfn" and value == 0:
             lines.append(
                 BitExplanation(
-                    bits=(0, 54), name="pfn", value=0, meaning="hidden from this opener, not frame 0", rule="AC-003"
+                    bits=(0, 54),
+                    name="pfn",
+                    value=0,
+                    meaning="hidden from this opener, not frame 0",
+                    rule="AC-003",
                 )
             )
         elif value or wide:
@@ -82,7 +86,10 @@ def explain_pagemap(entry: PagemapEntry) -> Explanation:
             )
     lines += _unknown(entry.unknown_bits)
     return Explanation(
-        what="pagemap entry", value=entry.value, kernel=entry.profile.name, lines=tuple(sorted(lines, key=_by_bits))
+        what="pagemap entry",
+        value=entry.value,
+        kernel=entry.profile.name,
+        lines=tuple(sorted(lines, key=_by_bits)),
     )
 
 
@@ -98,7 +105,10 @@ def explain_flags(word: FrameFlags) -> Explanation:
     ]
     lines += _unknown(word.value & ~sum(1 << bit for bit in rows))
     return Explanation(
-        what="kpageflags", value=word.value, kernel=word.profile.name, lines=tuple(sorted(lines, key=_by_bits))
+        what="kpageflags",
+        value=word.value,
+        kernel=word.profile.name,
+        lines=tuple(sorted(lines, key=_by_bits)),
     )
 
 
@@ -113,7 +123,9 @@ def explain_categories(value: int, *, kernel: str) -> Explanation:
                 BitExplanation(bits=(bit, bit), name=row.name, value=1, meaning=row.meaning, rule=row.rule)
             )
     lines += _unknown(value & ~sum(rows))
-    return Explanation(what="categories", value=value, kernel=kernel, lines=tuple(sorted(lines, key=_by_bits)))
+    return Explanation(
+        what="categories", value=value, kernel=kernel, lines=tuple(sorted(lines, key=_by_bits))
+    )
 
 
 def _unknown(bits: int) -> list[BitExplanation]:

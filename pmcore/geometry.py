@@ -71,7 +71,8 @@ class Geometry:
         """Number of pages from `start` up to `end`, both page-aligned."""
         if (start | end) & (self.page_size - 1) or end < start:
             raise ArgumentError(
-                f"{start:#x}-{end:#x} is not a page-aligned range", remedy=f"pages are {self.page_size} bytes here"
+                f"{start:#x}-{end:#x} is not a page-aligned range",
+                remedy=f"pages are {self.page_size} bytes here",
             )
         return (end - start) >> self.page_shift
 

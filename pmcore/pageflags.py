@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore import spec
-from pmcore.arrays import BoolArray, U64Array
+from pmcore.arrays import BoolArray, U64Array, as_words
 from pmcore.errors import ArgumentError
 from pmcore.profile import KernelProfile, preset
 from pmcore.uapi import PageFlag
@@ -26,7 +26,9 @@ __all__ = ["FrameFlags", "PageFlagsArray", "count_words", "flag_rows", "merge_co
 def flag_rows(profile: KernelProfile) -> Mapping[int, spec.FlagRow]:
     """The rows of spec/tables/kpageflags.toml that hold on the profile's kernel, by bit."""
     return {
-        row.bit: row for row in spec.kpageflags() if row.capability is not None and profile.has(row.capability)
+        row.bit: row
+        for row in spec.kpageflags()
+        if row.capability is not None and profile.has(row.capability)
     }
 
 
@@ -62,7 +64,7 @@ def merge_counts(
 class PageFlagsArray:
     """Flag words, one a frame."""
 
-    values: U64Array = attrs.field(converter=lambda v: np.asarray(v, dtype=np.uint64))
+    values: U64Array = attrs.field(converter=as_words)
     profile: KernelProfile = attrs.field(factory=preset, kw_only=True)
 
     def __len__(self) -> int:
@@ -82,11 +84,13 @@ class PageFlagsArray:
     def has(self, flags: PageFlag | int) -> BoolArray:
         """Where all of `flags` are set."""
         wanted = np.uint64(flags)
-        return (self.values & wanted) == wanted
+        found: BoolArray = (self.values & wanted) == wanted
+        return found
 
     def any(self, flags: PageFlag | int) -> BoolArray:
         """Where at least one of `flags` is set."""
-        return (self.values & np.uint64(flags)) != 0
+        found: BoolArray = (self.values & np.uint64(flags)) != 0
+        return found
 
     @property
     def unknown_bits(self) -> U64Array:

@@ -1,12 +1,11 @@
 """What the words of /proc/PID/pagemap mean: as arrays for many pages, as a scalar that explains itself for one.
 
-The layout depends on the kernel (`spec/tables/pagemap_bits.toml`); a bit that the profile's kernel does not define reads
-as False and shows up in `unknown_bits`. A frame number that the kernel hides is never reported as frame 0.
+The layout depends on the kernel (`spec/tables/pagemap_bits.toml`); a bit that the profile's kernel does not define
+reads as False and shows up in `unknown_bits`. A frame number that the kernel hides is never reported as frame 0.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, overload
 
 import attrs
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore import uapi
-from pmcore.arrays import BoolArray, U64Array
+from pmcore.arrays import BoolArray, U64Array, as_words
 from pmcore.errors import ArgumentError
 from pmcore.profile import KernelProfile, preset
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["PagemapEntries", "PagemapEntry", "PagemapFields", "encode_entries", "encode_pagemap"]
 
 #: Entries decoded at a time by `decode`: the temporaries of one chunk stay in the processor's cache.
-_CHUNK = 1 << 14
+_CHUNK = 1 << 15
 _FLAGS = (
     ("soft_dirty", uapi.PM_SOFT_DIRTY, "pagemap.soft_dirty"),
     ("exclusive", uapi.PM_MMAP_EXCLUSIVE, "pagemap.mmap_exclusive"),
@@ -34,8 +33,13 @@ _FLAGS = (
     ("swapped", uapi.PM_SWAP, "pagemap"),
     ("present", uapi.PM_PRESENT, "pagemap"),
 )
-#: Index in a word's bytes of the most significant byte, and the step to the next lower one.
-_TOP, _DOWN = (7, -1) if sys.byteorder == "little" else (0, 1)
+
+
+def _spread(flag: BoolArray, scratch: NDArray[np.uint8], out: U64Array) -> U64Array:
+    """A word of ones where `flag`, of zeros elsewhere: a mask without a branch."""
+    np.negative(flag.view(np.int8), out=scratch.view(np.int8))
+    np.copyto(out.view(np.int64), scratch.view(np.int8))
+    return out
 
 
 def _defined_flags(profile: KernelProfile, *, soft_dirty_cleared: bool) -> dict[str, int]:
@@ -81,7 +85,7 @@ class PagemapEntries:
     Properties are arrays with one element a page, computed when asked for; `decode` computes all of them at once.
     """
 
-    values: U64Array = attrs.field(converter=lambda v: np.asarray(v, dtype=np.uint64))
+    values: U64Array = attrs.field(converter=as_words)
     start: int = 0
     profile: KernelProfile = attrs.field(factory=preset)
     #: For kernels 3.11 to 4.1: whether soft-dirty was cleared since boot, which changes bits 55 to 60.
@@ -130,7 +134,8 @@ class PagemapEntries:
         bit = _defined_flags(self.profile, soft_dirty_cleared=self.soft_dirty_cleared).get(name, 0)
         if not bit:
             return np.zeros(len(self.values), dtype=np.bool_)
-        return (self.values & np.uint64(bit)) != 0
+        found: BoolArray = (self.values & np.uint64(bit)) != 0
+        return found
 
     @property
     def present(self) -> BoolArray:
@@ -185,12 +190,14 @@ class PagemapEntries:
     @property
     def has_pfn(self) -> BoolArray:
         """Present, with a frame number that is shown."""
-        return self.pfn != 0
+        found: BoolArray = self.pfn != 0
+        return found
 
     @property
     def hidden(self) -> BoolArray:
         """Present, but the frame number reads zero: the opener may not see it (AC-003)."""
-        return self.present & (self.pfn == 0)
+        found: BoolArray = self.present & (self.pfn == 0)
+        return found
 
     @property
     def swap_type(self) -> NDArray[np.uint8]:
@@ -217,36 +224,31 @@ class PagemapEntries:
         """All fields at once, chunk by chunk: the way for millions of pages."""
         count = len(self.values)
         flags = {name: np.zeros(count, dtype=np.bool_) for name, _, _ in _FLAGS}
-        pfn, offset = np.empty(count, dtype=np.uint64), np.empty(count, dtype=np.uint64)
-        kind = np.empty(count, dtype=np.uint8)
+        pfn, offset = np.empty(count, dtype=np.uint64), np.zeros(count, dtype=np.uint64)
+        kind = np.zeros(count, dtype=np.uint8)
         defined = _defined_flags(self.profile, soft_dirty_cleared=self.soft_dirty_cleared)
-        values = np.ascontiguousarray(self.values)
-        octets = values.view(np.uint8).reshape(-1, 8)
-        scratch, field = np.empty(_CHUNK, dtype=np.uint8), np.empty(_CHUNK, dtype=np.uint64)
-        signed = np.empty(_CHUNK, dtype=np.int64)
+        low_flags = {name: np.uint8(bit >> 55) for name, bit in defined.items() if bit < uapi.PM_PRESENT}
+        words64, bytes8 = np.empty((2, _CHUNK), dtype=np.uint64), np.empty((2, _CHUNK), dtype=np.uint8)
         for first in range(0, count, _CHUNK):
             part = slice(first, min(first + _CHUNK, count))
-            size = part.stop - first
-            words, tops = values[part], np.ascontiguousarray(octets[part, _TOP])
-            byte = scratch[:size]
-            for name, bit in defined.items():
-                if bit >= 1 << 56:
-                    np.bitwise_and(tops, np.uint8(bit >> 56), out=byte)
-                else:
-                    np.bitwise_and(octets[part, _TOP + _DOWN], np.uint8(bit >> 48), out=byte)
-                np.not_equal(byte, 0, out=flags[name][part])
-            # An arithmetic shift spreads the flag over the word: a mask without a branch.
-            mask, low = signed[:size], field[:size]
-            np.bitwise_and(words, np.uint64(uapi.PM_PFRAME_MASK), out=low)
-            np.right_shift(words.view(np.int64), 63, out=mask)
-            np.bitwise_and(low, mask.view(np.uint64), out=pfn[part])
-            np.bitwise_xor(low, pfn[part], out=low)
-            np.left_shift(words.view(np.int64), 1, out=mask)
-            np.right_shift(mask, 63, out=mask)
-            np.bitwise_and(low, mask.view(np.uint64), out=low)
-            np.right_shift(low, np.uint64(uapi.MAX_SWAPFILES_SHIFT), out=offset[part])
-            lowest = low.view(np.uint8).reshape(-1, 8)[:, _TOP + 7 * _DOWN]
-            np.bitwise_and(lowest, np.uint8(uapi.PM_SWAP_TYPE_MASK), out=kind[part])
+            words = self.values[part]
+            field, mask = words64[:, : len(words)]
+            octet, scratch = bytes8[:, : len(words)]
+            present, swapped = flags["present"][part], flags["swapped"][part]
+            # Bits 55 to 62 in one byte: flags are then tested sixteen and more at a time.
+            np.right_shift(words, np.uint64(55), out=field)
+            np.copyto(octet, field, casting="unsafe")
+            for name, bit in low_flags.items():
+                np.not_equal(np.bitwise_and(octet, bit, out=scratch), 0, out=flags[name][part])
+            np.less(words.view(np.int64), 0, out=present)
+            np.bitwise_and(words, np.uint64(uapi.PM_PFRAME_MASK), out=field)
+            np.bitwise_and(field, _spread(present, scratch, mask), out=pfn[part])
+            np.greater(swapped, present, out=scratch.view(np.bool_))
+            if scratch.any():
+                np.bitwise_and(field, _spread(scratch.view(np.bool_), scratch, mask), out=field)
+                np.copyto(kind[part], field, casting="unsafe")
+                np.bitwise_and(kind[part], np.uint8(uapi.PM_SWAP_TYPE_MASK), out=kind[part])
+                np.right_shift(field, np.uint64(uapi.MAX_SWAPFILES_SHIFT), out=offset[part])
         return PagemapFields(pfn=pfn, swap_type=kind, swap_offset=offset, **flags)
 
     # -- inside --------------------------------------------------------------------------------------
@@ -394,7 +396,11 @@ def encode_pagemap(
         raise ArgumentError("only a present page has a frame number")
     if (swap_type or swap_offset) and (present or not swapped):
         raise ArgumentError("only an entry that is swapped, and not present, has a swap type and offset")
-    for what, number, bits in (("pfn", pfn or 0, 55), ("swap_type", swap_type, 5), ("swap_offset", swap_offset, 50)):
+    for what, number, bits in (
+        ("pfn", pfn or 0, 55),
+        ("swap_type", swap_type, 5),
+        ("swap_offset", swap_offset, 50),
+    ):
         if not 0 <= number < 1 << bits:
             raise ArgumentError(f"{what} {number} does not fit {bits} bits")
     if page_shift is not None:

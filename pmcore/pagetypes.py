@@ -1,7 +1,7 @@
 """page-types' way of showing flag words: which bits it hides, moves and adds, and the names it prints.
 
-The kernel's tool prints one letter a bit and long names; its table is in `spec/tables/kpageflags.toml`. Where it aborts on
-a bit that it does not know, the bit is shown here as bit_N.
+The kernel's tool prints one letter a bit and long names; its table is in `spec/tables/kpageflags.toml`. Where it aborts
+on a bit that it does not know, the bit is shown here as bit_N.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from pmcore import spec
 from pmcore.arrays import U64Array
-from pmcore.uapi import PagemapFlag, PageFlag
+from pmcore.uapi import PageFlag, PagemapFlag
 
 __all__ = ["display_names", "display_table", "expand_overloaded", "long_names", "symbolic", "well_known"]
 
@@ -26,9 +26,7 @@ _UNNAMED = frozenset({39, 42})
 @functools.cache
 def display_table() -> dict[int, spec.FlagRow]:
     """page-types' own table (that of 6.12) by bit: abi, raw and display bits."""
-    return {
-        row.bit: row for row in spec.kpageflags() if row.name != "BALLOON" and row.bit not in _UNNAMED
-    }
+    return {row.bit: row for row in spec.kpageflags() if row.name != "BALLOON" and row.bit not in _UNNAMED}
 
 
 def well_known(words: U64Array) -> U64Array:
@@ -70,7 +68,9 @@ def symbolic(word: int) -> str:
 def display_names(word: int) -> tuple[str, ...]:
     """page-types' long names of the bits that are set; bit_N for one that its table has not."""
     table = display_table()
-    return tuple(table[bit].page_types if bit in table else f"bit_{bit}" for bit in range(64) if word >> bit & 1)
+    return tuple(
+        table[bit].page_types if bit in table else f"bit_{bit}" for bit in range(64) if word >> bit & 1
+    )
 
 
 def long_names(word: int) -> str:

@@ -40,7 +40,9 @@ class KernelProfile:
         _check_known((capability,))
         return False
 
-    def changed(self, *, name: str | None = None, add: Iterable[str] = (), remove: Iterable[str] = ()) -> KernelProfile:
+    def changed(
+        self, *, name: str | None = None, add: Iterable[str] = (), remove: Iterable[str] = ()
+    ) -> KernelProfile:
         """This profile with capabilities added and removed. Raises UnknownCapability for unknown names."""
         add, remove = frozenset(add), frozenset(remove)
         _check_known(add | remove)
@@ -71,7 +73,9 @@ def _preset(version: str, config: frozenset[str], arch: str, geometry: Geometry)
     for option in sorted(config):
         bare = option.removeprefix("!")
         if bare not in known:
-            raise UnknownCapability(f"no capability depends on {bare}; those known: {', '.join(sorted(known))}")
+            raise UnknownCapability(
+                f"no capability depends on {bare}; those known: {', '.join(sorted(known))}"
+            )
         (options.discard if option.startswith("!") else options.add)(bare)
     capabilities = frozenset(
         row.name
@@ -87,7 +91,9 @@ def _preset(version: str, config: frozenset[str], arch: str, geometry: Geometry)
 
 def _release(version: str) -> str:
     """The mainline release that `version` names: "6.12.117-1" is 6.12, "2.6.32-5" is 2.6.32."""
-    match = re.fullmatch(r"(2\.6\.\d{1,3}|[3-9]\.\d{1,3}|[1-9]\d\.\d{1,3})(?:[.\-+~_ ].*)?", version.strip(), re.DOTALL)
+    match = re.fullmatch(
+        r"(2\.6\.\d{1,3}|[3-9]\.\d{1,3}|[1-9]\d\.\d{1,3})(?:[.\-+~_ ].*)?", version.strip(), re.DOTALL
+    )
     if match is None:
         raise UnknownCapability(
             f"{version[:80]!r} names no kernel version that pmcore knows; use one like 6.12 or 2.6.32"

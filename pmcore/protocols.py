@@ -8,6 +8,7 @@ everywhere else.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
@@ -213,7 +214,7 @@ def _gapped_runs(sorted_pfns: U64Array) -> Iterator[tuple[int, int]]:
         return
     cuts = np.flatnonzero(np.diff(sorted_pfns) > _READ_THROUGH) + 1
     bounds = [0, *cuts.tolist(), len(sorted_pfns)]
-    yield from zip(bounds[:-1], bounds[1:], strict=True)
+    yield from itertools.pairwise(bounds)
 
 
 @runtime_checkable

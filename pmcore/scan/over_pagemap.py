@@ -71,7 +71,7 @@ class _ProcessTables:
             vma = entry.vma
             if vma.end <= start or vma.start >= min(end, self._geometry.task_size):
                 continue
-            flags = entry.vm_flags
+            flags = entry.vm_flags or ()
             hugetlb = entry.counters.get("KernelPageSize", 0) if "ht" in flags else 0
             self._huge[vma.start] = _huge_bytes(entry)
             yield ScanVma(

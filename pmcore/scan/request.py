@@ -5,17 +5,15 @@ from __future__ import annotations
 import attrs
 
 from pmcore.errors import ArgumentError
-from pmcore.uapi import PM_SCAN_ARG_BYTES, PageCategory, ScanFlag
+from pmcore.uapi import PM_SCAN_ARG_BYTES
 
 __all__ = ["ScanRequest"]
 
 
-def _u64(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
+def _word(_instance: object, attribute: attrs.Attribute[int], value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
         raise ArgumentError(f"{attribute.name}={value!r} is not an unsigned 64-bit number")
 
-
-_word = attrs.validators.and_(_u64)
 
 
 @attrs.frozen(kw_only=True)
@@ -34,11 +32,11 @@ class ScanRequest:
     #: Whether `vec` points somewhere; default: it does if there is room for a region.
     vec: bool = attrs.field()
     max_pages: int = attrs.field(default=0, validator=_word)
-    flags: int = attrs.field(default=ScanFlag(0), validator=_word)
-    category_inverted: int = attrs.field(default=PageCategory(0), validator=_word)
-    category_mask: int = attrs.field(default=PageCategory(0), validator=_word)
-    category_anyof_mask: int = attrs.field(default=PageCategory(0), validator=_word)
-    return_mask: int = attrs.field(default=PageCategory(0), validator=_word)
+    flags: int = attrs.field(default=0, validator=_word)
+    category_inverted: int = attrs.field(default=0, validator=_word)
+    category_mask: int = attrs.field(default=0, validator=_word)
+    category_anyof_mask: int = attrs.field(default=0, validator=_word)
+    return_mask: int = attrs.field(default=0, validator=_word)
     size: int = attrs.field(default=PM_SCAN_ARG_BYTES, validator=_word)
 
     @vec.default
