@@ -1,0 +1,126 @@
+"""The two ioctls: PAGEMAP_SCAN on pagemap and PROCMAP_QUERY on maps, with their structures."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import struct
+
+import numpy as np
+
+from pmcore.errors import ArgumentError, syscall_error
+from pmcore.scan.request import ScanRequest
+from pmcore.scan.result import ScanResult, empty_regions
+from pmcore.uapi import PAGEMAP_SCAN, PROCMAP_QUERY
+from pmcore.vma import Vma
+
+__all__ = ["MapsQuery", "pagemap_scan"]
+
+_SCAN = struct.Struct("=12Q")
+_WALK_END = 4 * 8
+_QUERY = struct.Struct("=9Q4L2Q")
+_COVERING_OR_NEXT = 0x10
+_NAME_BYTES = 4096 + 64
+#: Address space set aside for one result at the most: as many regions as a request may ask for, never touched at once.
+_MOST_REGIONS = 1 << 26
+
+_libc: ctypes.CDLL | None = None
+
+
+def _ioctl(fd: int, request: int, argument: ctypes.Array[ctypes.c_char]) -> int:
+    """ioctl(2) on a buffer; the return value, or the negated errno. The buffer comes back in every case."""
+    global _libc
+    if _libc is None:
+        _libc = ctypes.CDLL(None, use_errno=True)
+        _libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+    result = int(_libc.ioctl(fd, request, argument))
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+def pagemap_scan(fd: int, request: ScanRequest, *, page_size: int) -> ScanResult:
+    """PAGEMAP_SCAN on `fd`. A refusal is a result with its errno, and with what had been written before it.
+
+    Raises ArgumentError for a request with more room than any range has pages and than memory can hold.
+    """
+    # The kernel checks that vec_len regions fit below the end of the user addresses, so the true vec_len goes in;
+    # but it writes at most one region a page, and no more than that needs to be there.
+    pages = max(0, request.end - request.start) // page_size + 2
+    room = min(request.vec_len, pages)
+    if room > _MOST_REGIONS:
+        raise ArgumentError(
+            f"vec_len {request.vec_len} over {pages} pages", remedy="use a smaller vec_len, and scan_all to go on"
+        )
+    vec = empty_regions(max(room, 1))
+    argument = ctypes.create_string_buffer(
+        _SCAN.pack(
+            request.size,
+            request.flags,
+            request.start,
+            request.end,
+            0,
+            vec.ctypes.data if request.vec else 0,
+            request.vec_len,
+            request.max_pages,
+            request.category_inverted,
+            request.category_mask,
+            request.category_anyof_mask,
+            request.return_mask,
+        ),
+        _SCAN.size,
+    )
+    count = _ioctl(fd, PAGEMAP_SCAN, argument)
+    (walk_end,) = struct.unpack_from("=Q", argument, _WALK_END)
+    if count < 0:
+        # What was copied out before the refusal is in the buffer; a region that was never written is all zero.
+        written = int(np.count_nonzero(vec["end"])) if request.vec and request.vec_len else 0
+        return ScanResult(regions=vec[:written], walk_end=walk_end, errno=-count)
+    return ScanResult(regions=vec[:count], walk_end=walk_end)
+
+
+class MapsQuery:
+    """PROCMAP_QUERY on an open maps file, VMA after VMA. Close it when done."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._name = ctypes.create_string_buffer(_NAME_BYTES)
+        self._argument = ctypes.create_string_buffer(_QUERY.size)
+
+    def vma_from(self, address: int) -> Vma | None:
+        """The VMA that covers `address`, or else the next one; None past the last.
+
+        Raises NotSupported on kernels before 6.11.
+        """
+        _QUERY.pack_into(
+            self._argument,
+            0,
+            *(_QUERY.size, _COVERING_OR_NEXT, address, 0, 0, 0, 0, 0, 0),
+            *(0, 0, _NAME_BYTES, 0, ctypes.addressof(self._name), 0),
+        )
+        failed = -_ioctl(self._fd, PROCMAP_QUERY, self._argument)
+        if failed == errno.ENOENT:
+            return None
+        if failed > 0:
+            raise syscall_error(failed, "ioctl(PROCMAP_QUERY)", remedy="use maps='text' (the call came with 6.11)")
+        fields = _QUERY.unpack(self._argument)
+        _, _, _, start, end, flags, _, offset, inode, major, minor, length, _, _, _ = fields
+        name = self._name.raw[: max(length - 1, 0)].replace(b"\n", b"\\012")
+        return Vma(
+            start=start,
+            end=end,
+            readable=bool(flags & 1),
+            writable=bool(flags & 2),
+            executable=bool(flags & 4),
+            shared=bool(flags & 8),
+            offset=offset,
+            dev_major=major,
+            dev_minor=minor,
+            inode=inode,
+            name=name.decode("utf-8", "surrogateescape"),
+        )
+
+    def all(self) -> tuple[Vma, ...]:
+        """Every VMA, ascending."""
+        found: list[Vma] = []
+        while (vma := self.vma_from(found[-1].end if found else 0)) is not None:
+            found.append(vma)
+        return tuple(found)

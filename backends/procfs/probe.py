@@ -1,0 +1,335 @@
+"""Finding out by trying what this kernel can do and what this user may see. Nothing is changed by it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import attrs
+import numpy as np
+
+from pmcore.backends.procfs.files import WordFile
+from pmcore.backends.procfs.ioctl import MapsQuery, pagemap_scan
+from pmcore.errors import PmcoreError, SyscallError, UnknownCapability
+from pmcore.geometry import Geometry
+from pmcore.pagemap import PagemapEntry
+from pmcore.profile import REFERENCE_VERSION, KernelProfile, preset
+from pmcore.scan.request import ScanRequest
+from pmcore.uapi import PageCategory, UffdFeature
+
+__all__ = ["Probe", "pfn_is_visible", "probe_all", "running_profile"]
+
+_UFFDIO_API = 0xC018AA3F
+_UFFD_API = 0xAA
+_SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
+_MADV_GUARD_INSTALL = 102
+
+
+@attrs.frozen(kw_only=True)
+class Probe:
+    """One question and its answer. `capability` is the profile's name for it, None where there is none."""
+
+    name: str
+    ok: bool
+    seen: str
+    remedy: str = ""
+    capability: str | None = None
+
+
+@contextmanager
+def _own_page() -> Iterator[tuple[int, mmap.mmap]]:
+    """A freshly touched private anonymous page of this process: its address."""
+    area = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area[0] = 1
+    cell = ctypes.c_char.from_buffer(area)
+    try:
+        yield ctypes.addressof(cell), area
+    finally:
+        del cell
+        area.close()
+
+
+def _own_entry(root: str) -> int:
+    """The pagemap word of a page of our own. Raises SyscallError."""
+    with _own_page() as (address, _):
+        words = WordFile(f"{root}/self/pagemap", "pagemap")
+        try:
+            out = np.zeros(1, dtype=np.uint64)
+            words.read_words(address // mmap.PAGESIZE, out)
+            return int(out[0])
+        finally:
+            words.close()
+
+
+def pfn_is_visible(root: str) -> bool:
+    """Whether pagemap shows us frame numbers."""
+    try:
+        return not PagemapEntry(_own_entry(root)).hidden
+    except SyscallError:
+        return False
+
+
+def probe_all(root: str) -> tuple[Probe, ...]:
+    """Ask everything, in the order in which a report shows it."""
+    found = [*_pagemap(root), *_frame_files(root), *_scan(root), *_userfaultfd()]
+    found += [_procmap_query(root), _clear_refs(root), _guard(), _idle()]
+    found += [_directory("mm.thp", "transparent huge pages", "/sys/kernel/mm/transparent_hugepage")]
+    found += [_directory("mm.ksm", "same-page merging", "/sys/kernel/mm/ksm")]
+    found += [_hugetlb(), _swap(root)]
+    return tuple(found)
+
+
+def running_profile(probes: tuple[Probe, ...]) -> KernelProfile:
+    """The preset of the running version, with what was tried put in place of what was assumed."""
+    release, machine = os.uname().release, os.uname().machine
+    try:
+        start = preset(release, arch=machine)
+    except UnknownCapability:
+        start = preset(REFERENCE_VERSION, arch=machine)
+    decided = {probe.capability: probe.ok for probe in probes if probe.capability is not None}
+    profile = start.changed(
+        name=f"{release} (probed)",
+        add=[name for name, ok in decided.items() if ok],
+        remove=[name for name, ok in decided.items() if not ok],
+    )
+    shift = mmap.PAGESIZE.bit_length() - 1
+    if shift != profile.geometry.page_shift:
+        profile = attrs.evolve(profile, geometry=Geometry(page_shift=shift, task_size=1 << 47))
+    return profile
+
+
+# -- the questions ---------------------------------------------------------------------------------------
+
+
+def _pagemap(root: str) -> Iterator[Probe]:
+    try:
+        word = _own_entry(root)
+    except SyscallError as error:
+        yield Probe(
+            name="pagemap", ok=False, seen=str(error), remedy=error.remedy or "", capability="pagemap"
+        )
+        return
+    yield Probe(name="pagemap", ok=True, seen=f"own page reads {word:#018x}", capability="pagemap")
+    visible = not PagemapEntry(word).hidden
+    yield Probe(
+        name="frame numbers",
+        ok=visible,
+        seen="shown" if visible else "hidden: the field reads zero",
+        remedy="" if visible else "run with CAP_SYS_ADMIN (as root)",
+    )
+    soft_dirty = bool(word >> 55 & 1)
+    yield Probe(
+        name="soft-dirty",
+        ok=soft_dirty,
+        seen="a fresh page has bit 55" if soft_dirty else "a freshly written page has no bit 55",
+        remedy="" if soft_dirty else "needs a kernel with CONFIG_MEM_SOFT_DIRTY; uffd write-protect does without",
+        capability="pagemap.soft_dirty",
+    )
+
+
+def _frame_files(root: str) -> Iterator[Probe]:
+    for name in ("kpageflags", "kpagecount", "kpagecgroup"):
+        try:
+            file = WordFile(f"{root}/{name}", name)
+        except SyscallError as error:
+            missing = error.errno == errno.ENOENT
+            yield Probe(
+                name=name,
+                ok=False,
+                seen=str(error).partition(";")[0],
+                remedy=error.remedy or "",
+                # Forbidden is not absent: the kernel has it, this user has not.
+                capability=name if missing else None,
+            )
+            continue
+        file.close()
+        yield Probe(name=name, ok=True, seen="readable", capability=name)
+
+
+def _scan(root: str) -> Iterator[Probe]:
+    try:
+        words = WordFile(f"{root}/self/pagemap", "pagemap")
+    except SyscallError:
+        return
+    try:
+        for name, mask, capability in (
+            ("PAGEMAP_SCAN", 0, "scan"),
+            ("PAGE_IS_SOFT_DIRTY", PageCategory.SOFT_DIRTY, "scan.soft_dirty"),
+            ("PAGE_IS_GUARD", PageCategory.GUARD, "scan.guard"),
+        ):
+            # A scan of no pages is refused where the call or the category is unknown, and does nothing else.
+            request = ScanRequest(start=0, end=0, return_mask=int(mask))
+            failed = pagemap_scan(words.fd, request, page_size=mmap.PAGESIZE).errno
+            yield Probe(
+                name=name,
+                ok=not failed,
+                seen=errno.errorcode[failed] if failed else "accepted",
+                remedy="" if not failed else "needs a newer kernel; scans go through the engine over pagemap",
+                capability=capability,
+            )
+        if not failed or name == "PAGE_IS_GUARD":
+            yield from _empty_pte(words)
+    finally:
+        words.close()
+
+
+def _empty_pte(words: WordFile) -> Iterator[Probe]:
+    """Whether the generic path counts an empty PTE as written: the neighbour of a touched page is one."""
+    size = mmap.PAGESIZE
+    area = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+    area[0] = 1
+    cell = ctypes.c_char.from_buffer(area)
+    address = ctypes.addressof(cell)
+    try:
+        request = ScanRequest(
+            start=address + size,
+            end=address + 2 * size,
+            vec_len=1,
+            return_mask=int(PageCategory.WRITTEN | PageCategory.PRESENT),
+        )
+        result = pagemap_scan(words.fd, request, page_size=size)
+        if result.errno or address // (size * size // 8) != (address + size) // (size * size // 8):
+            return  # the two pages lie in different page tables: nothing learned
+        written = len(result.regions) == 1 and int(result.regions["categories"][0]) == PageCategory.WRITTEN
+        yield Probe(
+            name="empty PTE counts as written",
+            ok=written,
+            seen="in every scan" if written else "only in scans for written pages alone",
+            capability="scan.empty_pte_written",
+        )
+    finally:
+        del cell
+        area.close()
+
+
+def _userfaultfd() -> Iterator[Probe]:
+    number = _SYS_USERFAULTFD.get(os.uname().machine)
+    if number is None:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(number, os.O_CLOEXEC)
+    if fd < 0:
+        failed = ctypes.get_errno()
+        yield Probe(
+            name="userfaultfd",
+            ok=False,
+            seen=errno.errorcode.get(failed, str(failed)),
+            remedy="run as root, or set /proc/sys/vm/unprivileged_userfaultfd to 1"
+            if failed == errno.EPERM
+            else "needs a kernel with CONFIG_USERFAULTFD",
+        )
+        return
+    try:
+        api = ctypes.create_string_buffer(struct.pack("=3Q", _UFFD_API, 0, 0), 24)
+        libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+        answered = libc.ioctl(fd, _UFFDIO_API, api) == 0
+        features = struct.unpack("=3Q", api.raw)[1] if answered else 0
+    finally:
+        os.close(fd)
+    for name, bit, capability in (
+        ("userfaultfd write-protect", UffdFeature.PAGEFAULT_FLAG_WP, "uffd.wp"),
+        ("  on shmem and hugetlb", UffdFeature.WP_HUGETLBFS_SHMEM, "uffd.wp_hugetlbfs_shmem"),
+        ("  of empty pages", UffdFeature.WP_UNPOPULATED, "uffd.wp_unpopulated"),
+        ("  asynchronous", UffdFeature.WP_ASYNC, "uffd.wp_async"),
+    ):
+        ok = bool(features & bit)
+        yield Probe(
+            name=name,
+            ok=ok,
+            seen="offered" if ok else "not offered",
+            remedy="" if ok else "needs a newer kernel (6.7 has all) with CONFIG_PTE_MARKER_UFFD_WP",
+            capability=capability,
+        )
+
+
+def _procmap_query(root: str) -> Probe:
+    seen = "accepted"
+    ok = True
+    try:
+        fd = os.open(f"{root}/self/maps", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            MapsQuery(fd).vma_from(0)
+        finally:
+            os.close(fd)
+    except (OSError, PmcoreError) as error:
+        ok, seen = False, str(error).partition(";")[0]
+    remedy = "" if ok else "came with 6.11; maps is read as text"
+    return Probe(name="PROCMAP_QUERY", ok=ok, seen=seen, remedy=remedy, capability="maps.procmap_query")
+
+
+def _clear_refs(root: str) -> Probe:
+    there = os.path.exists(f"{root}/self/clear_refs")  # noqa: PTH110
+    return Probe(
+        name="clear_refs",
+        ok=there,
+        seen="there" if there else "not there",
+        remedy="" if there else "needs CONFIG_PROC_PAGE_MONITOR",
+        capability="clear_refs",
+    )
+
+
+def _guard() -> Probe:
+    with _own_page() as (address, _):
+        libc = ctypes.CDLL(None, use_errno=True)
+        ok = libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), _MADV_GUARD_INSTALL) == 0
+        failed = 0 if ok else ctypes.get_errno()
+    return Probe(
+        name="guard regions",
+        ok=ok,
+        seen="MADV_GUARD_INSTALL accepted" if ok else errno.errorcode.get(failed, str(failed)),
+        remedy="" if ok else "came with 6.13",
+        capability="mm.guard_regions",
+    )
+
+
+def _idle() -> Probe:
+    path = Path("/sys/kernel/mm/page_idle/bitmap")
+    ok = path.exists()
+    return Probe(
+        name="idle page tracking",
+        ok=ok,
+        seen=str(path) if ok else "no page_idle/bitmap",
+        remedy="" if ok else "needs a kernel with CONFIG_IDLE_PAGE_TRACKING",
+        capability="page_idle",
+    )
+
+
+def _directory(capability: str, name: str, path: str) -> Probe:
+    ok = Path(path).is_dir()
+    seen = path if ok else "not configured"
+    with suppress(OSError):
+        policy = re.search(r"\[(\w+)\]", (Path(path) / "enabled").read_text())
+        seen = f"enabled={policy[1]}" if policy else seen
+    return Probe(name=name, ok=ok, seen=seen, remedy="", capability=capability)
+
+
+def _hugetlb() -> Probe:
+    sizes = sorted(Path("/sys/kernel/mm/hugepages").glob("hugepages-*kB"))
+    pools = []
+    for pool in sizes:
+        with suppress(OSError):
+            pools.append(f"{pool.name.removeprefix('hugepages-')}: {(pool / 'nr_hugepages').read_text().strip()}")
+    return Probe(
+        name="hugetlb pools",
+        ok=bool(sizes),
+        seen=", ".join(pools) or "not configured",
+        remedy="" if sizes else "needs CONFIG_HUGETLBFS",
+        capability="mm.hugetlb",
+    )
+
+
+def _swap(root: str) -> Probe:
+    try:
+        areas = len(Path(root, "swaps").read_text().splitlines()) - 1
+    except OSError:
+        return Probe(name="swap", ok=False, seen="no /proc/swaps", remedy="needs CONFIG_SWAP", capability="mm.swap")
+    return Probe(name="swap", ok=True, seen=f"{areas} areas in use", capability="mm.swap")
