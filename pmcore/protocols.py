@@ -8,6 +8,7 @@ everywhere else.
 from __future__ import annotations
 
 import enum
+import errno
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
@@ -17,7 +18,7 @@ import attrs
 import numpy as np
 
 from pmcore.arrays import BoolArray, U64Array
-from pmcore.errors import ArgumentError
+from pmcore.errors import ArgumentError, syscall_error
 from pmcore.pageflags import PageFlagsArray
 from pmcore.pagemap import PagemapEntries
 
@@ -110,6 +111,8 @@ class Process(Protocol):
         geometry = self.kernel.profile.geometry
         out = np.zeros(geometry.pages(start, end), dtype=np.uint64)
         filled = self.read_pagemap(start >> geometry.page_shift, out)
+        if filled == 0 and len(out) and start < geometry.task_size:
+            raise syscall_error(errno.ESRCH, f"read(pagemap of {self.pid})", remedy="the process is gone")
         return PagemapEntries(out[:filled], start=start, profile=self.kernel.profile)
 
     def pagemap_scan(self, request: ScanRequest) -> ScanResult:

@@ -15,6 +15,14 @@ PM_PFRAME_BITS = 55
 PM_PFRAME_MASK = (1 << PM_PFRAME_BITS) - 1
 MAX_SWAPFILES_SHIFT = 5
 PM_SWAP_TYPE_MASK = (1 << MAX_SWAPFILES_SHIFT) - 1
+#: Swap types from here on are no swap areas but special entries (device, migration, hwpoison, marker). How many of
+#: the 32 are taken depends on the configuration; with all of them in use 23 are left for areas.
+MAX_SWAPFILES = 23
+#: The type of PTE markers (since 5.19), and the values that their offsets hold.
+SWP_PTE_MARKER = 31
+PTE_MARKER_UFFD_WP = 1 << 0
+PTE_MARKER_POISONED = 1 << 1
+PTE_MARKER_GUARD = 1 << 2
 
 PM_SOFT_DIRTY = 1 << 55
 PM_MMAP_EXCLUSIVE = 1 << 56

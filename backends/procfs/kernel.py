@@ -105,7 +105,7 @@ class ProcfsKernel(Kernel):
         `start` and `end` in bytes. Nothing is read from disk. Raises Missing, NotPermitted.
         """
         size = self.profile.geometry.page_size
-        fd = open_file(path, "file", flags=os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
+        fd = open_file(path, "file", flags=os.O_RDONLY | os.O_NONBLOCK)
         try:
             length = os.fstat(fd).st_size
             stop = length if end is None else min(end, length)

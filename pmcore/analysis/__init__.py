@@ -1,0 +1,1 @@
+"""Questions about frames and processes, answered on any backend from its arrays."""
