@@ -48,7 +48,8 @@ def pagemap_scan(fd: int, request: ScanRequest, *, page_size: int) -> ScanResult
     room = min(request.vec_len, pages)
     if room > _MOST_REGIONS:
         raise ArgumentError(
-            f"vec_len {request.vec_len} over {pages} pages", remedy="use a smaller vec_len, and scan_all to go on"
+            f"vec_len {request.vec_len} over {pages} pages",
+            remedy="use a smaller vec_len, and scan_all to go on",
         )
     vec = empty_regions(max(room, 1))
     argument = ctypes.create_string_buffer(
@@ -100,7 +101,9 @@ class MapsQuery:
         if failed == errno.ENOENT:
             return None
         if failed > 0:
-            raise syscall_error(failed, "ioctl(PROCMAP_QUERY)", remedy="use maps='text' (the call came with 6.11)")
+            raise syscall_error(
+                failed, "ioctl(PROCMAP_QUERY)", remedy="use maps='text' (the call came with 6.11)"
+            )
         fields = _QUERY.unpack(self._argument)
         _, _, _, start, end, flags, _, offset, inode, major, minor, length, _, _, _ = fields
         name = self._name.raw[: max(length - 1, 0)].replace(b"\n", b"\\012")

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from pmcore.arrays import U64Array
 from pmcore.backends.procfs.files import MAX_OFFSET, WordFile, open_file, read_text
+from pmcore.backends.procfs.marking import mark_idle, poison
 from pmcore.backends.procfs.probe import Probe, pfn_is_visible, probe_all, running_profile
 from pmcore.backends.procfs.process import ProcfsProcess
 from pmcore.backends.procfs.residency import file_pagemap
@@ -99,7 +100,9 @@ class ProcfsKernel(Kernel):
         """Raw words of `file` from `start_pfn` on."""
         return self._words(file).read_words(start_pfn, out)
 
-    def file_pagemap(self, path: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, U64Array]]:
+    def file_pagemap(
+        self, path: str, start: int = 0, end: int | None = None
+    ) -> Iterator[tuple[int, U64Array]]:
         """Pagemap words of the pages of the regular file `path` that are in memory: (offset, words), window by window.
 
         `start` and `end` in bytes. Nothing is read from disk. Raises Missing, NotPermitted.
@@ -117,6 +120,18 @@ class ProcfsKernel(Kernel):
                 own.close()
         finally:
             os.close(fd)
+
+    def mark_idle(self, pfns: U64Array) -> None:
+        """Mark frames idle. Raises Missing where idle page tracking is not configured."""
+        mark_idle(pfns)
+
+    def hwpoison(self, pfns: U64Array) -> None:
+        """Poison frames: their contents are lost. Raises Missing where the kernel's injector is not there."""
+        poison(pfns, undo=False)
+
+    def unpoison(self, pfns: U64Array) -> None:
+        """Take the poison off again."""
+        poison(pfns, undo=True)
 
     # -- processes -------------------------------------------------------------------------------------
 

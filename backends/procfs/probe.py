@@ -129,7 +129,9 @@ def _pagemap(root: str) -> Iterator[Probe]:
         name="soft-dirty",
         ok=soft_dirty,
         seen="a fresh page has bit 55" if soft_dirty else "a freshly written page has no bit 55",
-        remedy="" if soft_dirty else "needs a kernel with CONFIG_MEM_SOFT_DIRTY; uffd write-protect does without",
+        remedy=""
+        if soft_dirty
+        else "needs a kernel with CONFIG_MEM_SOFT_DIRTY; uffd write-protect does without",
         capability="pagemap.soft_dirty",
     )
 
@@ -317,7 +319,9 @@ def _hugetlb() -> Probe:
     pools = []
     for pool in sizes:
         with suppress(OSError):
-            pools.append(f"{pool.name.removeprefix('hugepages-')}: {(pool / 'nr_hugepages').read_text().strip()}")
+            pools.append(
+                f"{pool.name.removeprefix('hugepages-')}: {(pool / 'nr_hugepages').read_text().strip()}"
+            )
     return Probe(
         name="hugetlb pools",
         ok=bool(sizes),
@@ -331,5 +335,7 @@ def _swap(root: str) -> Probe:
     try:
         areas = len(Path(root, "swaps").read_text().splitlines()) - 1
     except OSError:
-        return Probe(name="swap", ok=False, seen="no /proc/swaps", remedy="needs CONFIG_SWAP", capability="mm.swap")
+        return Probe(
+            name="swap", ok=False, seen="no /proc/swaps", remedy="needs CONFIG_SWAP", capability="mm.swap"
+        )
     return Probe(name="swap", ok=True, seen=f"{areas} areas in use", capability="mm.swap")

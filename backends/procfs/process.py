@@ -118,15 +118,23 @@ class ProcfsProcess(Process):
         try:
             os.write(fd, b"%d" % int(what))
         except OSError as error:
-            remedy = "this kernel was built without CONFIG_MEM_SOFT_DIRTY" if what == ClearRefs.SOFT_DIRTY else None
-            raise syscall_error(error.errno or errno.EIO, f"write({path}, {int(what)})", remedy=remedy) from None
+            remedy = (
+                "this kernel was built without CONFIG_MEM_SOFT_DIRTY"
+                if what == ClearRefs.SOFT_DIRTY
+                else None
+            )
+            raise syscall_error(
+                error.errno or errno.EIO, f"write({path}, {int(what)})", remedy=remedy
+            ) from None
         finally:
             os.close(fd)
 
     def file_residency(self, vma: Vma, start: int, end: int) -> FileResidency:
         """SEEK_DATA and mincore of the file behind `vma`, reached through map_files."""
         if not vma.start <= start <= end <= vma.end:
-            raise syscall_error(errno.EINVAL, f"file_residency({vma}, {start:#x}, {end:#x})", reason="not in the VMA")
+            raise syscall_error(
+                errno.EINVAL, f"file_residency({vma}, {start:#x}, {end:#x})", reason="not in the VMA"
+            )
         if not vma.inode and not vma.name.startswith("/"):
             raise syscall_error(errno.EINVAL, f"file_residency({vma})", reason="no file is mapped there")
         path = f"{self._directory}/map_files/{vma.start:x}-{vma.end:x}"
@@ -144,5 +152,3 @@ class ProcfsProcess(Process):
             raise failure(error, f"file_residency({path})", "map_files") from None
         finally:
             os.close(fd)
-
-

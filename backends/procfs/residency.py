@@ -80,7 +80,12 @@ def pages_in_core(fd: int, offset: int, length: int, *, page_size: int) -> BoolA
         size = min(_WINDOW, pages * page_size - first)
         with _mapped(fd, offset + first, size) as address:
             part = found[first // page_size : (first + size) // page_size]
-            _call("mincore", ctypes.c_void_p(address), ctypes.c_void_p(size), part.ctypes.data_as(ctypes.c_void_p))
+            _call(
+                "mincore",
+                ctypes.c_void_p(address),
+                ctypes.c_void_p(size),
+                part.ctypes.data_as(ctypes.c_void_p),
+            )
     return (found & 1).astype(np.bool_)
 
 
@@ -97,7 +102,12 @@ def file_pagemap(
         with _mapped(fd, offset + first, size) as address:
             _call("madvise", ctypes.c_void_p(address), ctypes.c_void_p(size), _MADV_RANDOM)
             core = np.zeros(size // page_size, dtype=np.uint8)
-            _call("mincore", ctypes.c_void_p(address), ctypes.c_void_p(size), core.ctypes.data_as(ctypes.c_void_p))
+            _call(
+                "mincore",
+                ctypes.c_void_p(address),
+                ctypes.c_void_p(size),
+                core.ctypes.data_as(ctypes.c_void_p),
+            )
             pages = np.flatnonzero(core & 1).astype(np.uint64)
             _touch(np.uint64(address) + pages * np.uint64(page_size))
             words = np.zeros(size // page_size, dtype=np.uint64)

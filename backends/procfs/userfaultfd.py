@@ -185,7 +185,9 @@ def _userfaultfd(features: UffdFeature) -> int:
 
 def _api(fd: int, features: UffdFeature) -> int:
     """UFFDIO_API; the features that the kernel offers."""
-    answer = _ioctl(fd, _UFFDIO_API, struct.pack("=3Q", _UFFD_API, int(features), 0), "ioctl(UFFDIO_API)", None)
+    answer = _ioctl(
+        fd, _UFFDIO_API, struct.pack("=3Q", _UFFD_API, int(features), 0), "ioctl(UFFDIO_API)", None
+    )
     return int(struct.unpack("=3Q", answer)[1])
 
 

@@ -93,7 +93,9 @@ class DirtyTracker:
         shown = int(PageCategory.PRESENT | PageCategory.SWAPPED)
         if self.method is DirtyMethod.UFFD_WP:
             wanted = int(PageCategory.WPALLOWED | PageCategory.WRITTEN)
-        elif self.process.kernel.profile.has("scan") and not self.process.kernel.profile.has("scan.soft_dirty"):
+        elif self.process.kernel.profile.has("scan") and not self.process.kernel.profile.has(
+            "scan.soft_dirty"
+        ):
             return self._by_pagemap()  # 6.7: the call, but not the category
         else:
             wanted = int(PageCategory.SOFT_DIRTY)
@@ -105,7 +107,9 @@ class DirtyTracker:
     def pages(self) -> int:
         """Number of pages that `dirty` finds."""
         regions = self.dirty()
-        return int((regions["end"] - regions["start"]).sum()) >> self.process.kernel.profile.geometry.page_shift
+        return (
+            int((regions["end"] - regions["start"]).sum()) >> self.process.kernel.profile.geometry.page_shift
+        )
 
     def _by_pagemap(self) -> RegionArray:
         from pmcore.scan.loop import join_regions
@@ -118,7 +122,9 @@ class DirtyTracker:
             fields = self.process.pagemap(vma.start, vma.end).decode()
             where = np.flatnonzero(fields.soft_dirty & (fields.present | fields.swapped))
             regions = empty_regions(len(where))
-            regions["start"] = np.uint64(vma.start) + (where.astype(np.uint64) << np.uint64(geometry.page_shift))
+            regions["start"] = np.uint64(vma.start) + (
+                where.astype(np.uint64) << np.uint64(geometry.page_shift)
+            )
             regions["end"] = regions["start"] + np.uint64(geometry.page_size)
             state = np.where(fields.present[where], PageCategory.PRESENT, PageCategory.SWAPPED)
             regions["categories"] = state.astype(np.uint64) | np.uint64(PageCategory.SOFT_DIRTY)

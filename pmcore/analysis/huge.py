@@ -139,12 +139,17 @@ def _folio_values(folios: _Mapped, entry: SmapsEntry, geometry: Geometry) -> dic
         aligned = (folios.vpn[start] % block.astype(np.uint64) == 0).astype(np.intp)
         full = ~incomplete
         np.add.at(whole, (anon[full], aligned[full], order[full]), block[full])
-    mapped = {"anon": entry.bytes_of("AnonHugePages"), "file": entry.bytes_of("ShmemPmdMapped", "FilePmdMapped")}
+    mapped = {
+        "anon": entry.bytes_of("AnonHugePages"),
+        "file": entry.bytes_of("ShmemPmdMapped", "FilePmdMapped"),
+    }
     size = geometry.page_size
     for kind, is_anon in (("anon", 1), ("file", 0)):
         rest = int(whole[is_anon, 1, -1]) - mapped[kind] // size
         whole[is_anon, 1, -1] = max(0, rest)
-    values = {f"{kind}-thp-pmd-aligned-{geometry.pmd_size >> 10}kB": mapped[kind] for kind in ("anon", "file")}
+    values = {
+        f"{kind}-thp-pmd-aligned-{geometry.pmd_size >> 10}kB": mapped[kind] for kind in ("anon", "file")
+    }
     for kind, is_anon in (("anon", 1), ("file", 0)):
         for name, is_aligned in (("aligned", 1), ("unaligned", 0)):
             for order_ in range(_SMALLEST_ORDER, orders):
@@ -167,7 +172,10 @@ def _block_values(folios: _Mapped, entry: SmapsEntry, geometry: Geometry, order:
         anon = int(folios.anon[start].sum())
         counts = {"anon": anon * pages, "file": (len(start) - anon) * pages}
     size, label = geometry.page_size, f"{(geometry.page_size << order) >> 10}kB"
-    mapped = {"anon": entry.bytes_of("AnonHugePages"), "file": entry.bytes_of("ShmemPmdMapped", "FilePmdMapped")}
+    mapped = {
+        "anon": entry.bytes_of("AnonHugePages"),
+        "file": entry.bytes_of("ShmemPmdMapped", "FilePmdMapped"),
+    }
     values = {f"{kind}-cont-pmd-aligned-{label}": mapped[kind] for kind in ("anon", "file")}
     for kind in ("anon", "file"):
         values[f"{kind}-cont-pte-aligned-{label}"] = max(0, counts[kind] * size - mapped[kind])

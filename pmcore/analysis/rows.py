@@ -133,15 +133,11 @@ def rows_from_words(words: U64Array, options: RowOptions, *, first: int = 0) -> 
     """Rows of kpageflags words that come from elsewhere (a saved file)."""
     pfns = np.uint64(first) + np.arange(len(words), dtype=np.uint64)
     nothing = np.zeros(len(words), dtype=np.uint64)
-    rows = FrameRows(
-        voffset=pfns, offset=pfns, flags=options.shown(words), cgroup=nothing, mapcount=nothing
-    )
+    rows = FrameRows(voffset=pfns, offset=pfns, flags=options.shown(words), cgroup=nothing, mapcount=nothing)
     return rows.take(options.passes(rows.flags))
 
 
-def _entry_rows(
-    kernel: Kernel, options: RowOptions, entries: PagemapEntries, pages: U64Array
-) -> FrameRows:
+def _entry_rows(kernel: Kernel, options: RowOptions, entries: PagemapEntries, pages: U64Array) -> FrameRows:
     """Rows of pagemap entries: page-types looks up each present frame, and shows swapped pages by their offset."""
     if entries.hidden.any():
         raise HiddenPfn("looking up page flags")

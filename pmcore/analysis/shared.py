@@ -31,7 +31,9 @@ class SharedState(enum.IntEnum):
     PRESENT = 3
 
 
-def shared_states(process: Process, vma: Vma, start: int | None = None, end: int | None = None) -> NDArray[np.uint8]:
+def shared_states(
+    process: Process, vma: Vma, start: int | None = None, end: int | None = None
+) -> NDArray[np.uint8]:
     """One SharedState a page of `vma` from `start` to `end` (default: all of it). Rules SH-001 to SH-008.
 
     Raises InvalidArgument for a mapping without a file, NotPermitted where the file cannot be reached.

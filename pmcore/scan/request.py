@@ -15,7 +15,6 @@ def _word(_instance: object, attribute: attrs.Attribute[int], value: int) -> Non
         raise ArgumentError(f"{attribute.name}={value!r} is not an unsigned 64-bit number")
 
 
-
 @attrs.frozen(kw_only=True)
 class ScanRequest:
     """What to scan, which pages to select, what to report.

@@ -1,0 +1,6 @@
+"""`python -m pmcore.cli`."""
+
+from pmcore.cli.entry import main
+
+if __name__ == "__main__":
+    main()
