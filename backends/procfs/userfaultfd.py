@@ -1,7 +1,7 @@
 """Which pages of this process's own memory were written: userfaultfd write protection, resolved by the kernel itself.
 
-Pages are armed with PAGEMAP_SCAN; the first write to each disarms it without stopping the writer (WP_ASYNC), and the next
-scan reports and re-arms it in one atomic step. Rules SC-030 to SC-034.
+Pages are armed with PAGEMAP_SCAN; the first write to each disarms it without stopping the writer (WP_ASYNC), and the
+next scan reports and re-arms it in one atomic step. Rules SC-030 to SC-034.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class WriteTracker:
         self._scan(vec_len=0, flags=ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC)
 
     def written(self, *, reset: bool = False) -> RegionArray:
-        """Regions written since the last reset. With `reset` they are armed again in the same step: no write is lost."""
+        """Regions written since the last reset. With `reset` they are armed again in the same step."""
         flags = ScanFlag.CHECK_WPASYNC | (ScanFlag.WP_MATCHING if reset else ScanFlag(0))
         return self._scan(vec_len=_VEC_LEN, flags=flags)
 

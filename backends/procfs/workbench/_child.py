@@ -1,0 +1,293 @@
+"""The program that runs inside a task: it obeys one request after the other and touches nothing else.
+
+Run as `python -I -S -B _child.py FD`. It imports next to nothing, never collects garbage, and keeps its own memory away
+from the addresses under test: all of it was mapped before the first step, and malloc does not reach down there.
+
+A request is a header (length of a JSON text, length of a payload), the text, the payload; an answer looks the same.
+`fork` answers with the new task's channel attached to the message. End of file on the channel ends the task.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import json
+import os
+import platform
+import signal
+import socket
+import struct
+import sys
+from typing import Any
+
+HEADER = struct.Struct("=II")
+#: x86-64: read(address, step, count, buffer, fault) and write(...), one byte every `step` bytes, in user mode; a signal
+#: handler that makes them return early with the signal and the address in `fault`. Any other fault kills as usual.
+#:
+#:   0x00 read:    for (i = 0; i < count; i++, address += step) { byte b = *address; if (buffer) buffer[i] = b; }
+#:   0x20 write:   the same, with *address = buffer[i], or *address |= 0 (one write access) without a buffer
+#:   0x50 recover: fault[0] = signal; fault[1] = address; return i
+#:   0x60 handler: if the faulting instruction lies before 0x58: go on at recover; otherwise restore the default action
+_CODE = bytes.fromhex(
+    "31c04839d07314448a1f4885c9740444881c014801f748ffc0ebe7c30f1f400031c04839d073194885c97409448a1c01"
+    "44881feb03800f004801f748ffc0ebe2c366662e0f1f8400000000000f1f40004d89084d895008c30f1f840000000000"
+    "488b8aa8000000488d0592ffffff4839c1722a488d05deffffff4839c1731e4863ff48897a30488b461048894238488d"
+    "05bbffffff488982a8000000c34883ec2848c704240000000048c74424080000000048c74424100000000048c7442418"
+    "000000004863ff4889e631d241ba08000000b80d0000000f054883c428c3"
+)
+_READ, _WRITE, _HANDLER = 0x00, 0x20, 0x60
+_SA_SIGINFO, _SA_NODEFER = 4, 0x40000000
+_SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
+_UFFDIO = {"api": 0xC018AA3F, "register": 0xC020AA00, "unregister": 0x8010AA01, "writeprotect": 0xC018AA06}
+
+libc = ctypes.CDLL(None, use_errno=True)
+_WORD = ctypes.c_ulong
+_FAILED = (1 << 64) - 1
+
+
+class Refused(Exception):
+    """A system call failed with this errno."""
+
+
+class Fault(Exception):
+    """An access would have killed: (signal, address, accesses done before it)."""
+
+
+def _declare() -> None:
+    for name, count in (
+        ("mmap", 6),
+        ("munmap", 2),
+        ("mprotect", 3),
+        ("mremap", 5),
+        ("madvise", 3),
+        ("mlock", 2),
+        ("mlock2", 3),
+        ("munlock", 2),
+        ("mlockall", 1),
+        ("munlockall", 0),
+        ("mincore", 3),
+        ("msync", 3),
+        ("brk", 1),
+    ):
+        function = getattr(libc, name)
+        function.argtypes = [_WORD] * count
+        function.restype = _WORD
+    libc.ioctl.argtypes = [ctypes.c_int, _WORD, ctypes.c_void_p]
+    libc.prctl.argtypes = [_WORD] * 5
+
+
+def call(name: str, *arguments: int) -> int:
+    """A libc function that returns -1 and errno."""
+    result = int(getattr(libc, name)(*arguments))
+    if result in (-1, _FAILED, 0xFFFFFFFF):
+        raise Refused(ctypes.get_errno())
+    return result
+
+
+class _Native:
+    """Accesses in user mode, by the machine code above."""
+
+    def __init__(self) -> None:
+        size = os.sysconf("SC_PAGE_SIZE")
+        base = call("mmap", 0, size, 7, 0x22, _FAILED, 0)
+        ctypes.memmove(base, _CODE, len(_CODE))
+        call("mprotect", base, size, 5)
+        kind = ctypes.CFUNCTYPE(_WORD, _WORD, _WORD, _WORD, _WORD, _WORD)
+        self._read, self._write = kind(base + _READ), kind(base + _WRITE)
+        self._fault = (_WORD * 2)()
+        self._where = ctypes.addressof(self._fault)
+        for number in (signal.SIGSEGV, signal.SIGBUS):
+            # struct sigaction of glibc and musl on x86-64: handler, mask of 128 bytes, flags, restorer.
+            action = struct.pack("=Q128xi4xQ", base + _HANDLER, _SA_SIGINFO | _SA_NODEFER, 0)
+            if libc.sigaction(int(number), action, None):
+                raise OSError(ctypes.get_errno(), "sigaction")
+
+    def access(self, address: int, step: int, count: int, buffer: int, *, write: bool) -> None:
+        self._fault[0] = 0
+        done = (self._write if write else self._read)(address, step, count, buffer, self._where)
+        if self._fault[0]:
+            raise Fault(int(self._fault[0]), int(self._fault[1]), int(done))
+
+
+class _Portable:
+    """Accesses that the kernel makes for us, by copying to and from a scratch file: they fail instead of killing."""
+
+    def __init__(self) -> None:
+        self._scratch = os.memfd_create("scratch")
+        os.ftruncate(self._scratch, 1 << 20)
+
+    def access(self, address: int, step: int, count: int, buffer: int, *, write: bool) -> None:
+        for index in range(count):
+            place = address + index * step
+            if buffer and write:
+                ctypes.memmove(ctypes.addressof(self._byte), buffer + index, 1)
+                os.pwrite(self._scratch, bytes(self._byte), 0)
+            if not write or not buffer:
+                self._copy(libc.pwrite, place, index)
+            if write:
+                self._copy(libc.pread, place, index)
+            elif buffer:
+                ctypes.memmove(buffer + index, os.pread(self._scratch, 1, 0), 1)
+
+    _byte = ctypes.create_string_buffer(1)
+
+    def _copy(self, function: Any, place: int, index: int) -> None:
+        if function(self._scratch, ctypes.c_void_p(place), ctypes.c_size_t(1), ctypes.c_long(0)) != 1:
+            raise Fault(int(signal.SIGSEGV), place, index)
+
+
+class Task:
+    """The operations. Each takes the JSON arguments and the payload, and returns (value, payload)."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self.memory = _Native() if platform.machine() == "x86_64" else _Portable()
+
+    def fork(self) -> None:
+        """Fork; the child serves a channel of its own, whose other end goes to the driver with the answer."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            self.channel.close()
+            self.channel = theirs
+            return
+        theirs.close()
+        text = json.dumps({"value": pid}).encode()
+        socket.send_fds(self.channel, [HEADER.pack(len(text), 0) + text], [ours.fileno()])
+        ours.close()
+
+    def do(self, op: str, args: dict[str, int], payload: bytes) -> tuple[Any, bytes]:
+        return getattr(self, f"do_{op}")(payload=payload, **args)  # type: ignore[no-any-return]
+
+    def do_call(self, *, payload: bytes, **args: Any) -> tuple[int, bytes]:
+        return call(args["name"], *args["arguments"]), b""
+
+    def do_read(self, *, start: int, length: int, payload: bytes) -> tuple[int, bytes]:
+        buffer = ctypes.create_string_buffer(length)
+        self.memory.access(start, 1, length, ctypes.addressof(buffer), write=False)
+        return length, buffer.raw
+
+    def do_write(self, *, start: int, payload: bytes) -> tuple[int, bytes]:
+        buffer = ctypes.create_string_buffer(payload, len(payload))
+        self.memory.access(start, 1, len(payload), ctypes.addressof(buffer), write=True)
+        return len(payload), b""
+
+    def do_touch(self, *, start: int, step: int, count: int, write: int, payload: bytes) -> tuple[int, bytes]:
+        self.memory.access(start, step, count, 0, write=bool(write))
+        return count, b""
+
+    def do_mincore(self, *, start: int, length: int, payload: bytes) -> tuple[int, bytes]:
+        size = os.sysconf("SC_PAGE_SIZE")
+        buffer = ctypes.create_string_buffer(-(-length // size) or 1)
+        call("mincore", start, length, ctypes.addressof(buffer))
+        return 0, buffer.raw[: -(-length // size)]
+
+    def do_memfd(self, *, name: str, flags: int, payload: bytes) -> tuple[int, bytes]:
+        return os.memfd_create(name, flags), b""
+
+    def do_open(self, *, path: str, payload: bytes) -> tuple[int, bytes]:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), b""
+
+    def do_ftruncate(self, *, fd: int, length: int, payload: bytes) -> tuple[int, bytes]:
+        os.ftruncate(fd, length)
+        return 0, b""
+
+    def do_fallocate(self, *, fd: int, mode: int, offset: int, length: int, payload: bytes) -> tuple[int, bytes]:
+        libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+        return call("fallocate", fd, mode, offset, length), b""
+
+    def do_pread(self, *, fd: int, length: int, offset: int, payload: bytes) -> tuple[int, bytes]:
+        data = os.pread(fd, length, offset)
+        return len(data), data
+
+    def do_pwrite(self, *, fd: int, offset: int, payload: bytes) -> tuple[int, bytes]:
+        return os.pwrite(fd, payload, offset), b""
+
+    def do_lseek(self, *, fd: int, offset: int, whence: int, payload: bytes) -> tuple[int, bytes]:
+        return os.lseek(fd, offset, whence), b""
+
+    def do_fsync(self, *, fd: int, payload: bytes) -> tuple[int, bytes]:
+        os.fsync(fd)
+        return 0, b""
+
+    def do_close(self, *, fd: int, payload: bytes) -> tuple[int, bytes]:
+        if fd == self.channel.fileno():
+            raise Refused(errno.EBADF)
+        os.close(fd)
+        return 0, b""
+
+    def do_userfaultfd(self, *, features: int, payload: bytes) -> tuple[int, bytes]:
+        number = _SYS_USERFAULTFD.get(platform.machine())
+        if number is None:
+            raise Refused(errno.ENOSYS)
+        fd = int(libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK))
+        if fd < 0:
+            raise Refused(ctypes.get_errno())
+        try:
+            self._uffd(fd, "api", struct.pack("=3Q", 0xAA, features, 0))
+        except Refused:
+            os.close(fd)
+            raise
+        return fd, b""
+
+    def do_uffd(self, *, fd: int, what: str, words: list[int], payload: bytes) -> tuple[int, bytes]:
+        answer = self._uffd(fd, what, struct.pack(f"={len(words)}Q", *words))
+        return struct.unpack(f"={len(words)}Q", answer)[-1], b""
+
+    def _uffd(self, fd: int, what: str, argument: bytes) -> bytes:
+        buffer = ctypes.create_string_buffer(argument, len(argument))
+        if libc.ioctl(fd, _UFFDIO[what], buffer) < 0:
+            raise Refused(ctypes.get_errno())
+        return buffer.raw
+
+    # -- the loop --------------------------------------------------------------------------------------
+
+    def receive(self, length: int) -> bytes:
+        pieces = []
+        while length:
+            piece = self.channel.recv(length)
+            if not piece:
+                os._exit(0)
+            pieces.append(piece)
+            length -= len(piece)
+        return b"".join(pieces)
+
+    def serve(self) -> None:
+        while True:
+            text_length, payload_length = HEADER.unpack(self.receive(HEADER.size))
+            request = json.loads(self.receive(text_length))
+            payload = self.receive(payload_length)
+            answer: dict[str, Any]
+            data = b""
+            try:
+                if request["op"] == "fork":
+                    self.fork()
+                    continue
+                if request["op"] == "exit":
+                    os._exit(0)
+                value, data = self.do(request["op"], request["args"], payload)
+                answer = {"value": value}
+            except Refused as error:
+                answer = {"errno": error.args[0]}
+            except OSError as error:
+                answer = {"errno": error.errno}
+            except Fault as error:
+                answer = {"fault": error.args}
+            text = json.dumps(answer).encode()
+            self.channel.sendall(HEADER.pack(len(text), len(data)) + text + data)
+
+
+def main() -> None:
+    """Serve the channel whose descriptor is the first argument."""
+    gc.disable()
+    gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    _declare()
+    Task(socket.socket(fileno=int(sys.argv[1]))).serve()
+
+
+if __name__ == "__main__":
+    main()

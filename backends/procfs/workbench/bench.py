@@ -1,0 +1,345 @@
+"""The workbench: a fork server, and the tasks that it forks, driven over socket pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmcore.arrays import BoolArray
+from pmcore.backends.procfs import open_kernel
+from pmcore.backends.procfs.kernel import ProcfsKernel
+from pmcore.backends.procfs.process import ProcfsProcess
+from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
+from pmcore.protocols import Task, Workbench
+from pmcore.uapi import Madvise, MapFlag, MremapFlag, Prot, UffdFeature
+
+__all__ = ["ProcfsTask", "ProcfsWorkbench", "open_workbench"]
+
+_HEADER = struct.Struct("=II")
+#: Seconds after which a silent task is taken for lost and killed.
+_PATIENCE = 60.0
+_UFFD_WP_MODE_WP = 1
+
+
+class _Channel:
+    """One end of a socket pair to a task."""
+
+    def __init__(self, end: socket.socket, pid: int) -> None:
+        self._socket = end
+        self.pid = pid
+        self._close = weakref.finalize(self, _end, end, pid)
+
+    def close(self) -> None:
+        """End the task: it exits on the end of file; it is killed should it not."""
+        self._close()
+
+    @property
+    def closed(self) -> bool:
+        return not self._close.alive
+
+    def ask(self, op: str, args: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes, list[int]]:
+        """Send a request; the answer, its payload, and descriptors that came with it. Raises ProcessGone."""
+        if self.closed:
+            raise self._gone(op)
+        text = json.dumps({"op": op, "args": args}).encode()
+        try:
+            self._socket.sendall(_HEADER.pack(len(text), len(payload)) + text + payload)
+            head, fds = self._receive(_HEADER.size, descriptors=True)
+            text_length, data_length = _HEADER.unpack(head)
+            answer = json.loads(self._receive(text_length)[0])
+            return answer, self._receive(data_length)[0], fds
+        except (ConnectionError, EOFError):
+            self.close()
+            raise self._gone(op) from None
+
+    def _gone(self, op: str) -> Exception:
+        return syscall_error(errno.ESRCH, f"{op} in task {self.pid}", remedy="the task is gone")
+
+    def _receive(self, length: int, *, descriptors: bool = False) -> tuple[bytes, list[int]]:
+        pieces, fds = [], []
+        while length:
+            if not select.select([self._socket], [], [], _PATIENCE)[0]:
+                raise EOFError
+            if descriptors:
+                piece, received, _, _ = socket.recv_fds(self._socket, length, 1)
+                fds += received
+            else:
+                piece = self._socket.recv(length)
+            if not piece:
+                raise EOFError
+            pieces.append(piece)
+            length -= len(piece)
+        return b"".join(pieces), fds
+
+
+def _end(channel: socket.socket, pid: int) -> None:
+    """Close the channel and see that the task is gone."""
+    channel.close()
+    try:
+        handle = os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return
+    try:
+        if not select.select([handle], [], [], 5)[0]:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+    finally:
+        os.close(handle)
+
+
+class ProcfsTask(Task):
+    """A real process that runs steps."""
+
+    def __init__(self, bench: ProcfsWorkbench, channel: _Channel) -> None:
+        self._bench = bench
+        self._channel = channel
+        self.pid = channel.pid
+        self._process: ProcfsProcess | None = None
+
+    @property
+    def process(self) -> ProcfsProcess:
+        """The process, looked at from outside."""
+        if self._process is None:
+            self._process = self._bench.kernel.process(self.pid)
+        return self._process
+
+    def _ask(self, op: str, call: str, payload: bytes = b"", **args: Any) -> tuple[Any, bytes]:
+        answer, data, _ = self._channel.ask(op, args, payload)
+        if "errno" in answer:
+            raise syscall_error(answer["errno"], call)
+        if "fault" in answer:
+            number, address, _ = answer["fault"]
+            raise AddressSpaceFault(signal.Signals(number).name, address, f"{call} by task {self.pid}")
+        return answer["value"], data
+
+    def _call(self, name: str, *arguments: int) -> int:
+        words = [int(value) & (1 << 64) - 1 for value in arguments]
+        shown = ", ".join(f"{word:#x}" for word in words)
+        return int(self._ask("call", f"{name}({shown})", name=name, arguments=words)[0])
+
+    def mmap(
+        self,
+        length: int,
+        *,
+        addr: int = 0,
+        prot: Prot | int = 3,
+        flags: MapFlag | int = 0x22,
+        fd: int = -1,
+        offset: int = 0,
+    ) -> int:
+        """mmap(2)."""
+        return self._call("mmap", addr, length, prot, flags, fd, offset)
+
+    def munmap(self, start: int, length: int) -> None:
+        """munmap(2)."""
+        self._call("munmap", start, length)
+
+    def mprotect(self, start: int, length: int, prot: Prot | int) -> None:
+        """mprotect(2)."""
+        self._call("mprotect", start, length, prot)
+
+    def mremap(
+        self, start: int, old_length: int, new_length: int, *, flags: MremapFlag | int = 0, new_addr: int = 0
+    ) -> int:
+        """mremap(2)."""
+        return self._call("mremap", start, old_length, new_length, flags, new_addr)
+
+    def madvise(self, start: int, length: int, advice: Madvise | int) -> None:
+        """madvise(2)."""
+        self._call("madvise", start, length, advice)
+
+    def mlock(self, start: int, length: int, *, onfault: bool = False) -> None:
+        """mlock(2), mlock2(2)."""
+        if onfault:
+            self._call("mlock2", start, length, 1)
+        else:
+            self._call("mlock", start, length)
+
+    def munlock(self, start: int, length: int) -> None:
+        """munlock(2)."""
+        self._call("munlock", start, length)
+
+    def mincore(self, start: int, length: int) -> BoolArray:
+        """mincore(2)."""
+        _, data = self._ask("mincore", f"mincore({start:#x}, {length:#x})", start=start, length=length)
+        return (np.frombuffer(data, dtype=np.uint8) & 1).astype(np.bool_)
+
+    def msync(self, start: int, length: int, flags: int) -> None:
+        """msync(2)."""
+        self._call("msync", start, length, flags)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Bytes, read in user mode."""
+        return self._ask("read", f"read of {length} bytes at {start:#x}", start=start, length=length)[1]
+
+    def write(self, start: int, data: bytes) -> None:
+        """Bytes, written in user mode."""
+        self._ask("write", f"write of {len(data)} bytes at {start:#x}", data, start=start)
+
+    def touch(self, start: int, length: int, *, write: bool = True, step: int | None = None) -> None:
+        """One byte every `step` bytes."""
+        stride = step or self._bench.kernel.profile.geometry.page_size
+        if stride <= 0 or length < 0:
+            raise ArgumentError(f"touch every {stride} of {length} bytes")
+        kind = "write" if write else "read"
+        call = f"{kind} access every {stride} bytes from {start:#x}"
+        self._ask("touch", call, start=start, step=stride, count=-(-length // stride), write=int(write))
+
+    def memfd_create(self, name: str, *, flags: int = 0) -> int:
+        """memfd_create(2)."""
+        return int(self._ask("memfd", f"memfd_create({name!r}, {flags:#x})", name=name, flags=flags)[0])
+
+    def open_file(self, name: str) -> int:
+        """A regular file in the workbench's directory."""
+        if "/" in name or name in {"", ".", ".."}:
+            raise ArgumentError(f"{name!r} is no plain file name")
+        path = str(self._bench.directory / name)
+        return int(self._ask("open", f"open({name!r})", path=path)[0])
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        """ftruncate(2)."""
+        self._ask("ftruncate", f"ftruncate({fd}, {length})", fd=fd, length=length)
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """fallocate(2)."""
+        call = f"fallocate({fd}, {mode:#x}, {offset}, {length})"
+        self._ask("fallocate", call, fd=fd, mode=mode, offset=offset, length=length)
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        """pread(2)."""
+        return self._ask("pread", f"pread({fd}, {length}, {offset})", fd=fd, length=length, offset=offset)[1]
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """pwrite(2)."""
+        return int(self._ask("pwrite", f"pwrite({fd}, {len(data)}, {offset})", data, fd=fd, offset=offset)[0])
+
+    def lseek(self, fd: int, offset: int, whence: int) -> int:
+        """lseek(2)."""
+        call = f"lseek({fd}, {offset}, {whence})"
+        return int(self._ask("lseek", call, fd=fd, offset=offset, whence=whence)[0])
+
+    def fsync(self, fd: int) -> None:
+        """fsync(2)."""
+        self._ask("fsync", f"fsync({fd})", fd=fd)
+
+    def close(self, fd: int) -> None:
+        """close(2)."""
+        self._ask("close", f"close({fd})", fd=fd)
+
+    def userfaultfd(self, features: UffdFeature | int = 0) -> int:
+        """userfaultfd(2) with UFFDIO_API."""
+        return int(self._ask("userfaultfd", f"userfaultfd({int(features):#x})", features=int(features))[0])
+
+    def _uffd(self, fd: int, what: str, *words: int) -> int:
+        shown = ", ".join(f"{word:#x}" for word in words)
+        return int(self._ask("uffd", f"UFFDIO_{what.upper()}({shown})", fd=fd, what=what, words=list(words))[0])
+
+    def uffd_register(self, fd: int, start: int, length: int, mode: int) -> int:
+        """UFFDIO_REGISTER."""
+        return self._uffd(fd, "register", start, length, mode, 0)
+
+    def uffd_unregister(self, fd: int, start: int, length: int) -> None:
+        """UFFDIO_UNREGISTER."""
+        self._uffd(fd, "unregister", start, length)
+
+    def uffd_writeprotect(self, fd: int, start: int, length: int, *, protect: bool) -> None:
+        """UFFDIO_WRITEPROTECT."""
+        self._uffd(fd, "writeprotect", start, length, _UFFD_WP_MODE_WP if protect else 0)
+
+    def fork(self) -> ProcfsTask:
+        """fork(2)."""
+        return self._bench.forked_from(self._channel)
+
+    def exit(self) -> None:
+        """End the task."""
+        if self._process is not None:
+            self._process.close()
+        self._channel.close()
+        self._bench.forget(self)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still answers."""
+        return not self._channel.closed
+
+
+class ProcfsWorkbench(Workbench):
+    """Spawns tasks by forking a small server process, in about a millisecond each."""
+
+    def __init__(self, kernel: ProcfsKernel, *, directory: str | None = None) -> None:
+        self._kernel = kernel
+        self._tasks: list[ProcfsTask] = []
+        self.directory = Path(tempfile.mkdtemp(prefix="pmcore-", dir=directory))
+        self._remove = weakref.finalize(self, shutil.rmtree, str(self.directory), ignore_errors=True)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        script = Path(__file__).with_name("_child.py")
+        with theirs:
+            self._server = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", str(script), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1"},
+            )
+        self._zygote = _Channel(ours, self._server.pid)
+
+    @property
+    def kernel(self) -> ProcfsKernel:
+        """The kernel that the tasks run on."""
+        return self._kernel
+
+    def spawn(self) -> ProcfsTask:
+        """A fresh task."""
+        return self.forked_from(self._zygote)
+
+    def forked_from(self, parent: _Channel) -> ProcfsTask:
+        """A task forked from the one behind `parent`."""
+        answer, _, fds = parent.ask("fork", {})
+        if "errno" in answer:
+            raise syscall_error(answer["errno"], "fork()")
+        task = ProcfsTask(self, _Channel(socket.socket(fileno=fds[0]), answer["value"]))
+        self._tasks.append(task)
+        return task
+
+    def forget(self, task: ProcfsTask) -> None:
+        """Take a task that has ended off the list."""
+        if task in self._tasks:
+            self._tasks.remove(task)
+
+    def tasks(self) -> Iterable[ProcfsTask]:
+        """The tasks that are alive, oldest first."""
+        return tuple(task for task in self._tasks if task.alive)
+
+    def close(self) -> None:
+        """End all tasks and the server, and remove the directory."""
+        for task in list(self._tasks):
+            task.exit()
+        self._zygote.close()
+        self._server.wait()
+        self._remove()
+
+
+def open_workbench(kernel: ProcfsKernel | None = None, *, directory: str | None = None) -> ProcfsWorkbench:
+    """A workbench of real processes; regular files lie in a new directory below `directory` (default: TMPDIR).
+
+    Raises BackendUnavailable off Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        raise BackendUnavailable("real processes need Linux", remedy="use a simulated machine")
+    return ProcfsWorkbench(kernel or open_kernel(), directory=directory)
