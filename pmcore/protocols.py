@@ -90,7 +90,7 @@ class Process(Protocol):
         """To provide: PAGEMAP_SCAN; a refusal is a result whose `errno` is set (what was written stays in it)."""
         ...
 
-    def clear_refs(self, what: ClearRefs) -> None:
+    def clear_refs(self, what: ClearRefs | int) -> None:
         """To provide: write `what` to clear_refs. Raises NotSupported where the kernel knows no such number."""
         ...
 

@@ -108,7 +108,7 @@ class ProcfsProcess(Process):
             return scan_pagemap(self, request)
         return pagemap_scan(self._words().fd, request, page_size=self._kernel.profile.geometry.page_size)
 
-    def clear_refs(self, what: ClearRefs) -> None:
+    def clear_refs(self, what: ClearRefs | int) -> None:
         """Write `what` to clear_refs. It concerns everybody who watches this process."""
         path = f"{self._directory}/clear_refs"
         try:

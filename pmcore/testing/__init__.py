@@ -1,0 +1,1 @@
+"""For tests: of tools that read page tables, and of backends."""

@@ -1,0 +1,231 @@
+"""Running a program on a workbench: names become addresses, refusals become outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import numpy as np
+
+from pmcore.errors import AddressSpaceFault, ArgumentError, SyscallError
+from pmcore.geometry import align_up
+from pmcore.program import steps as s
+from pmcore.program.program import Program
+from pmcore.protocols import Task, Workbench
+from pmcore.scan.request import ScanRequest
+from pmcore.uapi import MapFlag, MremapFlag
+
+__all__ = ["ARENA", "Outcome", "Run", "run"]
+
+#: Where areas are put, one after the other: free in any process, and the same on every workbench.
+ARENA = 0x1000_0000_0000
+#: Left free behind each area, so that neighbours neither merge nor share a page table by chance.
+_GAP = 4 << 20
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """What came of one step: a value, or the errno of a refusal, or the signal that the access would have caused."""
+
+    value: Any = None
+    errno: int = 0
+    signal: str | None = None
+    #: Page of the area at which the access failed, or the address where it lies in none.
+    fault: str | None = None
+
+
+@attrs.define
+class Run:
+    """A program under way, and its record: names, and the outcomes so far."""
+
+    program: Program
+    workbench: Workbench
+    tasks: dict[str, Task] = attrs.field(factory=dict)
+    #: Area -> (start, length in bytes).
+    areas: dict[str, tuple[int, int]] = attrs.field(factory=dict)
+    fds: dict[str, int] = attrs.field(factory=dict)
+    outcomes: list[Outcome] = attrs.field(factory=list)
+    _next: int = ARENA
+
+    def place(self, length: int, align: int) -> int:
+        """An address of the arena, aligned, with a gap behind it."""
+        start = align_up(self._next, max(align, 4096))
+        self._next = start + align_up(max(length, 1), 4096) + _GAP
+        return start
+
+    def task(self, name: str) -> Task:
+        """The task of that name; "main" is spawned when first asked for. Raises ArgumentError."""
+        if name not in self.tasks:
+            if name != "main":
+                raise ArgumentError(f"no task {name!r}: fork it first")
+            self.tasks[name] = self.workbench.spawn()
+        return self.tasks[name]
+
+    def area(self, name: str) -> tuple[int, int]:
+        """Start and length of the area. Raises ArgumentError for one that was never mapped."""
+        if name not in self.areas:
+            raise ArgumentError(f"no area {name!r}: map it first")
+        return self.areas[name]
+
+    def fd(self, name: str) -> int:
+        """The descriptor. A name that stands for none is -1, as after a refused open."""
+        return self.fds.get(name, -1)
+
+    def where(self, address: int) -> str:
+        """An address in words that do not depend on where the areas lie."""
+        for name, (start, length) in self.areas.items():
+            if start <= address < start + length:
+                return f"{name}+{address - start:#x}"
+        return f"{address:#x}"
+
+
+def run(
+    program: Program, workbench: Workbench, *, observer: Callable[[Run, s.Step, Outcome], object] | None = None
+) -> Run:
+    """Run all steps. `observer` is called after each with the run, the step and its outcome.
+
+    The tasks are left alive, to be looked at; the workbench ends them. Raises ArgumentError for a program that names
+    what it has not made.
+    """
+    state = Run(program, workbench)
+    for step in program.steps:
+        try:
+            outcome = Outcome(value=_DO[type(step)](state, step))
+        except AddressSpaceFault as fault:
+            outcome = Outcome(signal=fault.signal, fault=state.where(fault.address))
+        except SyscallError as error:
+            outcome = Outcome(errno=error.errno)
+        state.outcomes.append(outcome)
+        if observer is not None:
+            observer(state, step, outcome)
+    return state
+
+
+def _range(state: Run, step: Any) -> tuple[int, int]:
+    size = state.workbench.kernel.profile.geometry.page_size
+    start, _ = state.area(step.area)
+    return start + step.page * size, step.pages * size
+
+
+def _map(state: Run, step: s.Map) -> None:
+    size = state.workbench.kernel.profile.geometry.page_size
+    length, flags, addr = step.pages * size, step.flags, 0
+    if not step.anywhere:
+        addr = state.place(length, step.align)
+        flags |= MapFlag.FIXED_NOREPLACE
+    fd = state.fd(step.fd) if step.fd else -1
+    start = state.task(step.task).mmap(
+        length, addr=addr, prot=step.prot, flags=flags, fd=fd, offset=step.page_offset * size
+    )
+    state.areas[step.area] = (start, length)
+
+
+def _move(state: Run, step: s.Move) -> None:
+    size = state.workbench.kernel.profile.geometry.page_size
+    start, length = _range(state, step)
+    new_length, flags, target = step.new_pages * size, step.flags, 0
+    if step.to:
+        target = state.place(new_length, size)
+        flags |= MremapFlag.FIXED | MremapFlag.MAYMOVE
+    moved = state.task(step.task).mremap(start, length, new_length, flags=flags, new_addr=target)
+    state.areas[step.to or step.area] = (moved, new_length)
+
+
+def _memfd(state: Run, step: s.MemfdCreate) -> None:
+    task = state.task(step.task)
+    state.fds[step.fd] = task.memfd_create(step.fd, flags=step.flags)
+    if step.pages:
+        size = state.workbench.kernel.profile.geometry.page_size
+        task.ftruncate(state.fds[step.fd], step.pages * size)
+
+
+def _fork(state: Run, step: s.Fork) -> None:
+    state.tasks[step.child] = state.task(step.task).fork()
+
+
+def _exit(state: Run, step: s.Exit) -> None:
+    state.task(step.task).exit()
+    del state.tasks[step.task]
+
+
+def _scan(state: Run, step: s.Scan) -> dict[str, Any]:
+    start, length = _range(state, step)
+    result = state.task(step.task).process.pagemap_scan(
+        ScanRequest(
+            start=start,
+            end=start + length,
+            vec_len=step.vec_len,
+            max_pages=step.max_pages,
+            flags=step.flags,
+            category_inverted=step.category_inverted,
+            category_mask=step.category_mask,
+            category_anyof_mask=step.category_anyof_mask,
+            return_mask=step.return_mask,
+        )
+    )
+    size = np.uint64(state.workbench.kernel.profile.geometry.page_size)
+    base = np.uint64(state.area(step.area)[0])
+    first, last = (result.regions["start"] - base) // size, (result.regions["end"] - base) // size
+    regions = list(zip(first.tolist(), last.tolist(), result.regions["categories"].tolist(), strict=True))
+    return {"regions": regions, "walk_end": (result.walk_end - int(base)) // int(size)}
+
+
+def _touch(state: Run, step: s.Touch) -> None:
+    start, length = _range(state, step)
+    size = state.workbench.kernel.profile.geometry.page_size
+    state.task(step.task).touch(start, length, write=step.write, step=max(step.step, 1) * size)
+
+
+def _bound(method: str, *extra: str) -> Callable[[Run, Any], Any]:
+    """A step over a range that is one call of the task's, with these fields as further arguments."""
+
+    def do(state: Run, step: Any) -> Any:
+        function = getattr(state.task(step.task), method)
+        return function(*_range(state, step), *(getattr(step, field) for field in extra))
+
+    return do
+
+
+def _open_file(state: Run, step: s.OpenFile) -> None:
+    state.fds[step.fd] = state.task(step.task).open_file(step.file)
+
+
+def _open_uffd(state: Run, step: s.UffdOpen) -> None:
+    state.fds[step.fd] = state.task(step.task).userfaultfd(step.features)
+
+
+def _close(state: Run, step: s.CloseFd) -> None:
+    state.task(step.task).close(state.fd(step.fd))
+    del state.fds[step.fd]
+
+
+_DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
+    s.Map: _map,
+    s.Unmap: _bound("munmap"),
+    s.Protect: _bound("mprotect", "prot"),
+    s.Advise: _bound("madvise", "advice"),
+    s.Lock: lambda r, st: r.task(st.task).mlock(*_range(r, st), onfault=st.onfault),
+    s.Unlock: _bound("munlock"),
+    s.Mincore: lambda r, st: r.task(st.task).mincore(*_range(r, st)).tolist(),
+    s.Move: _move,
+    s.Touch: _touch,
+    s.Read: lambda r, st: r.task(st.task).read(r.area(st.area)[0] + st.offset, st.length),
+    s.Write: lambda r, st: r.task(st.task).write(r.area(st.area)[0] + st.offset, st.text.encode()),
+    s.MemfdCreate: _memfd,
+    s.OpenFile: _open_file,
+    s.Ftruncate: lambda r, st: r.task(st.task).ftruncate(r.fd(st.fd), st.length),
+    s.Fallocate: lambda r, st: r.task(st.task).fallocate(r.fd(st.fd), st.mode, st.offset, st.length),
+    s.Pwrite: lambda r, st: r.task(st.task).pwrite(r.fd(st.fd), st.text.encode(), st.offset),
+    s.CloseFd: _close,
+    s.UffdOpen: _open_uffd,
+    s.UffdRegister: lambda r, st: r.task(st.task).uffd_register(r.fd(st.fd), *_range(r, st), st.mode) and None,
+    s.UffdUnregister: lambda r, st: r.task(st.task).uffd_unregister(r.fd(st.fd), *_range(r, st)),
+    s.UffdProtect: lambda r, st: r.task(st.task).uffd_writeprotect(
+        r.fd(st.fd), *_range(r, st), protect=st.protect
+    ),
+    s.Fork: _fork,
+    s.Exit: _exit,
+    s.ClearRefs: lambda r, st: r.task(st.task).process.clear_refs(st.what),
+    s.Scan: _scan,
+}

@@ -1,0 +1,311 @@
+"""The steps of a page-table program, one class an operation, as frozen values.
+
+`task`, `area` and `fd` are names that the program gives; `page` and `pages` count in pages from the area's start,
+`offset` and `length` in bytes. A step says what is asked for, also what the kernel will refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from pmcore.errors import ArgumentError
+from pmcore.uapi import Madvise, MapFlag, Prot
+
+__all__ = [
+    "STEPS",
+    "Advise",
+    "ClearRefs",
+    "CloseFd",
+    "Exit",
+    "Fallocate",
+    "Fork",
+    "Ftruncate",
+    "Lock",
+    "Map",
+    "MemfdCreate",
+    "Mincore",
+    "Move",
+    "OpenFile",
+    "Protect",
+    "Pwrite",
+    "Read",
+    "Scan",
+    "Step",
+    "Touch",
+    "UffdOpen",
+    "UffdProtect",
+    "UffdRegister",
+    "UffdUnregister",
+    "Unlock",
+    "Unmap",
+    "Write",
+]
+
+
+def _name(_instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if not isinstance(value, str) or not value or not value.replace("_", "").isalnum():
+        raise ArgumentError(f"{attribute.name}={value!r} is no name", remedy="letters, digits and _")
+
+
+def _count(_instance: object, attribute: attrs.Attribute[int], value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
+        raise ArgumentError(f"{attribute.name}={value!r} is no unsigned 64-bit number")
+
+
+def name(default: Any = attrs.NOTHING) -> Any:
+    """A field that names something."""
+    return attrs.field(default=default, validator=_name)
+
+
+def number(default: Any = attrs.NOTHING) -> Any:
+    """A field that counts something."""
+    return attrs.field(default=default, validator=_count)
+
+
+@attrs.frozen(kw_only=True)
+class Step:
+    """Base of all steps. `task` does it."""
+
+    task: str = name("main")
+
+
+@attrs.frozen(kw_only=True)
+class Map(Step):
+    """mmap: a new area. `fd` "" maps anonymous memory. `align` in bytes; the runner chooses the address."""
+
+    area: str = name()
+    pages: int = number()
+    prot: int = number(int(Prot.READ | Prot.WRITE))
+    flags: int = number(int(MapFlag.PRIVATE | MapFlag.ANONYMOUS))
+    fd: str = ""
+    page_offset: int = number(0)
+    align: int = number(4096)
+    #: Leave the place to the kernel, instead of the runner's arena.
+    anywhere: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class _Range(Step):
+    area: str = name()
+    page: int = number(0)
+    pages: int = number()
+
+
+@attrs.frozen(kw_only=True)
+class Unmap(_Range):
+    """munmap."""
+
+
+@attrs.frozen(kw_only=True)
+class Protect(_Range):
+    """mprotect."""
+
+    prot: int = number()
+
+
+@attrs.frozen(kw_only=True)
+class Advise(_Range):
+    """madvise."""
+
+    advice: int = number(int(Madvise.DONTNEED))
+
+
+@attrs.frozen(kw_only=True)
+class Lock(_Range):
+    """mlock, or mlock2 with MLOCK_ONFAULT."""
+
+    onfault: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Unlock(_Range):
+    """munlock."""
+
+
+@attrs.frozen(kw_only=True)
+class Mincore(_Range):
+    """mincore."""
+
+
+@attrs.frozen(kw_only=True)
+class Move(_Range):
+    """mremap to `new_pages`; with `to` the pages become the area of that name at an address of the runner's."""
+
+    new_pages: int = number()
+    flags: int = number(1)
+    to: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class Touch(_Range):
+    """One access a page (every `step` pages): a write keeps what is there."""
+
+    write: bool = True
+    step: int = number(1)
+
+
+@attrs.frozen(kw_only=True)
+class Read(Step):
+    """Read bytes."""
+
+    area: str = name()
+    offset: int = number(0)
+    length: int = number(1)
+
+
+@attrs.frozen(kw_only=True)
+class Write(Step):
+    """Write bytes: `text`, as UTF-8."""
+
+    area: str = name()
+    offset: int = number(0)
+    text: str = "x"
+
+
+@attrs.frozen(kw_only=True)
+class MemfdCreate(Step):
+    """memfd_create; `flags` 4 is MFD_HUGETLB."""
+
+    fd: str = name()
+    flags: int = number(0)
+    pages: int = number(0)
+
+
+@attrs.frozen(kw_only=True)
+class OpenFile(Step):
+    """A regular file of the workbench's."""
+
+    fd: str = name()
+    file: str = name()
+
+
+@attrs.frozen(kw_only=True)
+class Ftruncate(Step):
+    """ftruncate."""
+
+    fd: str = name()
+    length: int = number()
+
+
+@attrs.frozen(kw_only=True)
+class Fallocate(Step):
+    """fallocate; mode 3 punches a hole."""
+
+    fd: str = name()
+    mode: int = number(3)
+    offset: int = number(0)
+    length: int = number()
+
+
+@attrs.frozen(kw_only=True)
+class Pwrite(Step):
+    """pwrite of `text`."""
+
+    fd: str = name()
+    offset: int = number(0)
+    text: str = "x"
+
+
+@attrs.frozen(kw_only=True)
+class CloseFd(Step):
+    """close."""
+
+    fd: str = name()
+
+
+@attrs.frozen(kw_only=True)
+class UffdOpen(Step):
+    """userfaultfd with UFFDIO_API."""
+
+    fd: str = name("uffd")
+    features: int = number(0)
+
+
+@attrs.frozen(kw_only=True)
+class UffdRegister(_Range):
+    """UFFDIO_REGISTER; mode 2 is write protection."""
+
+    fd: str = name("uffd")
+    mode: int = number(2)
+
+
+@attrs.frozen(kw_only=True)
+class UffdUnregister(_Range):
+    """UFFDIO_UNREGISTER."""
+
+    fd: str = name("uffd")
+
+
+@attrs.frozen(kw_only=True)
+class UffdProtect(_Range):
+    """UFFDIO_WRITEPROTECT."""
+
+    fd: str = name("uffd")
+    protect: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class Fork(Step):
+    """fork: the child is the task `child`."""
+
+    child: str = name()
+
+
+@attrs.frozen(kw_only=True)
+class Exit(Step):
+    """exit."""
+
+
+@attrs.frozen(kw_only=True)
+class ClearRefs(Step):
+    """Write to the task's clear_refs."""
+
+    what: int = number(4)
+
+
+@attrs.frozen(kw_only=True)
+class Scan(_Range):
+    """PAGEMAP_SCAN of pages of an area."""
+
+    vec_len: int = number(512)
+    max_pages: int = number(0)
+    flags: int = number(0)
+    category_inverted: int = number(0)
+    category_mask: int = number(0)
+    category_anyof_mask: int = number(0)
+    return_mask: int = number(0x7F)
+
+
+#: Steps by the name that they have in JSON.
+STEPS: dict[str, type[Step]] = {
+    kind.__name__.lower(): kind
+    for kind in (
+        Map,
+        Unmap,
+        Protect,
+        Advise,
+        Lock,
+        Unlock,
+        Mincore,
+        Move,
+        Touch,
+        Read,
+        Write,
+        MemfdCreate,
+        OpenFile,
+        Ftruncate,
+        Fallocate,
+        Pwrite,
+        CloseFd,
+        UffdOpen,
+        UffdRegister,
+        UffdUnregister,
+        UffdProtect,
+        Fork,
+        Exit,
+        ClearRefs,
+        Scan,
+    )
+}
