@@ -34,7 +34,12 @@ def program_to_json(program: Program) -> str:
         values = attrs.asdict(step)
         kept = {key: value for key, value in values.items() if value != defaults[key]}
         steps.append({"step": type(step).__name__.lower(), **kept})
-    head = {"pmcore_program": _VERSION, "name": program.name, "note": program.note, "rules": list(program.rules)}
+    head = {
+        "pmcore_program": _VERSION,
+        "name": program.name,
+        "note": program.note,
+        "rules": list(program.rules),
+    }
     return json.dumps({**head, "steps": steps}, indent=1)
 
 
@@ -79,7 +84,9 @@ def _step(item: Any, where: str) -> Step:
     values = dict(item)
     kind = STEPS.get(values.pop("step", None))
     if kind is None:
-        raise FormatError(f"unknown step {item.get('step')!r}", source=where, remedy=f"known: {', '.join(STEPS)}")
+        raise FormatError(
+            f"unknown step {item.get('step')!r}", source=where, remedy=f"known: {', '.join(STEPS)}"
+        )
     fields = {field.name: field for field in attrs.fields(kind)}
     for key, value in values.items():
         if key not in fields:

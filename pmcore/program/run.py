@@ -81,7 +81,10 @@ class Run:
 
 
 def run(
-    program: Program, workbench: Workbench, *, observer: Callable[[Run, s.Step, Outcome], object] | None = None
+    program: Program,
+    workbench: Workbench,
+    *,
+    observer: Callable[[Run, s.Step, Outcome], object] | None = None,
 ) -> Run:
     """Run all steps. `observer` is called after each with the run, the step and its outcome.
 
@@ -219,7 +222,9 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Pwrite: lambda r, st: r.task(st.task).pwrite(r.fd(st.fd), st.text.encode(), st.offset),
     s.CloseFd: _close,
     s.UffdOpen: _open_uffd,
-    s.UffdRegister: lambda r, st: r.task(st.task).uffd_register(r.fd(st.fd), *_range(r, st), st.mode) and None,
+    s.UffdRegister: lambda r, st: (
+        r.task(st.task).uffd_register(r.fd(st.fd), *_range(r, st), st.mode) and None
+    ),
     s.UffdUnregister: lambda r, st: r.task(st.task).uffd_unregister(r.fd(st.fd), *_range(r, st)),
     s.UffdProtect: lambda r, st: r.task(st.task).uffd_writeprotect(
         r.fd(st.fd), *_range(r, st), protect=st.protect

@@ -112,14 +112,12 @@ class _ProcessTables:
         categories = self._categories(entries, flags)
         huge = self._pmd_mapped(vma, entries, flags, first)
         categories[huge] |= np.uint64(PageCategory.HUGE)
-        # An entry of 0 is an empty PTE or a hole: which of the two, pagemap does not say.
+        # An entry of 0 is an empty PTE or a hole: which of the two, pagemap does not say. They count alike only under
+        # write protection, on kernels for which every empty PTE is written.
         empty = ~(entries.present | entries.swapped)
-        if vma.uffd_wp:
-            kind = np.where(empty, LeafKind.EMPTY, LeafKind.PTE).astype(np.uint8)
-        else:
-            kind = np.where(empty, LeafKind.HOLE, LeafKind.PTE).astype(np.uint8)
-            if empty.any():
-                self.unknown |= PageCategory.WRITTEN
+        if empty.any() and not (vma.uffd_wp and self._profile.has("scan.empty_pte_written")):
+            self.unknown |= PageCategory.WRITTEN
+        kind = np.where(empty, LeafKind.HOLE, LeafKind.PTE).astype(np.uint8)
         return LeafBatch(start=first, end=first + size, kind=kind, categories=categories)
 
     def _hugetlb_batch(self, vma: ScanVma, entries: PagemapEntries, position: int, stop: int) -> LeafBatch:

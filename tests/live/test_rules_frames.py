@@ -31,7 +31,9 @@ def test_free_blocks_show_buddy_on_every_page(kernel, needs):
     flags = kernel.kpageflags()
     buddy = int(flags.has(PageFlag.BUDDY).sum())
     blocks = sum(
-        int(number) for line in Path("/proc/buddyinfo").read_text().splitlines() for number in line.split()[4:]
+        int(number)
+        for line in Path("/proc/buddyinfo").read_text().splitlines()
+        for number in line.split()[4:]
     )
     assert buddy > 2 * blocks
     free = np.flatnonzero(flags.has(PageFlag.BUDDY))[::4097]
@@ -58,7 +60,9 @@ def test_slab_and_compound_frames(kernel, needs):
     slab = flags.has(PageFlag.SLAB)
     assert slab.any()
     assert (slab & flags.has(PageFlag.COMPOUND_TAIL)).any()
-    other = flags.any(PageFlag.COMPOUND_HEAD | PageFlag.COMPOUND_TAIL) & ~flags.any(PageFlag.HUGE | PageFlag.THP)
+    other = flags.any(PageFlag.COMPOUND_HEAD | PageFlag.COMPOUND_TAIL) & ~flags.any(
+        PageFlag.HUGE | PageFlag.THP
+    )
     assert other.any()
 
 

@@ -26,7 +26,9 @@ def test_fresh_mapping_and_no_mapping_read_zero(task, area):
     assert entries.values[:4].tolist() == [0] * 4
 
 
-@pytest.mark.rule("PM-013", "PM-002", "PM-007", "VM-003", "KC-001", "KF-013", "KF-015", "KF-004", "KF-012", "KF-006")
+@pytest.mark.rule(
+    "PM-013", "PM-002", "PM-007", "VM-003", "KC-001", "KF-013", "KF-015", "KF-004", "KF-012", "KF-006"
+)
 def test_write_gives_a_frame_of_its_own(task, area, look):
     start = area(2)
     task.write(start, b"a")
@@ -352,7 +354,9 @@ def test_unprivileged_user(kernel):
     """Without privilege: own pagemap without frame numbers, no frame files, nobody else's pagemap."""
     if os.getuid() != 0:
         pytest.skip("needs root, to become nobody")
-    done = subprocess.run([sys.executable, "-I", "-c", _UNPRIVILEGED], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _UNPRIVILEGED], capture_output=True, text=True, check=True
+    )
     word, *errors = done.stdout.split()
     assert int(word, 16) & (1 << 63)
     assert int(word, 16) & ((1 << 55) - 1) == 0

@@ -177,7 +177,13 @@ def test_flag_named_twice_protects_nothing(task, tracked):
     """The document's first example as it stands: CHECK_WPASYNC twice."""
     start, _ = tracked(2)
     task.touch(start, 2 * PAGE)
-    fields = {"start": start, "end": start + 2 * PAGE, "vec_len": 2, "category_mask": WRITTEN, "return_mask": WRITTEN}
+    fields = {
+        "start": start,
+        "end": start + 2 * PAGE,
+        "vec_len": 2,
+        "category_mask": WRITTEN,
+        "return_mask": WRITTEN,
+    }
     twice = ScanRequest(flags=ScanFlag.CHECK_WPASYNC | ScanFlag.CHECK_WPASYNC, **fields)
     assert len(task.process.pagemap_scan(twice).regions) == 1
     assert not task.process.pagemap(start, start + 2 * PAGE).uffd_wp.any()
@@ -311,7 +317,9 @@ def test_reported_categories_are_not_flipped(task, area):
 def test_empty_entries_beside_a_touched_page(task, area, kernel):
     start = area(2)
     task.write(start, b"x")
-    only = ScanRequest(start=start, end=start + 2 * PAGE, vec_len=2, category_mask=WRITTEN, return_mask=WRITTEN)
+    only = ScanRequest(
+        start=start, end=start + 2 * PAGE, vec_len=2, category_mask=WRITTEN, return_mask=WRITTEN
+    )
     assert task.process.pagemap_scan(only).regions.tolist() == [(start, start + 2 * PAGE, WRITTEN)]
     generic = categories(task, start, 2)[1] & WRITTEN
     assert bool(generic) == kernel.profile.has("scan.empty_pte_written")
@@ -321,7 +329,9 @@ def test_empty_entries_beside_a_touched_page(task, area, kernel):
 def test_pages_outside_vmas_and_of_pfnmap_are_not_reported(task, area):
     start = area(2)
     task.munmap(start, PAGE)
-    result = task.process.pagemap_scan(ScanRequest(start=start, end=start + PAGE, vec_len=2, return_mask=0xFF))
+    result = task.process.pagemap_scan(
+        ScanRequest(start=start, end=start + PAGE, vec_len=2, return_mask=0xFF)
+    )
     assert len(result.regions) == 0
     for vma in task.process.maps():
         if vma.name == "[vvar]":
@@ -349,7 +359,10 @@ def test_soft_dirty_agrees_between_interfaces(task, area, kernel):
     start = area(2)
     task.write(start, b"x")
     configured = kernel.profile.has("pagemap.soft_dirty")
-    assert bool(task.process.pagemap(start, start + PAGE).values[0] >> np.uint64(55) & np.uint64(1)) == configured
+    assert (
+        bool(task.process.pagemap(start, start + PAGE).values[0] >> np.uint64(55) & np.uint64(1))
+        == configured
+    )
     if kernel.profile.has("scan.soft_dirty"):
         assert bool(categories(task, start, 1)[0] & PageCategory.SOFT_DIRTY) == configured
     if kernel.profile.has("clear_refs.soft_dirty"):

@@ -70,7 +70,11 @@ def _blocks(lines: list[str]) -> Iterator[list[tuple[int, str]]]:
             example = True
             block = [(number, line)]
             continue
-        if not line.strip() or (_ITEM.match(line) and block) or (block and _RULER.match(block[-1][1].strip())):
+        if (
+            not line.strip()
+            or (_ITEM.match(line) and block)
+            or (block and _RULER.match(block[-1][1].strip()))
+        ):
             if block and not all(_RULER.match(text.strip()) for _, text in block):
                 yield block
             block = []
