@@ -177,7 +177,7 @@ def _scan(state: Run, step: s.Scan) -> dict[str, Any]:
 def _touch(state: Run, step: s.Touch) -> None:
     start, length = _range(state, step)
     size = state.workbench.kernel.profile.geometry.page_size
-    state.task(step.task).touch(start, length, write=step.write, step=max(step.step, 1) * size)
+    state.task(step.task).touch(start, length, write=step.write, step=max(step.stride, 1) * size)
 
 
 def _bound(method: str, *extra: str) -> Callable[[Run, Any], Any]:

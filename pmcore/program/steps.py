@@ -140,10 +140,10 @@ class Move(_Range):
 
 @attrs.frozen(kw_only=True)
 class Touch(_Range):
-    """One access a page (every `step` pages): a write keeps what is there."""
+    """One access a page (every `stride` pages): a write keeps what is there."""
 
     write: bool = True
-    step: int = number(1)
+    stride: int = number(1)
 
 
 @attrs.frozen(kw_only=True)

@@ -286,6 +286,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     _declare()
+    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: the fork server reaps tasks whose parents are gone
     Task(socket.socket(fileno=int(sys.argv[1]))).serve()
 
 
