@@ -19,6 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/live" in item.path.as_posix():
             item.add_marker(pytest.mark.live)
+            item.add_marker(pytest.mark.xdist_group("live"))  # they turn the machine's knobs: one at a time
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 
 from pmcore.errors import AddressSpaceFault, ArgumentError, ProcessGone
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 PAGE = 4096
 
 

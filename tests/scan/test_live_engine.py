@@ -23,7 +23,7 @@ from . import live_areas
 from .live_areas import ARENA, PAGE, PMD, LiveAreas
 from .toy import ToyTables
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 _REASON = live_areas.why_not()
 REQUESTS = int(os.environ.get("PMCORE_LIVE_SCANS", "600"))
 WRITTEN, HUGE = int(PageCategory.WRITTEN), int(PageCategory.HUGE)

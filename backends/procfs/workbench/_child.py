@@ -194,7 +194,9 @@ class Task:
         os.ftruncate(fd, length)
         return 0, b""
 
-    def do_fallocate(self, *, fd: int, mode: int, offset: int, length: int, payload: bytes) -> tuple[int, bytes]:
+    def do_fallocate(
+        self, *, fd: int, mode: int, offset: int, length: int, payload: bytes
+    ) -> tuple[int, bytes]:
         libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
         return call("fallocate", fd, mode, offset, length), b""
 

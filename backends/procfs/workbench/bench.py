@@ -53,7 +53,9 @@ class _Channel:
     def closed(self) -> bool:
         return not self._close.alive
 
-    def ask(self, op: str, args: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes, list[int]]:
+    def ask(
+        self, op: str, args: dict[str, Any], payload: bytes = b""
+    ) -> tuple[dict[str, Any], bytes, list[int]]:
         """Send a request; the answer, its payload, and descriptors that came with it. Raises ProcessGone."""
         if self.closed:
             raise self._gone(op)
@@ -248,7 +250,9 @@ class ProcfsTask(Task):
 
     def _uffd(self, fd: int, what: str, *words: int) -> int:
         shown = ", ".join(f"{word:#x}" for word in words)
-        return int(self._ask("uffd", f"UFFDIO_{what.upper()}({shown})", fd=fd, what=what, words=list(words))[0])
+        return int(
+            self._ask("uffd", f"UFFDIO_{what.upper()}({shown})", fd=fd, what=what, words=list(words))[0]
+        )
 
     def uffd_register(self, fd: int, start: int, length: int, mode: int) -> int:
         """UFFDIO_REGISTER."""

@@ -36,7 +36,11 @@ def drain_lru() -> bool:
     area = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area[0] = 1
     cell = ctypes.c_char.from_buffer(area)
-    pages, nodes, status = (ctypes.c_void_p * 1)(ctypes.addressof(cell)), (ctypes.c_int * 1)(0), (ctypes.c_int * 1)()
+    pages, nodes, status = (
+        (ctypes.c_void_p * 1)(ctypes.addressof(cell)),
+        (ctypes.c_int * 1)(0),
+        (ctypes.c_int * 1)(),
+    )
     try:
         return int(libc.syscall(number, 0, ctypes.c_ulong(1), pages, nodes, status, 2)) == 0
     finally:
