@@ -178,8 +178,11 @@ def test_symbols_are_those_of_page_types():
     tool = os.environ.get("PMCORE_PAGE_TYPES")
     if not tool:
         pytest.skip("set PMCORE_PAGE_TYPES to the kernel's page-types binary")
-    words = [0, *(1 << bit for bit in pagetypes.display_table()), 0x586C, 0x1080000000040800]
-    for word in words[:-1]:
+    for word in (
+        0,
+        0x586C,
+        *(1 << bit for bit in pagetypes.display_table() if bit < 63),
+    ):  # it reads signed numbers
         done = subprocess.run([tool, "-d", hex(word)], capture_output=True, text=True, check=True)
         assert done.stdout == f"{word:#018x}\t{pagetypes.symbolic(word)}\t{pagetypes.long_names(word)}\n"
 

@@ -64,7 +64,9 @@ def test_every_core_module_stands_behind_the_walls():
     """A new module of the core is in each contract that is about the core."""
     import tomllib
 
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     modules = {
         f"pmcore.{path.stem}"
         for path in (ROOT / "pmcore").iterdir()
