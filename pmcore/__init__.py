@@ -13,10 +13,15 @@ Names are imported when they are first used, so that `import pmcore` costs next 
 
 from __future__ import annotations
 
+import os.path
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pmcore._version import __version__
+
+if not os.path.isdir(os.path.join(__path__[0], "spec")):  # noqa: PTH112, PTH118
+    # Python was started inside a checkout and found it before the installed package: spec and backends lie beside us.
+    __path__.append(os.path.dirname(__path__[0]))  # noqa: PTH120
 
 if TYPE_CHECKING:
     from pmcore.errors import PmcoreError, SyscallError

@@ -82,6 +82,10 @@ def _run(arguments: list[str]) -> int:
         result = cli.main(args=arguments, prog_name="pmcore", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except SystemExit as error:
+        # Click ends a program whose reader has gone with 1; that is no failure of ours.
+        gone = type(sys.stdout).__name__.endswith("PacifyFlushWrapper")
+        return 0 if gone or not isinstance(error.code, int) else error.code
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
@@ -91,7 +95,7 @@ def _run(arguments: list[str]) -> int:
         return _fail("interrupted", None, EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Whoever read us has seen enough. Nothing more may be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except errors.BackendUnavailable as error:
         return _fail(error.message, error.remedy, EXIT_BACKEND)
