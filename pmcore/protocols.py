@@ -23,6 +23,7 @@ from pmcore.pageflags import PageFlagsArray
 from pmcore.pagemap import PagemapEntries
 
 if TYPE_CHECKING:
+    from pmcore.geometry import Geometry
     from pmcore.profile import KernelProfile
     from pmcore.scan.request import ScanRequest
     from pmcore.scan.result import ScanResult
@@ -132,6 +133,11 @@ class Kernel(Protocol):
     pfn_visible: bool
     #: To provide: how many threads reading frames at once make it faster (1: no gain).
     concurrency: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """Page size and shape of the page tables. A backend whose profile costs time to find may know it sooner."""
+        return self.profile.geometry
 
     def frame_count(self) -> int:
         """To provide: number of frames that the kpage* files cover (their size in words)."""

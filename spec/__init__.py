@@ -6,14 +6,12 @@ pmcore is imported here.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from importlib.resources import files
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from pmcore.spec._rows import (
     BitField,
@@ -59,8 +57,9 @@ __all__ = [
     "version_in",
 ]
 
+_HERE = Path(__file__).parent
 _FAMILIES = ("pagemap", "kpagecount", "kpageflags", "kpagecgroup", "scan", "shared", "access", "memory")
-_Row = TypeVar("_Row")
+_Row = TypeVar("_Row", bound=NamedTuple)
 
 
 class SpecError(Exception):
@@ -92,6 +91,8 @@ def rule(number: str) -> Rule:
     try:
         return rules()[number]
     except KeyError:
+        import difflib
+
         known = [*rules(), *divergences()]
         raise UnknownRule(number, difflib.get_close_matches(number.upper(), known, n=3)) from None
 
@@ -186,18 +187,18 @@ def version_in(version: str, since: str | None, until: str | None) -> bool:
 
 @functools.cache
 def _read(name: str) -> dict[str, Any]:
-    return tomllib.loads(files(__name__).joinpath(*name.split("/")).read_text(encoding="utf-8"))
+    return tomllib.loads((_HERE / name).read_text(encoding="utf-8"))
 
 
 def _rows(kind: type[_Row], name: str, key: str) -> list[_Row]:
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    known, make = set(kind._fields), cast("Callable[..., _Row]", kind)
     made: list[_Row] = []
     for number, row in enumerate(_read(name).get(key, []), start=1):
         unknown = row.keys() - known
         if unknown:
             raise SpecError(f"{name}: {key} {number} has unknown keys {sorted(unknown)}")
         try:
-            made.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}))
+            made.append(make(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}))
         except TypeError as error:
             raise SpecError(f"{name}: {key} {number}: {error}") from error
     return made

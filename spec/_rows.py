@@ -1,12 +1,11 @@
-"""The kinds of rows that spec/ holds, as plain frozen values."""
+"""The kinds of rows that spec/ holds, as plain frozen values (named tuples: the cheapest to define at start-up)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """One numbered rule. `until` is exclusive; `capability` names what a kernel must have for it to hold."""
 
     id: str
@@ -19,8 +18,7 @@ class Rule:
     capability: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Divergence:
+class Divergence(NamedTuple):
     """A numbered difference between document, kernel source and observed kernels."""
 
     id: str
@@ -32,8 +30,7 @@ class Divergence:
     document: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BitField:
+class BitField(NamedTuple):
     """A field of the pagemap entry. `when`: always, present, swapped."""
 
     name: str
@@ -48,8 +45,7 @@ class BitField:
     until: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlagRow:
+class FlagRow(NamedTuple):
     """A bit of the kpageflags word, or one that page-types adds to it. `kind`: abi, raw, display."""
 
     name: str
@@ -64,8 +60,7 @@ class FlagRow:
     capability: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CategoryRow:
+class CategoryRow(NamedTuple):
     """A PAGE_IS_* category or PM_SCAN_* flag."""
 
     name: str
@@ -76,8 +71,7 @@ class CategoryRow:
     rule: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StructField:
+class StructField(NamedTuple):
     """A member of one of PAGEMAP_SCAN's structures; offset and size in bytes."""
 
     struct: str
@@ -87,8 +81,7 @@ class StructField:
     direction: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Permission:
+class Permission(NamedTuple):
     """What an action on a file needs; `errno` is what a refusal says ("" where nothing is refused)."""
 
     file: str
@@ -100,8 +93,7 @@ class Permission:
     until: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Feature:
+class Feature(NamedTuple):
     """A capability or quirk of kernels, by version, configuration and architecture."""
 
     name: str
@@ -116,16 +108,14 @@ class Feature:
     verified: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KernelRow:
+class KernelRow(NamedTuple):
     """A release that is a preset."""
 
     version: str
     notes: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sentence:
+class Sentence(NamedTuple):
     """One sentence, heading or list item of a document, by its lines. `kind`: rule, heading, pointer."""
 
     lines: str

@@ -1,4 +1,7 @@
-"""The running kernel: its frames, its processes, its profile found by trying."""
+"""The running kernel: its frames, its processes, its profile found by trying.
+
+What only some questions need is imported when they are asked: counting frames starts in a fraction of the time.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,28 @@ import os
 import threading
 from collections.abc import Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from pmcore.arrays import U64Array
 from pmcore.backends.procfs.files import MAX_OFFSET, WordFile, open_file, read_text
-from pmcore.backends.procfs.marking import mark_idle, poison
-from pmcore.backends.procfs.probe import Probe, pfn_is_visible, probe_all, running_profile
-from pmcore.backends.procfs.process import ProcfsProcess
-from pmcore.backends.procfs.residency import file_pagemap
 from pmcore.errors import syscall_error
-from pmcore.profile import KernelProfile
+from pmcore.geometry import Geometry
 from pmcore.protocols import FrameFile, Kernel
+
+if TYPE_CHECKING:
+    from pmcore.backends.procfs.probe import Probe
+    from pmcore.backends.procfs.process import ProcfsProcess
+    from pmcore.profile import KernelProfile
 
 __all__ = ["ProcfsKernel"]
 
 _WORD_FILES = frozenset(FrameFile)
+
+
+def running_geometry() -> Geometry:
+    """Page size of this system; the page tables of x86-64 unless the page size says otherwise."""
+    shift = os.sysconf("SC_PAGE_SIZE").bit_length() - 1
+    return Geometry() if shift == 12 else Geometry(page_shift=shift, task_size=1 << 47)
 
 
 class ProcfsKernel(Kernel):
@@ -41,16 +52,27 @@ class ProcfsKernel(Kernel):
 
     @cached_property
     def _probes(self) -> tuple[Probe, ...]:
+        from pmcore.backends.procfs.probe import probe_all
+
         return probe_all(self.root)
 
     @cached_property
     def profile(self) -> KernelProfile:  # type: ignore[override]
         """The preset of the running version, corrected by what was tried."""
-        return running_profile(self._probes)
+        from pmcore.backends.procfs.probe import running_profile
+
+        return running_profile(self._probes, self.geometry)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """What the system says of its pages; nothing needs to be tried for it."""
+        return running_geometry()
 
     @cached_property
     def pfn_visible(self) -> bool:  # type: ignore[override]
         """Whether frame numbers are shown to us (found by looking at a page of our own)."""
+        from pmcore.backends.procfs.probe import pfn_is_visible
+
         return pfn_is_visible(self.root)
 
     @cached_property
@@ -107,7 +129,9 @@ class ProcfsKernel(Kernel):
 
         `start` and `end` in bytes. Nothing is read from disk. Raises Missing, NotPermitted.
         """
-        size = self.profile.geometry.page_size
+        from pmcore.backends.procfs.residency import file_pagemap
+
+        size = self.geometry.page_size
         fd = open_file(path, "file", flags=os.O_RDONLY | os.O_NONBLOCK)
         try:
             length = os.fstat(fd).st_size
@@ -123,14 +147,20 @@ class ProcfsKernel(Kernel):
 
     def mark_idle(self, pfns: U64Array) -> None:
         """Mark frames idle. Raises Missing where idle page tracking is not configured."""
+        from pmcore.backends.procfs.marking import mark_idle
+
         mark_idle(pfns)
 
     def hwpoison(self, pfns: U64Array) -> None:
         """Poison frames: their contents are lost. Raises Missing where the kernel's injector is not there."""
+        from pmcore.backends.procfs.marking import poison
+
         poison(pfns, undo=False)
 
     def unpoison(self, pfns: U64Array) -> None:
         """Take the poison off again."""
+        from pmcore.backends.procfs.marking import poison
+
         poison(pfns, undo=True)
 
     # -- processes -------------------------------------------------------------------------------------
@@ -144,6 +174,8 @@ class ProcfsKernel(Kernel):
         directory = f"{self.root}/{pid}"
         if not isinstance(pid, int) or pid <= 0 or not os.path.isdir(directory):  # noqa: PTH112
             raise syscall_error(errno.ESRCH, f"process({pid})", remedy="see pids() for those there are")
+        from pmcore.backends.procfs.process import ProcfsProcess
+
         return ProcfsProcess(self, pid, directory)
 
     def own_process(self) -> ProcfsProcess:

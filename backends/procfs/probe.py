@@ -86,7 +86,7 @@ def probe_all(root: str) -> tuple[Probe, ...]:
     return tuple(found)
 
 
-def running_profile(probes: tuple[Probe, ...]) -> KernelProfile:
+def running_profile(probes: tuple[Probe, ...], geometry: Geometry) -> KernelProfile:
     """The preset of the running version, with what was tried put in place of what was assumed."""
     release, machine = os.uname().release, os.uname().machine
     try:
@@ -99,10 +99,7 @@ def running_profile(probes: tuple[Probe, ...]) -> KernelProfile:
         add=[name for name, ok in decided.items() if ok],
         remove=[name for name, ok in decided.items() if not ok],
     )
-    shift = mmap.PAGESIZE.bit_length() - 1
-    if shift != profile.geometry.page_shift:
-        profile = attrs.evolve(profile, geometry=Geometry(page_shift=shift, task_size=1 << 47))
-    return profile
+    return attrs.evolve(profile, geometry=geometry)
 
 
 # -- the questions ---------------------------------------------------------------------------------------

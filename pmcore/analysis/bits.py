@@ -11,8 +11,6 @@ a number. Unlike page-types, a name that fits nothing is an error and not a gues
 
 from __future__ import annotations
 
-import difflib
-
 import attrs
 import numpy as np
 
@@ -110,6 +108,8 @@ def _flag(name: str, where: str) -> int:
     try:
         number = int(name, 0)
     except ValueError:
+        import difflib
+
         known = [row.page_types for row in table.values()]
         close = difflib.get_close_matches(lower, known, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"

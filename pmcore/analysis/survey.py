@@ -108,7 +108,7 @@ def survey(
         with ThreadPoolExecutor(workers) as pool:
             counted = list(pool.map(lambda _: work(), range(workers)))
     words, pages = merge_counts(itertools.chain.from_iterable(counted))
-    return _shown(words, pages, options, kernel.profile.geometry.page_size)
+    return _shown(words, pages, options, kernel.geometry.page_size)
 
 
 def summarise(rows: Iterable[FrameRows], *, page_size: int) -> Survey:

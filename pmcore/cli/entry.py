@@ -6,6 +6,8 @@ Exit codes: 0 done; 1 done, and something was found or could not be fully answer
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
 from typing import NoReturn
@@ -49,7 +51,10 @@ if not _MISSING:
                 return None
             from importlib import import_module
 
+            gc.disable()  # nothing that importing makes is garbage
             module = import_module(f"pmcore.cli.{_MODULES.get(cmd_name, cmd_name)}")
+            gc.freeze()
+            gc.enable()
             command: click.Command = module.command
             return command
 
@@ -71,7 +76,14 @@ def main() -> NoReturn:
     if _MISSING:
         print("pmcore: the command line needs click and rich; pip install 'pmcore[cli]'", file=sys.stderr)
         sys.exit(EXIT_USAGE)
-    sys.exit(_run(sys.argv[1:]))
+    # We multiply no matrices: numpy need not start threads for that.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    code = _run(sys.argv[1:])
+    # All is written and closed: taking the interpreter apart would cost as much as a good part of the work.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(arguments: list[str]) -> int:

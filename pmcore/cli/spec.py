@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -39,7 +38,7 @@ def command(names: tuple[str, ...], listing: bool, search: str | None, form: str
     for name in names:
         chosen += _named(name)
     if form == "json":
-        say(json.dumps([asdict(entry) for entry in chosen], indent=1))
+        say(json.dumps([entry._asdict() for entry in chosen], indent=1))
         return
     short = listing or (bool(search) and not names)
     for number, entry in enumerate(chosen):
@@ -93,7 +92,7 @@ def _text(entry: Any) -> str:
         lines += [f"    rule       {number}" for number in entry.rules]
         lines += ["    reproduce", *(f"        {line}" for line in entry.reproduce.strip().splitlines())]
     else:
-        row = asdict(entry)
+        row = entry._asdict()
         lines = [f"{row.pop('name')}  {row.pop('meaning', '')}"]
         lines += [
             f"    {key:10} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}"

@@ -108,7 +108,7 @@ def _ranges(options: dict[str, Any]) -> tuple[tuple[int, int | None], ...]:
 def _live(kernel: Kernel, options: dict[str, Any]) -> None:
     chosen, ranges = _row_options(options), _ranges(options)
     acting = options["mark_idle"] or options["hwpoison"] or options["unpoison"]
-    size = kernel.profile.geometry.page_size
+    size = kernel.geometry.page_size
     counting = options["listing"] is None and not acting
     if options["pid"] is None and options["path"] is None and counting and options["form"] != "page-types":
         with progress_bar("counting frames", wanted=not options["no_progress"]) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import pickle
 import subprocess
 import sys
@@ -149,20 +150,45 @@ def test_unknown_backend_names_those_there_are():
     assert caught.value.remedy == "did you mean 'procfs'?"
 
 
-def test_a_backend_that_cannot_be_imported(monkeypatch):
-    point = EntryPoint("broken", "no_such_module_at_all:f", registry.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-    with pytest.raises(errors.BackendUnavailable, match="cannot be imported"):
-        pmcore.open("broken")
+@pytest.fixture
+def strangers(monkeypatch):
+    """Backends of other distributions."""
+
+    def add(**places):
+        points = [EntryPoint(name, value, registry.ENTRY_POINT_GROUP) for name, value in places.items()]
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+
+    return add
 
 
-def test_the_kill_switch_leaves_our_own(monkeypatch):
-    point = EntryPoint("stranger", "m:f", registry.ENTRY_POINT_GROUP)
-    original = registry.entry_points
-    monkeypatch.setattr(registry, "entry_points", lambda group: [*original(group=group), point])
-    assert "stranger" in registry.backends()
+def test_a_backend_that_cannot_be_imported(strangers):
+    strangers(broken="no_such_module_at_all:f", empty="pmcore.errors:no_such_name")
+    for name in ("broken", "empty"):
+        with pytest.raises(errors.BackendUnavailable, match="cannot be imported"):
+            pmcore.open(name)
+
+
+def test_a_backend_of_somebody_else(strangers):
+    strangers(theirs="pmcore.testing.snapshot:SnapshotKernel")
+    assert pmcore.open("theirs", pfn_visible=False).pfn_visible is False
+
+
+def test_nobody_shadows_ours_and_the_kill_switch_leaves_them(strangers, monkeypatch):
+    strangers(procfs="m:f", stranger="m:f")
+    assert registry.backends() == ("procfs", "stranger")
+    assert registry._found()["procfs"] == registry._OWN["procfs"]
     monkeypatch.setenv(registry.KILL_SWITCH, "1")
-    assert "stranger" not in registry.backends()
+    assert registry.backends() == ("procfs",)
+
+
+def test_our_backends_are_those_that_we_declare():
+    declared = {
+        p.name: p.value
+        for p in importlib.metadata.distribution("pmcore").entry_points.select(
+            group=registry.ENTRY_POINT_GROUP
+        )
+    }
+    assert declared == registry._OWN
 
 
 def test_procfs_says_that_it_needs_linux(monkeypatch):
