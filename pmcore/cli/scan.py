@@ -11,7 +11,7 @@ from pmcore.cli.options import Address, backend_options, format_option, open_bac
 from pmcore.cli.output import Column, Report, emit
 from pmcore.errors import ArgumentError
 from pmcore.profile import KernelProfile
-from pmcore.scan import ScanRequest, known_categories, scan_chunks
+from pmcore.scan import ScanRequest, ScanResult, known_categories, scan_chunks
 from pmcore.uapi import PageCategory, ScanFlag
 
 
@@ -73,12 +73,12 @@ def command(
     backend: str,
     backend_settings: tuple[str, ...],
     form: str,
-) -> None:
+) -> int:
     """Regions of process PID ("self") whose pages match, by PAGEMAP_SCAN.
 
     Categories: wpallowed written file present swapped pfnzero huge soft_dirty guard.
     With no filter every page of every mapping is reported. On kernels without PAGEMAP_SCAN the answer comes from
-    pagemap and smaps, and what cannot be known that way is refused.
+    pagemap and smaps; the categories that cannot be known that way are named, and the exit code is 1.
     """
     with open_backend(backend, backend_settings) as kernel:
         process = process_of(kernel, pid)
@@ -109,13 +109,25 @@ def command(
         ]
         shift = profile.geometry.page_shift
 
+        asked, unknown = mask | anyof | inverted | request.return_mask, 0
+
+        def note(result: ScanResult) -> None:
+            nonlocal unknown
+            unknown |= int(result.unknown) & asked
+
         def rows() -> Iterator[tuple[int, int, int, int, int, str]]:
-            for regions in scan_chunks(process, request):
+            for regions in scan_chunks(process, request, on_call=note):
                 for low, high, categories in regions.tolist():
                     names = _names(categories)
                     yield low, high, (high - low) >> shift, high - low, categories, names
 
         emit(Report(columns, rows()), form)
+        if unknown:
+            names = _names(unknown)
+            click.echo(
+                f"pmcore: not known from pagemap and smaps alone, and shown as absent: {names}", err=True
+            )
+        return 1 if unknown else 0
 
 
 def _names(categories: int) -> str:

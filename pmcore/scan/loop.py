@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
 import numpy as np
@@ -11,6 +11,7 @@ from pmcore.errors import ArgumentError
 from pmcore.protocols import Process
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import RegionArray, ScanResult, empty_regions
+from pmcore.uapi import PageCategory
 
 __all__ = ["DEFAULT_VEC_LEN", "join_regions", "scan_all", "scan_chunks"]
 
@@ -25,21 +26,26 @@ def scan_all(process: Process, request: ScanRequest) -> ScanResult:
     `walk_end` of the result is where the next page of interest may be. Raises what the kernel refuses; regions of
     calls before the refusal are lost, so use `scan_chunks` where write-protecting scans must not lose any.
     """
-    pieces: list[RegionArray] = []
-    last = ScanResult(walk_end=request.start)
-    for last in _calls(process, request):
-        pieces.append(last.regions)
-    regions = join_regions(np.concatenate(pieces)) if pieces else empty_regions()
-    return attrs.evolve(last, regions=regions)
+    results = list(_calls(process, request))
+    unknown = PageCategory(0)
+    for result in results:
+        unknown |= result.unknown
+    regions = join_regions(np.concatenate([result.regions for result in results]))
+    return attrs.evolve(results[-1], regions=regions, unknown=unknown)
 
 
-def scan_chunks(process: Process, request: ScanRequest) -> Iterator[RegionArray]:
+def scan_chunks(
+    process: Process, request: ScanRequest, *, on_call: Callable[[ScanResult], object] | None = None
+) -> Iterator[RegionArray]:
     """As `scan_all`, yielding arrays of joined regions as they come: memory stays bounded by `vec_len`.
 
     A region is held back until it is known where it ends, so no two neighbours of the stream could be joined.
+    `on_call` is given the result of each call, for its `walk_end` and `unknown`.
     """
     held = empty_regions()
     for result in _calls(process, request):
+        if on_call is not None:
+            on_call(result)
         regions = join_regions(np.concatenate([held, result.regions]))
         held = regions[-1:]
         if len(regions) > 1:

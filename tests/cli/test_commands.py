@@ -157,6 +157,9 @@ def test_scan(run):
     ]
     limited = rows(run, "scan", "42", "--any-of", "PAGE_IS_PRESENT", "--max-pages", "1", "--start", "0x11000")
     assert [r["pages"] for r in limited] == [1]
+    unsure = run("scan", "42", "--all-of", "wpallowed", *LAB)
+    assert unsure.code == 1
+    assert "wpallowed" in unsure.err
     assert run("scan", "42", "--all-of", "pink", *LAB).code == 2
     assert run("scan", "42", "--start", "0x10001", *LAB).code == 3
     assert run("scan", "42", "--write-protect", *LAB).code == 3
