@@ -155,7 +155,19 @@ def test_scan(run):
         (0x20000, 0x21000, "file,present"),
         (0x21000, 0x22000, "present"),
     ]
-    limited = rows(run, "scan", "42", "--any-of", "PAGE_IS_PRESENT", "--max-pages", "1", "--start", "0x11000")
+    limited = rows(
+        run,
+        "scan",
+        "42",
+        "--any-of",
+        "PAGE_IS_PRESENT",
+        "--report",
+        "present",
+        "--max-pages",
+        "1",
+        "--start",
+        "0x11000",
+    )
     assert [r["pages"] for r in limited] == [1]
     unsure = run("scan", "42", "--all-of", "wpallowed", *LAB)
     assert unsure.code == 1
