@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from pmcore.backends.procfs.files import WordFile
 from pmcore.backends.procfs.ioctl import MapsQuery, pagemap_scan
+from pmcore.backends.procfs.userfaultfd import offered_features
 from pmcore.errors import PmcoreError, SyscallError, UnknownCapability
 from pmcore.geometry import Geometry
 from pmcore.pagemap import PagemapEntry
@@ -26,9 +26,6 @@ from pmcore.uapi import PageCategory, UffdFeature
 
 __all__ = ["Probe", "pfn_is_visible", "probe_all", "running_profile"]
 
-_UFFDIO_API = 0xC018AA3F
-_UFFD_API = 0xAA
-_SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
 _MADV_GUARD_INSTALL = 102
 
 
@@ -211,29 +208,12 @@ def _empty_pte(words: WordFile) -> Iterator[Probe]:
 
 
 def _userfaultfd() -> Iterator[Probe]:
-    number = _SYS_USERFAULTFD.get(os.uname().machine)
-    if number is None:
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(number, os.O_CLOEXEC)
-    if fd < 0:
-        failed = ctypes.get_errno()
-        yield Probe(
-            name="userfaultfd",
-            ok=False,
-            seen=errno.errorcode.get(failed, str(failed)),
-            remedy="run as root, or set /proc/sys/vm/unprivileged_userfaultfd to 1"
-            if failed == errno.EPERM
-            else "needs a kernel with CONFIG_USERFAULTFD",
-        )
-        return
     try:
-        api = ctypes.create_string_buffer(struct.pack("=3Q", _UFFD_API, 0, 0), 24)
-        libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
-        answered = libc.ioctl(fd, _UFFDIO_API, api) == 0
-        features = struct.unpack("=3Q", api.raw)[1] if answered else 0
-    finally:
-        os.close(fd)
+        features = offered_features()
+    except SyscallError as error:
+        seen, _, remedy = str(error).partition("; ")
+        yield Probe(name="userfaultfd", ok=False, seen=seen, remedy=remedy)
+        return
     for name, bit, capability in (
         ("userfaultfd write-protect", UffdFeature.PAGEFAULT_FLAG_WP, "uffd.wp"),
         ("  on shmem and hugetlb", UffdFeature.WP_HUGETLBFS_SHMEM, "uffd.wp_hugetlbfs_shmem"),

@@ -26,7 +26,7 @@ from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import RegionArray, empty_regions
 from pmcore.uapi import PageCategory, ScanFlag, UffdFeature
 
-__all__ = ["WriteTracker"]
+__all__ = ["WriteTracker", "offered_features"]
 
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
 _UFFD_API = 0xAA
@@ -83,7 +83,7 @@ class WriteTracker:
         """Register the range and arm every page of it."""
         if self._fd >= 0:
             raise ArgumentError("this tracker is open already")
-        self._fd = _userfaultfd(_FEATURES | self._optional_features())
+        self._fd = _userfaultfd(_FEATURES)
         try:
             self._pagemap = WordFile("/proc/self/pagemap", "pagemap")
             argument = struct.pack("=4Q", self.start, self.end - self.start, _MODE_WP, 0)
@@ -140,12 +140,6 @@ class WriteTracker:
             position = max(result.walk_end, int(result.regions["end"][-1]))
         return join_regions(np.concatenate(pieces))
 
-    @staticmethod
-    def _optional_features() -> UffdFeature:
-        with _opened() as fd:
-            offered = _api(fd, UffdFeature(0))
-        return UffdFeature(offered) & UffdFeature.WP_HUGETLBFS_SHMEM
-
 
 @contextmanager
 def _opened() -> Iterator[int]:
@@ -166,20 +160,25 @@ def _opened() -> Iterator[int]:
         os.close(fd)
 
 
+def offered_features() -> UffdFeature:
+    """The features that the kernel offers. Raises NotPermitted, NotSupported where there is no userfaultfd for us."""
+    with _opened() as fd:
+        return UffdFeature(_api(fd, UffdFeature(0)))
+
+
 def _userfaultfd(features: UffdFeature) -> int:
-    """A userfaultfd with `features` on. Raises NotSupported where the kernel does not offer them."""
+    """A userfaultfd with `features` on, and write protection of shmem and hugetlb where there is such. Raises NotSupported where the kernel does not offer them."""
+    offered = offered_features()
+    missing = features & ~offered
+    if missing:
+        raise syscall_error(
+            errno.EOPNOTSUPP,
+            "ioctl(UFFDIO_API)",
+            reason=f"the kernel does not offer {missing!r}",
+            remedy="asynchronous write protection came with 6.7, CONFIG_PTE_MARKER_UFFD_WP",
+        )
     with _opened() as fd:
-        offered = _api(fd, UffdFeature(0))
-        missing = features & ~UffdFeature(offered)
-        if missing:
-            raise syscall_error(
-                errno.EOPNOTSUPP,
-                "ioctl(UFFDIO_API)",
-                reason=f"the kernel does not offer {missing!r}",
-                remedy="asynchronous write protection came with 6.7, CONFIG_PTE_MARKER_UFFD_WP",
-            )
-    with _opened() as fd:
-        _api(fd, features)
+        _api(fd, features | offered & UffdFeature.WP_HUGETLBFS_SHMEM)
         return os.dup(fd)
 
 
