@@ -167,7 +167,10 @@ def offered_features() -> UffdFeature:
 
 
 def _userfaultfd(features: UffdFeature) -> int:
-    """A userfaultfd with `features` on, and write protection of shmem and hugetlb where there is such. Raises NotSupported where the kernel does not offer them."""
+    """A userfaultfd with `features` on, and write protection of shmem and hugetlb where there is such.
+
+    Raises NotSupported where the kernel does not offer `features`.
+    """
     offered = offered_features()
     missing = features & ~offered
     if missing:

@@ -68,6 +68,8 @@ class Report:
 
 def human_size(value: int) -> str:
     """Bytes in the largest unit that keeps the number at 1 or more."""
+    if value == 0:
+        return "0"
     number, sign = float(abs(value)), "-" if value < 0 else ""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if number < 1024 or unit == "TiB":

@@ -1,0 +1,37 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_examples_run_and_print_what_they_say(code):
+    if "procfs" in code and not sys.platform.startswith("linux"):
+        pytest.skip("needs a running Linux kernel")
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for promised in re.findall(r"print\(.*\)\s+# (\[.*?\])", code):
+        assert promised in done.stdout
+    assert not done.stdout.startswith("0 regions")
+
+
+def test_there_is_an_example_for_each_kind_of_user():
+    assert len(EXAMPLES) >= 5
+
+
+def test_commands_are_those_of_the_tool():
+    from pmcore.cli.entry import COMMANDS
+
+    text = README.read_text(encoding="utf-8")
+    for command in COMMANDS:
+        assert f"pmcore {command}" in text or command == "completion"
