@@ -72,8 +72,9 @@ def test_survey_adds_up(bench):
     assert found.total_pages == bench.kernel.frame_count()
     one = survey(bench.kernel, raw=True, threads=1)
     assert one.total_pages == found.total_pages
-    # Two looks at a machine that goes on running: nearly the same.
-    assert abs(one.pages_with(PageFlag.ANON) - found.pages_with(PageFlag.ANON)) < 5000
+    # Two looks at a machine that goes on running: what nobody allocates or frees is the same.
+    assert abs(one.pages_with(PageFlag.RESERVED) - found.pages_with(PageFlag.RESERVED)) < 64
+    assert found.pages_with(PageFlag.ANON) > 0
 
 
 @pytest.mark.rule("KC-007", "KF-050")

@@ -49,8 +49,13 @@ def swap(bench, tmp_path_factory) -> Iterator[None]:
 
 def page_out(task, start: int, pages: int, gone) -> None:
     """MADV_PAGEOUT until `gone` says so: write-out takes its time."""
+    from pmcore.backends.procfs.workbench import drain_lru
+
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
+        # A page that was unmapped and then could not be written out must be mapped again to be tried again.
+        task.touch(start, pages * PAGE, write=False)
+        drain_lru()
         task.madvise(start, pages * PAGE, 21)
         if gone():
             return
