@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import attrs
 import numpy as np
@@ -102,12 +100,24 @@ def survey(
                     finished += stop - first
                     progress(finished, total)
 
-    if workers == 1:
-        counted = [work()]
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            counted = list(pool.map(lambda _: work(), range(workers)))
-    words, pages = merge_counts(itertools.chain.from_iterable(counted))
+    counted: list[tuple[U64Array, NDArray[np.int64]]] = []
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            counted.extend(work())
+        except BaseException as error:
+            failures.append(error)
+
+    helpers = [threading.Thread(target=guarded) for _ in range(workers - 1)]
+    for helper in helpers:
+        helper.start()
+    guarded()
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]
+    words, pages = merge_counts(counted)
     return _shown(words, pages, options, kernel.geometry.page_size)
 
 

@@ -16,7 +16,7 @@ from pmcore.analysis.bits import parse_bits
 from pmcore.analysis.listing import page_ranges
 from pmcore.analysis.rows import RowOptions, file_rows, frame_rows, process_rows
 from pmcore.analysis.survey import summarise, survey
-from pmcore.errors import ArgumentError, HiddenPfn
+from pmcore.errors import ArgumentError, HiddenPfn, InvalidArgument
 from pmcore.spec.reference import flags as reference
 from pmcore.testing.snapshot import SnapshotKernel
 from pmcore.vma import Vma
@@ -80,6 +80,17 @@ def test_survey_of_a_cgroup():
     found = survey(SnapshotKernel(kpageflags=words, kpagecgroup=owner), cgroup=7)
     assert dict(zip(found.flags.tolist(), found.pages.tolist(), strict=True)) == {1: 1, 2: 2}
     assert found.pages_with(2) == 2
+
+
+def test_a_failure_in_any_thread_is_raised():
+    class Failing(SnapshotKernel):
+        concurrency = 3
+
+        def read_frames(self, file, start_pfn, out):
+            raise InvalidArgument(22, "read")
+
+    with pytest.raises(InvalidArgument):
+        survey(Failing(kpageflags=np.zeros(1 << 20, dtype=np.uint64)))
 
 
 def test_survey_reports_progress_and_refuses_no_threads():
