@@ -42,8 +42,8 @@ class ProcfsKernel(Kernel):
     def __init__(self, *, root: str, scan: str, maps: str) -> None:
         self.root = root
         self.scan_by = scan
-        # Reading and parsing the text took 7 to 8 us a VMA, asking by ioctl 9 (6.18, 170 and 20,000 VMAs); the text also
-        # shows vsyscall.
+        # Reading and parsing the text took 7 to 8 us a VMA, asking by ioctl 9 (6.18, 170 and 20,000 VMAs);
+        # the text also shows vsyscall.
         self.maps_by = "text" if maps == "auto" else maps
         self._files: dict[str, WordFile] = {}
         self._lock = threading.Lock()

@@ -35,3 +35,18 @@ def test_commands_are_those_of_the_tool():
     text = README.read_text(encoding="utf-8")
     for command in COMMANDS:
         assert f"pmcore {command}" in text or command == "completion"
+
+
+def test_counterparts_name_options_that_there_are():
+    """docs/page-types.md: every option of the two columns of ours exists, and none of page-types' is left out."""
+    from pmcore.cli.thp import command as thp
+    from pmcore.cli.types_ import command as types
+
+    table = (README.parent / "docs" / "page-types.md").read_text(encoding="utf-8")
+    first, second = table.split("## thpmaps")
+    for text, command in ((first, types), (second, thp)):
+        offered = {option for parameter in command.params for option in parameter.opts} | {"-h", "--help"}
+        for row in re.findall(r"^\| `[^|]*` \| ([^|]*) \|", text, re.MULTILINE):
+            assert set(re.findall(r"--?[a-zA-Z][-a-z]*", row)) <= offered, row
+    named = set(re.findall(r"^\| `(-\w)", first, re.MULTILINE))
+    assert named == {f"-{letter}" for letter in "rdabcpfilLCMNXxFh"}

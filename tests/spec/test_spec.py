@@ -20,11 +20,17 @@ ROOT = TESTS.parent
 UNTESTABLE: dict[str, str] = {}
 
 
-def rules_named_in_tests() -> set[str]:
-    """Every rule number in a `pytest.mark.rule(...)`, also by way of a tuple of strings in the same module."""
+def rules_named_in_tests(*, live: bool = False) -> set[str]:
+    """Every rule number in a `pytest.mark.rule(...)`, also by way of a tuple of strings in the same module.
+
+    `live`: only in modules whose tests look at a running kernel.
+    """
     found: set[str] = set()
     for path in TESTS.rglob("test_*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if live and "pytest.mark.live" not in text and path.parent.name != "live":
+            continue
+        tree = ast.parse(text)
         constants = {
             target.id: [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
             for node in tree.body
@@ -44,6 +50,13 @@ def rules_named_in_tests() -> set[str]:
 
 def test_every_rule_has_a_test():
     assert sorted(spec.rules().keys() - rules_named_in_tests() - UNTESTABLE.keys()) == []
+
+
+def test_what_is_said_to_be_shown_live_has_a_live_test():
+    claimed = {
+        rule.id for rule in spec.rules().values() if any(how.startswith("live") for how in rule.verified)
+    }
+    assert sorted(claimed - rules_named_in_tests(live=True)) == []
 
 
 def test_tests_name_rules_that_exist():
