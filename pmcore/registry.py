@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pmcore.errors import BackendUnavailable
-from pmcore.protocols import Kernel
+
+if TYPE_CHECKING:
+    from pmcore.protocols import Kernel
 
 __all__ = ["ENTRY_POINT_GROUP", "backends", "open"]
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pmcore.arrays import U64Array
 from pmcore.backends.procfs.files import MAX_OFFSET, WordFile, open_file, read_text
 from pmcore.errors import syscall_error
@@ -21,6 +23,7 @@ from pmcore.protocols import FrameFile, Kernel
 if TYPE_CHECKING:
     from pmcore.backends.procfs.probe import Probe
     from pmcore.backends.procfs.process import ProcfsProcess
+    from pmcore.backends.procfs.read_ahead import ReadAhead
     from pmcore.profile import KernelProfile
 
 __all__ = ["ProcfsKernel"]
@@ -39,8 +42,9 @@ class ProcfsKernel(Kernel):
 
     name = "procfs"
 
-    def __init__(self, *, root: str, scan: str, maps: str) -> None:
+    def __init__(self, *, root: str, scan: str, maps: str, ahead: ReadAhead | None = None) -> None:
         self.root = root
+        self._ahead = ahead
         self.scan_by = scan
         # Reading and parsing the text took 7 to 8 us a VMA, asking by ioctl 9 (6.18, 170 and 20,000 VMAs);
         # the text also shows vsyscall.
@@ -121,6 +125,11 @@ class ProcfsKernel(Kernel):
 
     def read_frames(self, file: FrameFile, start_pfn: int, out: U64Array) -> int:
         """Raw words of `file` from `start_pfn` on."""
+        if self._ahead is not None and file is FrameFile.KPAGEFLAGS:
+            found = self._ahead.take(start_pfn * 8, out.nbytes)
+            if found is not None:
+                out[:] = np.frombuffer(found, dtype=np.uint64)
+                return len(out)
         return self._words(file).read_words(start_pfn, out)
 
     def file_pagemap(

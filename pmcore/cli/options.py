@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from pmcore import registry
 from pmcore.cli.output import FORMATS
 from pmcore.errors import ArgumentError
-from pmcore.protocols import Kernel, Process
+
+if TYPE_CHECKING:
+    from pmcore.protocols import Kernel, Process
 
 __all__ = ["Address", "backend_options", "format_option", "open_backend", "pid_of", "process_of"]
 
@@ -63,14 +66,22 @@ def format_option(*more: str) -> Callable[[_F], _F]:
     )
 
 
-def open_backend(backend: str, settings: tuple[str, ...]) -> Kernel:
-    """The kernel behind --backend. Raises BackendUnavailable, ArgumentError."""
+def open_backend(backend: str, settings: tuple[str, ...], *, all_frames: bool = False) -> Kernel:
+    """The kernel behind --backend. Raises BackendUnavailable, ArgumentError.
+
+    `all_frames`: the command is going to read all of kpageflags; a backend that can begin at once may.
+    """
     options = {}
     for setting in settings:
         key, found, value = setting.partition("=")
         if not found or not key:
             raise ArgumentError(f"--backend-option {setting!r} is not KEY=VALUE")
         options[key] = value
+    if all_frames:
+        with contextlib.suppress(
+            TypeError
+        ):  # a backend that knows no such option says so before it does anything
+            return registry.open(backend, **options, read_ahead=True)
     try:
         return registry.open(backend, **options)
     except TypeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +299,39 @@ def test_reading_another_process_needs_it_to_be_there(kernel):
     own.close()
     assert own.maps()
     own.close()
+
+
+# -- reading ahead ---------------------------------------------------------------------------------------
+
+
+@posix
+def test_what_was_read_ahead_is_what_the_file_holds(tmp_path):
+    """All of a file of several read-ahead chunks, in whatever order and size it is asked for."""
+    from pmcore.backends.procfs.read_ahead import CHUNK
+
+    words = np.arange(3 * (4 << 20) // 8 + 17, dtype=np.uint64)
+    words.tofile(tmp_path / "kpageflags")
+    for step in (CHUNK // 8, CHUNK // 8 - 3):
+        with pmcore.open("procfs", root=str(tmp_path), read_ahead=True) as kernel:
+            time.sleep(0.05)
+            found = []
+            for first in range(0, len(words), step):
+                out = np.zeros(min(step, len(words) - first), dtype=np.uint64)
+                assert kernel.read_frames(FrameFile.KPAGEFLAGS, first, out) == len(out)
+                found.append(out)
+            assert np.array_equal(np.concatenate(found), words)
+
+
+@posix
+def test_what_was_read_ahead_is_handed_out_once(tmp_path):
+    from pmcore.backends.procfs.read_ahead import CHUNK, ReadAhead
+
+    (tmp_path / "words").write_bytes(bytes(8 << 20))
+    ahead = ReadAhead(str(tmp_path / "words"))
+    deadline = time.monotonic() + 5
+    while len(ahead._chunks) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ahead.take(CHUNK, CHUNK) is not None
+    assert ahead.take(CHUNK, CHUNK) is None
+    assert ahead.take(0, 8) is None
+    assert ReadAhead(str(tmp_path / "none")).take(0, CHUNK) is None
