@@ -96,14 +96,19 @@ class NotModelled(PmcoreError, NotImplementedError):
 
 
 class HiddenPfn(PmcoreError, PermissionError):
-    """A frame number was needed, and the kernel hides it from this opener (rule AC: the field reads zero)."""
+    """A frame number was needed, and the kernel hides it from this opener (rule AC-003: the field reads zero)."""
 
     def __init__(self, what: str) -> None:
-        remedy = "open the file with CAP_SYS_ADMIN (run as root) to see frame numbers"
-        super().__init__(_errno.EPERM, f"{what} needs frame numbers, and they are hidden; {remedy}")
         self.what = what
-        self.remedy = remedy
+        self.remedy = "open the file with CAP_SYS_ADMIN (run as root) to see frame numbers"
+        super().__init__(_errno.EPERM, f"{what} needs frame numbers, and they are hidden; {self.remedy}")
         self.errno = _errno.EPERM
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.what,))
 
 
 class AddressSpaceFault(PmcoreError):

@@ -68,16 +68,13 @@ def explain_pagemap(entry: PagemapEntry) -> Explanation:
             continue
         value = entry.value >> row.first & (1 << row.last - row.first + 1) - 1
         wide = row.last > row.first
-        if row.name == "pfn" and value == 0:
-            lines.append(
-                BitExplanation(
-                    bits=(0, 54),
-                    name="pfn",
-                    value=0,
-                    meaning="hidden from this opener, not frame 0",
-                    rule="AC-003",
+        if entry.hidden and row.last <= 54:
+            if row.first == 0:
+                what, not_this = (
+                    ("pfn", "frame 0") if row.name == "pfn" else ("swap entry", "type 0, offset 0")
                 )
-            )
+                meaning = f"hidden from this opener, not {not_this}"
+                lines.append(BitExplanation(bits=(0, 54), name=what, value=0, meaning=meaning, rule="AC-003"))
         elif value or wide:
             lines.append(
                 BitExplanation(

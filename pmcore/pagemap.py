@@ -195,8 +195,12 @@ class PagemapEntries:
 
     @property
     def hidden(self) -> BoolArray:
-        """Present, but the frame number reads zero: the opener may not see it (AC-003)."""
-        found: BoolArray = self.present & (self.pfn == 0)
+        """Present or swapped, but the field reads zero: the opener may not see it (AC-003).
+
+        No process maps frame 0, and no swap area gives out its first page, which is its header.
+        """
+        found: BoolArray = (self.values & np.uint64(uapi.PM_PRESENT | uapi.PM_SWAP)) != 0
+        found &= (self.values & np.uint64(uapi.PM_PFRAME_MASK)) == 0
         return found
 
     @property
@@ -331,15 +335,15 @@ class PagemapEntry:
 
     @property
     def hidden(self) -> bool:
-        """Present, with the frame number kept from the opener (AC-003)."""
-        return self.present and self.pfn is None
+        """Present or swapped, with the frame number or swap entry kept from the opener (AC-003)."""
+        return (self.present or self.swapped) and not self.value & uapi.PM_PFRAME_MASK
 
     @property
     def swap_entry(self) -> tuple[int, int] | None:
-        """(type, offset) where swapped, else None (PM-003, PM-004)."""
-        if not self.swapped or self.present:
-            return None
+        """(type, offset) where swapped and shown, else None (PM-003, PM-004, AC-003)."""
         field = self.value & uapi.PM_PFRAME_MASK
+        if not self.swapped or self.present or not field:
+            return None
         return field & uapi.PM_SWAP_TYPE_MASK, field >> uapi.MAX_SWAPFILES_SHIFT
 
     @property

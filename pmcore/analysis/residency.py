@@ -46,8 +46,8 @@ RESIDENCY_DTYPE = np.dtype(
 )
 _PSS_SHIFT = 12
 _BATCH = 1 << 17
-#: Columns that cannot be known without frame numbers.
-_NEEDS_FRAMES = frozenset({"rss", "pss", "uss", "shared", "anon", "zero", "huge"})
+#: Columns that cannot be known without frame numbers and swap entries.
+_NEEDS_FRAMES = frozenset({"rss", "pss", "uss", "shared", "anon", "zero", "huge", "swap", "special"})
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -105,16 +105,18 @@ def residency(process: Process, vmas: tuple[Vma, ...] | None = None) -> Residenc
 def _by_entries(row: np.void, fields: PagemapFields) -> None:
     """Add up what the entries say by themselves."""
     present = fields.present
-    area = fields.swapped & ~present & (fields.swap_type < uapi.MAX_SWAPFILES)
+    swapped = fields.swapped & ~present
+    hidden = swapped & (fields.swap_offset == 0) & (fields.swap_type == 0)
+    area = swapped & ~hidden & (fields.swap_type < uapi.MAX_SWAPFILES)
     row["present"] += int(present.sum())
     row["exclusive"] += int((present & fields.exclusive).sum())
     row["file"] += int((present & fields.file).sum())
     row["swap"] += int(area.sum())
-    row["special"] += int((fields.swapped & ~present & ~area).sum())
+    row["special"] += int((swapped & ~area & ~hidden).sum())
     row["uffd_wp"] += int(fields.uffd_wp.sum())
     row["soft_dirty"] += int(fields.soft_dirty.sum())
     row["guard"] += int(fields.guard.sum())
-    row["hidden"] += int((fields.pfn[present] == 0).sum())
+    row["hidden"] += int((fields.pfn[present] == 0).sum() + hidden.sum())
 
 
 def _by_frames(row: np.void, process: Process, vma: Vma, fields: PagemapFields, page_size: int) -> int:

@@ -157,13 +157,16 @@ def _runs(entries: PagemapEntries, vma: Vma, *, each: bool) -> Iterator[tuple[An
         pfn = int(place[index]) if present and place[index] else None
         if present and pfn is None:
             names.append("pfn-hidden")
+        shown = swapped and bool(place[index] or kind[index])
+        if swapped and not shown:
+            names.append("swap-hidden")
         yield (
             start,
             start + pages * size,
             pages,
             pfn,
-            int(kind[index]) if swapped else None,
-            int(place[index]) if swapped else None,
+            int(kind[index]) if shown else None,
+            int(place[index]) if shown else None,
             ",".join(names),
             vma.name,
         )

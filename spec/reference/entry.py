@@ -53,7 +53,7 @@ def decode(value: int, capabilities: Collection[str], *, soft_dirty_cleared: boo
     pfn = swap_type = swap_offset = None
     if present:
         pfn = field or None
-    elif swapped:
+    elif swapped and field:  # zero is hidden: no swap area gives out its first page
         swap_type, swap_offset = field & 31, field >> 5
     stray = field if not present and not swapped else 0
     return Entry(

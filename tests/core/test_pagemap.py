@@ -93,7 +93,7 @@ def test_what_is_encoded_is_decoded(flags, pfn, kind, offset, profile):
     entry = PagemapEntry(value, profile=profile, soft_dirty_cleared=True)
     assert {name: getattr(entry, name) for name in FLAGS} == fields
     assert entry.pfn == number.get("pfn")
-    assert entry.swap_entry == ((kind, offset) if fields["swapped"] else None)
+    assert entry.swap_entry == ((kind, offset) if fields["swapped"] and (kind or offset) else None)
     assert entry.unknown_bits == 0
 
 
@@ -176,3 +176,7 @@ def test_golden_words():
     hidden = PagemapEntry(0x8100000000000000, profile=new)
     assert hidden.hidden
     assert hidden.pfn is None
+    swapped = PagemapEntry(0x4000000000000000, profile=new)
+    assert swapped.hidden
+    assert swapped.swap_entry is None
+    assert "swap entry" in str(swapped.explain())
