@@ -7,6 +7,7 @@ Write protection works where the process itself has registered its memory for it
 from __future__ import annotations
 
 import enum
+import errno
 
 import numpy as np
 
@@ -18,8 +19,6 @@ from pmcore.scan.result import RegionArray
 from pmcore.uapi import ClearRefs, PageCategory, ScanFlag
 
 __all__ = ["DirtyMethod", "DirtyTracker", "dirty_methods"]
-
-_EOPNOTSUPP = 95
 
 
 class DirtyMethod(enum.StrEnum):
@@ -60,7 +59,7 @@ class DirtyTracker:
         possible = dirty_methods(process)
         if not possible:
             raise syscall_error(
-                _EOPNOTSUPP,
+                errno.EOPNOTSUPP,
                 f"tracking writes of process {process.pid}",
                 reason="the kernel has no soft-dirty bits, and the process has no memory under asynchronous write "
                 "protection",

@@ -6,6 +6,8 @@ computed from pagemap, kpagecount and kpageflags. What needs frame numbers is No
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 import numpy as np
 from numpy.typing import NDArray
@@ -74,14 +76,23 @@ class Residency:
         return None if column is None else int(column.sum())
 
 
-def residency(process: Process, vmas: tuple[Vma, ...] | None = None) -> Residency:
-    """The residency of `vmas` (default: all that maps shows). Raises ProcessGone, NotPermitted."""
+def residency(
+    process: Process,
+    vmas: tuple[Vma, ...] | None = None,
+    *,
+    progress: Callable[[int, int], object] | None = None,
+) -> Residency:
+    """The residency of `vmas` (default: all that maps shows). Raises ProcessGone, NotPermitted.
+
+    `progress(done, total)` is told the bytes looked at after each batch.
+    """
     geometry = process.kernel.profile.geometry
     looked_at = tuple(
         vma for vma in (process.maps() if vmas is None else vmas) if vma.end <= geometry.task_size
     )
     rows = np.zeros(len(looked_at), dtype=RESIDENCY_DTYPE)
     hidden = False
+    done, total = 0, sum(vma.length for vma in looked_at)
     for row, vma in zip(rows, looked_at, strict=True):
         row["start"], row["end"] = vma.start, vma.end
         pss = 0
@@ -98,6 +109,9 @@ def residency(process: Process, vmas: tuple[Vma, ...] | None = None) -> Residenc
                     pss += _by_frames(row, process, vma, fields, geometry.page_size)
                 except (NotPermitted, Missing):
                     hidden = True
+            done += end - start
+            if progress is not None:
+                progress(done, total)
         row["pss"] = pss >> _PSS_SHIFT
     return Residency(vmas=looked_at, rows=rows, frames_hidden=hidden)
 

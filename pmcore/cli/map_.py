@@ -11,7 +11,7 @@ import numpy as np
 
 from pmcore.analysis.residency import residency
 from pmcore.cli.options import Address, backend_options, format_option, open_backend, process_of
-from pmcore.cli.output import Column, Report, emit, say
+from pmcore.cli.output import Column, Report, emit, progress_bar, say
 from pmcore.errors import ArgumentError, Missing, NotPermitted
 from pmcore.pagemap import PagemapEntries
 from pmcore.protocols import FrameFile, Process
@@ -29,6 +29,7 @@ _BATCH = 1 << 16
 @click.option("--each", is_flag=True, help="With --pages: one row a page.")
 @click.option("--addr", metavar="START-END", help="Only this range (hex, as maps writes it).")
 @click.option("--explain", type=Address(), metavar="ADDRESS", help="Explain one page in words.")
+@click.option("--no-progress", is_flag=True, help="No bar, however long it takes.")
 @backend_options
 @format_option()
 def command(
@@ -37,6 +38,7 @@ def command(
     each: bool,
     addr: str | None,
     explain: int | None,
+    no_progress: bool,
     backend: str,
     backend_settings: tuple[str, ...],
     form: str,
@@ -61,7 +63,7 @@ def command(
             columns += [Column("flags"), Column("mapping")]
             emit(Report(columns, _page_rows(process, vmas, each=each)), form)
         else:
-            _vma_table(process, vmas, form)
+            _vma_table(process, vmas, form, bars=not no_progress)
 
 
 def _within(vmas: tuple[Vma, ...], addr: str | None) -> tuple[Vma, ...]:
@@ -88,8 +90,9 @@ def _within(vmas: tuple[Vma, ...], addr: str | None) -> tuple[Vma, ...]:
     )
 
 
-def _vma_table(process: Process, vmas: tuple[Vma, ...], form: str) -> None:
-    found = residency(process, vmas)
+def _vma_table(process: Process, vmas: tuple[Vma, ...], form: str, *, bars: bool) -> None:
+    with progress_bar("reading page tables", wanted=bars) as progress:
+        found = residency(process, vmas, progress=progress)
     size = process.kernel.profile.geometry.page_size
     figures = _FIGURES if form == "table" else _FIGURES + _MORE
     columns = [

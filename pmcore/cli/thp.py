@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ import click
 
 from pmcore.analysis.huge import HugeStats, cont_order, huge_rollup, huge_stats
 from pmcore.cli.options import backend_options, format_option, open_backend, pid_of
-from pmcore.cli.output import Column, Report, emit, say
+from pmcore.cli.output import Column, Report, emit, progress_bar, say
 from pmcore.errors import ArgumentError, FormatError, Missing, NotPermitted, ProcessGone, syscall_error
-from pmcore.geometry import Geometry
 from pmcore.protocols import Kernel
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -33,6 +32,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 @click.option(
     "--periodic", type=click.IntRange(0), metavar="MS", help="Again and again, every MS milliseconds."
 )
+@click.option("--no-progress", is_flag=True, help="No bar, however long it takes.")
 @backend_options
 @format_option()
 def command(
@@ -44,6 +44,7 @@ def command(
     inc_smaps: bool,
     inc_empty: bool,
     periodic: int | None,
+    no_progress: bool,
     backend: str,
     backend_settings: tuple[str, ...],
     form: str,
@@ -60,10 +61,11 @@ def command(
         orders = [cont_order(_size(text), geometry) for text in cont]
         while True:
             chosen = [pid_of(text) for text in named] if named else _pids(kernel, cgroup)
-            stats = _collect(kernel, chosen, orders, strict=bool(named), smaps=inc_smaps)
-            if rollup:
-                stats = iter([(None, huge_rollup(one for _, one in stats))])
-            _show(stats, form, inc_empty=inc_empty, geometry=geometry)
+            with progress_bar("processes", wanted=not no_progress) as progress:
+                stats = _collect(kernel, chosen, orders, progress, strict=bool(named), smaps=inc_smaps)
+                if rollup:
+                    stats = iter([(None, huge_rollup(one for _, one in stats))])
+                _show(stats, form, inc_empty=inc_empty)
             if periodic is None:
                 return
             say()
@@ -92,10 +94,17 @@ def _pids(kernel: Kernel, cgroup: str | None) -> list[int]:
 
 
 def _collect(
-    kernel: Kernel, pids: list[int], orders: list[int], *, strict: bool, smaps: bool
+    kernel: Kernel,
+    pids: list[int],
+    orders: list[int],
+    progress: Callable[[int, int], object],
+    *,
+    strict: bool,
+    smaps: bool,
 ) -> Iterator[tuple[int | None, HugeStats]]:
     """Statistics VMA by VMA. A process that was not named may come and go, or be forbidden, unnoticed."""
-    for pid in pids:
+    for number, pid in enumerate(pids):
+        progress(number, len(pids))
         try:
             process = kernel.process(pid)
             counters: dict[int, Any] = {e.vma.start: e.counters for e in process.smaps()} if smaps else {}
@@ -109,9 +118,7 @@ def _collect(
                 raise
 
 
-def _show(
-    stats: Iterator[tuple[int | None, HugeStats]], form: str, *, inc_empty: bool, geometry: Geometry
-) -> None:
+def _show(stats: Iterator[tuple[int | None, HugeStats]], form: str, *, inc_empty: bool) -> None:
     columns = [Column("pid", "int"), Column("start", "address"), Column("end", "address"), Column("mapping")]
     columns += [Column("statistic"), Column("bytes", "bytes", "size"), Column("percent", "float")]
 
