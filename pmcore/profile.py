@@ -98,8 +98,11 @@ def _release(version: str) -> str:
         raise UnknownCapability(
             f"{version[:80]!r} names no kernel version that pmcore knows; use one like 6.12 or 2.6.32"
         )
-    if not spec.version_in(match[1], "2.6.25", None):
-        raise UnknownCapability(f"{match[1]} is before 2.6.25, the first kernel with /proc/PID/pagemap")
+    known = [row.version for row in spec.kernels()]
+    if match[1] not in known:
+        raise UnknownCapability(
+            f"{match[1]} is no release that pmcore knows: {known[0]}, the first with /proc/PID/pagemap, to {known[-1]}"
+        )
     return match[1]
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import attrs
 import numpy as np
 
+from pmcore import spec
 from pmcore.backends.procfs.files import WordFile
 from pmcore.backends.procfs.ioctl import MapsQuery, pagemap_scan
 from pmcore.backends.procfs.userfaultfd import offered_features
 from pmcore.errors import PmcoreError, SyscallError, UnknownCapability
 from pmcore.geometry import Geometry
 from pmcore.pagemap import PagemapEntry
-from pmcore.profile import REFERENCE_VERSION, KernelProfile, preset
+from pmcore.profile import KernelProfile, preset
 from pmcore.scan.request import ScanRequest
 from pmcore.uapi import PageCategory, UffdFeature
 
@@ -89,7 +90,7 @@ def running_profile(probes: tuple[Probe, ...], geometry: Geometry) -> KernelProf
     try:
         start = preset(release, arch=machine)
     except UnknownCapability:
-        start = preset(REFERENCE_VERSION, arch=machine)
+        start = preset(spec.kernels()[-1].version, arch=machine)  # newer than the tables
     decided = {probe.capability: probe.ok for probe in probes if probe.capability is not None}
     profile = start.changed(
         name=f"{release} (probed)",
@@ -106,8 +107,11 @@ def _pagemap(root: str) -> Iterator[Probe]:
     try:
         word = _own_entry(root)
     except SyscallError as error:
+        # Forbidden is not absent: the kernel has it, this user has not.
+        missing = error.errno == errno.ENOENT
+        seen, _, remedy = str(error).partition("; ")
         yield Probe(
-            name="pagemap", ok=False, seen=str(error), remedy=error.remedy or "", capability="pagemap"
+            name="pagemap", ok=False, seen=seen, remedy=remedy, capability="pagemap" if missing else None
         )
         return
     yield Probe(name="pagemap", ok=True, seen=f"own page reads {word:#018x}", capability="pagemap")
@@ -127,6 +131,13 @@ def _pagemap(root: str) -> Iterator[Probe]:
         if soft_dirty
         else "needs a kernel with CONFIG_MEM_SOFT_DIRTY; uffd write-protect does without",
         capability="pagemap.soft_dirty",
+    )
+    yield Probe(
+        name="clearing soft-dirty",
+        ok=soft_dirty,
+        seen="there are bits to clear" if soft_dirty else "there are no bits to clear",
+        remedy="" if soft_dirty else "as for soft-dirty",
+        capability="clear_refs.soft_dirty",
     )
 
 
@@ -170,8 +181,7 @@ def _scan(root: str) -> Iterator[Probe]:
                 remedy="" if not failed else "needs a newer kernel; scans go through the engine over pagemap",
                 capability=capability,
             )
-        if not failed or name == "PAGE_IS_GUARD":
-            yield from _empty_pte(words)
+        yield from _empty_pte(words)
     finally:
         words.close()
 
@@ -193,8 +203,9 @@ def _empty_pte(words: WordFile) -> Iterator[Probe]:
             return_mask=int(PageCategory.WRITTEN | PageCategory.PRESENT),
         )
         result = pagemap_scan(words.fd, request, page_size=size)
-        if result.errno or address // (size * size // 8) != (address + size) // (size * size // 8):
-            return  # the two pages lie in different page tables: nothing learned
+        table = size * size // 8  # bytes that one page table maps
+        if result.errno or address // table != (address + size) // table:
+            return  # no such call, or the two pages lie in different page tables: nothing learned
         written = len(result.regions) == 1 and int(result.regions["categories"][0]) == PageCategory.WRITTEN
         yield Probe(
             name="empty PTE counts as written",
@@ -213,7 +224,9 @@ def _userfaultfd() -> Iterator[Probe]:
     except SyscallError as error:
         seen, _, remedy = str(error).partition("; ")
         yield Probe(name="userfaultfd", ok=False, seen=seen, remedy=remedy)
-        return
+        if error.errno != errno.ENOSYS:
+            return  # forbidden, not absent
+        features = UffdFeature(0)
     for name, bit, capability in (
         ("userfaultfd write-protect", UffdFeature.PAGEFAULT_FLAG_WP, "uffd.wp"),
         ("  on shmem and hugetlb", UffdFeature.WP_HUGETLBFS_SHMEM, "uffd.wp_hugetlbfs_shmem"),

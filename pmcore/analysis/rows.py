@@ -100,11 +100,10 @@ def process_rows(
     Raises HiddenPfn where frame numbers are not shown.
     """
     geometry = process.kernel.profile.geometry
-    wanted = list(ranges)
-    for vma in process.maps():
-        if vma.start >= geometry.task_size:
-            continue  # vsyscall: above what pagemap covers
-        for start, end in wanted:
+    # vsyscall lies above what pagemap covers.
+    vmas = [vma for vma in process.maps() if vma.start < geometry.task_size]
+    for start, end in ranges:
+        for vma in vmas:
             low = max(vma.start >> geometry.page_shift, start)
             high = vma.end >> geometry.page_shift
             high = high if end is None else min(high, end)

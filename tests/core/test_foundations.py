@@ -114,7 +114,23 @@ def test_every_release_is_a_preset(row):
 
 
 @pytest.mark.parametrize(
-    "version", ["", "x", "2.4.1", "2.6.24", "1.0", "6", "6.x", "-6.1", "6.12\0", "9" * 400, "٦.١"]
+    "version",
+    [
+        "",
+        "x",
+        "2.4.1",
+        "2.6.40",
+        "3.99",
+        "42.1",
+        "2.6.24",
+        "1.0",
+        "6",
+        "6.x",
+        "-6.1",
+        "6.12\0",
+        "9" * 400,
+        "٦.١",
+    ],
 )
 def test_absurd_versions_are_refused(version):
     with pytest.raises(errors.UnknownCapability):

@@ -43,7 +43,8 @@ class _Channel:
     def __init__(self, end: socket.socket, pid: int) -> None:
         self._socket = end
         self.pid = pid
-        self._close = weakref.finalize(self, _end, end, pid)
+        # Taken while the task surely lives: a number alone could be somebody else's by the time it is ended.
+        self._close = weakref.finalize(self, _end, end, os.pidfd_open(pid))
 
     def close(self) -> None:
         """End the task: it exits on the end of file; it is killed should it not."""
@@ -69,6 +70,9 @@ class _Channel:
         except (ConnectionError, EOFError):
             self.close()
             raise self._gone(op) from None
+        except BaseException:
+            self.close()  # interrupted midway, its next answer would be to the wrong question
+            raise
 
     def _gone(self, op: str) -> Exception:
         return syscall_error(errno.ESRCH, f"{op} in task {self.pid}", remedy="the task is gone")
@@ -90,13 +94,9 @@ class _Channel:
         return b"".join(pieces), fds
 
 
-def _end(channel: socket.socket, pid: int) -> None:
-    """Close the channel and see that the task is gone."""
+def _end(channel: socket.socket, handle: int) -> None:
+    """Close the channel and see that the task behind the pidfd is gone."""
     channel.close()
-    try:
-        handle = os.pidfd_open(pid)
-    except (OSError, AttributeError):
-        return
     try:
         if not select.select([handle], [], [], 5)[0]:
             with contextlib.suppress(OSError):
