@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import attrs
 import numpy as np
 
-from pmcore.arrays import BoolArray, U64Array
-from pmcore.errors import InvalidArgument, Missing, NotPermitted
+from pmcore.arrays import U64Array
+from pmcore.errors import Missing, NotPermitted, syscall_error
+from pmcore.geometry import align_down, align_up
 from pmcore.pageflags import PageFlagsArray
 from pmcore.pagemap import PagemapEntries
 from pmcore.profile import KernelProfile
@@ -61,7 +63,9 @@ class _ProcessTables:
         self._process = process
         self._profile = profile
         self._geometry = profile.geometry
+        #: By start of the VMA: bytes that PMDs map, and where, once that was needed.
         self._huge: dict[int, int] = {}
+        self._blocks: dict[int, U64Array] = {}
         self.unknown = PageCategory.WPALLOWED
         if not profile.has("pagemap.uffd_wp"):
             self.unknown |= PageCategory.WRITTEN
@@ -98,10 +102,10 @@ class _ProcessTables:
             position = stop
 
     def write_protect(self, vma: ScanVma, leaves: LeafBatch) -> None:
-        raise InvalidArgument(errno.ENOTTY, "write protection over pagemap")
+        raise syscall_error(errno.ENOTTY, "write protection over pagemap")
 
     def split_pmd(self, vma: ScanVma, start: int) -> None:
-        raise InvalidArgument(errno.ENOTTY, "splitting a huge page over pagemap")
+        raise syscall_error(errno.ENOTTY, "splitting a huge page over pagemap")
 
     # -- inside ----------------------------------------------------------------------------------------
 
@@ -110,7 +114,7 @@ class _ProcessTables:
         first = np.uint64(position) + np.arange(len(entries), dtype=np.uint64) * size
         flags = self._flags(entries)
         categories = self._categories(entries, flags)
-        huge = self._pmd_mapped(vma, entries, flags, first)
+        huge = np.isin(first & np.uint64(-self._geometry.pmd_size & (1 << 64) - 1), self._pmd_blocks(vma))
         categories[huge] |= np.uint64(PageCategory.HUGE)
         # An entry of 0 is an empty PTE or a hole: which of the two, pagemap does not say. They count alike only under
         # write protection, on kernels for which every empty PTE is written.
@@ -159,41 +163,47 @@ class _ProcessTables:
 
     def _flags(self, entries: PagemapEntries) -> PageFlagsArray | None:
         """kpageflags of the frames, one a page (0 where not present); None where they cannot be seen."""
-        try:
-            if entries.hidden.any():
-                raise NotPermitted(errno.EPERM, "frame numbers")
-            words = np.zeros(len(entries), dtype=np.uint64)
-            present = entries.has_pfn
-            words[present] = self._process.kernel.frames_at(FrameFile.KPAGEFLAGS, entries.pfn[present])
-        except (NotPermitted, Missing):
-            self.unknown |= PageCategory.PFNZERO | PageCategory.HUGE
-            return None
-        return PageFlagsArray(words, profile=self._profile)
+        words = np.zeros(len(entries), dtype=np.uint64)
+        present = entries.has_pfn
+        if not entries.hidden.any():
+            with suppress(NotPermitted, Missing):
+                words[present] = self._process.kernel.frames_at(FrameFile.KPAGEFLAGS, entries.pfn[present])
+                return PageFlagsArray(words, profile=self._profile)
+        self.unknown |= PageCategory.PFNZERO | PageCategory.HUGE
+        return None
 
-    def _pmd_mapped(
-        self, vma: ScanVma, entries: PagemapEntries, flags: PageFlagsArray | None, first: U64Array
-    ) -> BoolArray:
-        """Pages of blocks that a PMD may map; HUGE becomes unknown where smaps counts fewer than there are."""
-        none: BoolArray = np.zeros(len(entries), dtype=np.bool_)
-        if self._huge.get(vma.start, 0) == 0:
-            return none
-        if flags is None:
-            self.unknown |= PageCategory.HUGE
-            return none
-        pages = self._geometry.pmd_pages
-        lead = int(-(int(first[0]) >> self._geometry.page_shift) % pages)
-        blocks = (len(entries) - lead) // pages
-        candidates = none
-        if blocks > 0:
-            body = slice(lead, lead + blocks * pages)
-            offset = entries.pfn[body].reshape(blocks, pages) - np.arange(pages, dtype=np.uint64)
-            huge = flags.any(PageFlag.THP)[body].reshape(blocks, pages)
-            whole = (offset == offset[:, :1]).all(axis=1) & (offset[:, 0] % pages == 0) & huge.all(axis=1)
-            candidates = none.copy()
-            candidates[body] = np.repeat(whole, pages)
-        if int(candidates.sum()) << self._geometry.page_shift != self._huge[vma.start]:
-            self.unknown |= PageCategory.HUGE
-        return candidates
+    def _pmd_blocks(self, vma: ScanVma) -> U64Array:
+        """Start addresses of the blocks that PMDs map, over the whole VMA; none, and HUGE unknown, if in doubt.
+
+        Pages of a huge folio in order, in an aligned block, may be mapped by a PMD or by PTEs: that all of them are
+        mapped by PMDs is sure only if they are as many as smaps counts for the VMA, never for a part of it.
+        """
+        if vma.start not in self._blocks:
+            self._blocks[vma.start] = np.zeros(0, dtype=np.uint64)
+            wanted = self._huge.get(vma.start, 0)
+            found = self._candidates(vma) if wanted else None
+            if found is not None and len(found) * self._geometry.pmd_size == wanted:
+                self._blocks[vma.start] = found
+            elif wanted:
+                self.unknown |= PageCategory.HUGE
+        return self._blocks[vma.start]
+
+    def _candidates(self, vma: ScanVma) -> U64Array | None:
+        """Aligned blocks of the VMA that hold one huge folio in order; None where frames cannot be seen."""
+        size, pages = self._geometry.pmd_size, self._geometry.pmd_pages
+        low, high = align_up(vma.start, size), align_down(vma.end, size)
+        step = max(_BATCH_PAGES << self._geometry.page_shift, size)
+        found = [np.zeros(0, dtype=np.uint64)]
+        for position in range(low, high, step):
+            entries = self._process.pagemap(position, min(high, position + step))
+            flags = self._flags(entries)
+            if flags is None:
+                return None
+            offset = entries.pfn.reshape(-1, pages) - np.arange(pages, dtype=np.uint64)
+            whole = flags.has(PageFlag.THP).reshape(-1, pages).all(axis=1)
+            whole &= (offset == offset[:, :1]).all(axis=1) & (offset[:, 0] % np.uint64(pages) == 0)
+            found.append(np.uint64(position) + np.flatnonzero(whole).astype(np.uint64) * np.uint64(size))
+        return np.concatenate(found)
 
 
 def _huge_bytes(entry: SmapsEntry) -> int:

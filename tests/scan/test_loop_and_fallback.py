@@ -179,3 +179,20 @@ def test_huge_blocks_are_seen_where_smaps_agrees():
     result = process.pagemap_scan(ScanRequest(start=vma.start, end=vma.end, vec_len=9, return_mask=0x7F))
     assert result.regions.tolist() == [(vma.start, vma.end, PRESENT | WRITTEN | PageCategory.HUGE)]
     assert PageCategory.HUGE not in result.unknown
+
+
+def test_huge_is_not_claimed_for_a_part_that_happens_to_count_right():
+    """Two folios in order, one mapped by a PMD: looking at one block alone does not tell which."""
+    size = 1 << 21
+    vma = Vma(start=size, end=3 * size)
+    words = (np.arange(1024, dtype=np.uint64) + np.uint64(512)) | np.uint64(1 << 63)
+    frames = np.full(2048, int(PageFlag.THP), dtype=np.uint64)
+    kernel = SnapshotKernel(kpageflags=frames, profile=preset("6.12"))
+    for huge, shown in ((size, 0), (2 * size, int(PageCategory.HUGE))):
+        entry = SmapsEntry(vma=vma, vm_flags=(), counters={"AnonHugePages": huge})
+        process = kernel.add_process(1, {vma: words}, smaps=[entry])
+        for start in (vma.start, vma.start + size, vma.start + 5 * PAGE):
+            request = ScanRequest(start=start, end=start + 8 * PAGE, vec_len=9, return_mask=0x40)
+            result = process.pagemap_scan(request)
+            assert result.regions["categories"].tolist() == [shown]
+            assert bool(result.unknown & PageCategory.HUGE) == (not shown)
