@@ -11,6 +11,7 @@ from pmcore import spec
 if TYPE_CHECKING:
     from pmcore.pageflags import FrameFlags
     from pmcore.pagemap import PagemapEntry
+    from pmcore.profile import KernelProfile
 
 __all__ = ["BitExplanation", "Explanation", "explain_categories", "explain_flags", "explain_pagemap"]
 
@@ -109,9 +110,9 @@ def explain_flags(word: FrameFlags) -> Explanation:
     )
 
 
-def explain_categories(value: int, *, kernel: str) -> Explanation:
-    """Every PAGE_IS_* bit of a region's categories."""
-    rows = {row.value: row for row in spec.scan_categories()}
+def explain_categories(value: int, *, profile: KernelProfile) -> Explanation:
+    """Every PAGE_IS_* bit of a region's categories; one that this kernel has not is `bit_N`."""
+    rows = {row.value: row for row in spec.scan_categories() if profile.has(row.capability)}
     lines = []
     for bit in range(64):
         row = rows.get(1 << bit)
@@ -121,7 +122,7 @@ def explain_categories(value: int, *, kernel: str) -> Explanation:
             )
     lines += _unknown(value & ~sum(rows))
     return Explanation(
-        what="categories", value=value, kernel=kernel, lines=tuple(sorted(lines, key=_by_bits))
+        what="categories", value=value, kernel=profile.name, lines=tuple(sorted(lines, key=_by_bits))
     )
 
 

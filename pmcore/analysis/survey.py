@@ -16,7 +16,7 @@ from pmcore.errors import ArgumentError
 from pmcore.pageflags import count_words, merge_counts
 from pmcore.protocols import FrameFile, Kernel
 
-__all__ = ["Survey", "summarise", "survey"]
+__all__ = ["Survey", "Tally", "summarise", "survey"]
 
 #: Frames that one thread reads and counts at a time: 1 MiB of words, so memory does not grow with the machine.
 _CHUNK = 1 << 17
@@ -121,15 +121,30 @@ def survey(
     return _shown(words, pages, options, kernel.geometry.page_size)
 
 
+class Tally:
+    """A survey in the making: words are counted as they come, and memory does not grow with them."""
+
+    def __init__(self) -> None:
+        self._parts = [merge_counts([])]
+
+    def add(self, words: U64Array) -> None:
+        """Count `words`, one a page, as they are to be shown."""
+        self._parts.append(count_words(words))
+        if len(self._parts) > 64:
+            self._parts = [merge_counts(self._parts)]
+
+    def survey(self, *, page_size: int) -> Survey:
+        """What was counted so far."""
+        words, pages = merge_counts(self._parts)
+        return Survey(flags=words, pages=pages, page_size=page_size)
+
+
 def summarise(rows: Iterable[FrameRows], *, page_size: int) -> Survey:
     """The survey of any rows (of a process, a file, ...)."""
-    parts = [merge_counts([])]
+    tally = Tally()
     for batch in rows:
-        parts.append(count_words(batch.flags))
-        if len(parts) > 64:
-            parts = [merge_counts(parts)]
-    words, pages = merge_counts(parts)
-    return Survey(flags=words, pages=pages, page_size=page_size)
+        tally.add(batch.flags)
+    return tally.survey(page_size=page_size)
 
 
 def _shown(words: U64Array, pages: NDArray[np.int64], options: RowOptions, page_size: int) -> Survey:

@@ -42,7 +42,7 @@ def command(values: tuple[str, ...], kind: str, kernel: str, soft_dirty_cleared:
         if kind == "kpageflags":
             return FrameFlags(value, profile=profile).explain()
         if kind == "categories":
-            return explain_categories(value, kernel=profile.name)
+            return explain_categories(value, profile=profile)
         return PagemapEntry(value, profile=profile, soft_dirty_cleared=soft_dirty_cleared).explain()
 
     found = (explained(value) for value in _numbers(values))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import click
 import numpy as np
 
@@ -13,6 +14,7 @@ from pmcore.analysis.residency import residency
 from pmcore.cli.options import Address, backend_options, format_option, open_backend, process_of
 from pmcore.cli.output import Column, Report, emit, progress_bar, say
 from pmcore.errors import ArgumentError, Missing, NotPermitted
+from pmcore.geometry import align_down, align_up
 from pmcore.pagemap import PagemapEntries
 from pmcore.protocols import FrameFile, Process
 from pmcore.vma import Vma
@@ -52,7 +54,7 @@ def command(
         if explain is not None:
             _explain(process, explain, form)
             return
-        vmas = _within(process.maps(), addr)
+        vmas = _within(process.maps(), addr, kernel.geometry.page_size)
         if pages or each:
             columns = [Column("start", "address"), Column("end", "address"), Column("pages", "int")]
             columns += [
@@ -66,25 +68,17 @@ def command(
             _vma_table(process, vmas, form, bars=not no_progress)
 
 
-def _within(vmas: tuple[Vma, ...], addr: str | None) -> tuple[Vma, ...]:
+def _within(vmas: tuple[Vma, ...], addr: str | None, page_size: int) -> tuple[Vma, ...]:
+    """The VMAs cut to `addr`, rounded outwards to whole pages."""
     if addr is None:
         return vmas
     first, _, last = addr.partition("-")
     try:
-        start, end = int(first, 16), int(last, 16)
+        start, end = align_down(int(first, 16), page_size), align_up(int(last, 16), page_size)
     except ValueError:
         raise ArgumentError(f"--addr {addr!r} is not START-END in hex") from None
     return tuple(
-        Vma(
-            **{
-                **{
-                    f: getattr(vma, f)
-                    for f in ("readable", "writable", "executable", "shared", "inode", "name")
-                },
-                "start": max(vma.start, start) & -4096,
-                "end": min(vma.end, -(-end // 4096) * 4096),
-            }
-        )
+        attrs.evolve(vma, start=max(vma.start, start), end=min(vma.end, end))
         for vma in vmas
         if vma.start < end and vma.end > start
     )

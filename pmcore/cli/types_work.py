@@ -12,7 +12,7 @@ import numpy as np
 from pmcore.analysis.bits import parse_addr, parse_bits, parse_flags
 from pmcore.analysis.listing import page_ranges
 from pmcore.analysis.rows import FrameRows, RowOptions, file_rows, frame_rows, process_rows, rows_from_words
-from pmcore.analysis.survey import Survey, summarise, survey
+from pmcore.analysis.survey import Survey, Tally, summarise, survey
 from pmcore.cli import pagetypes_text
 from pmcore.cli.options import process_of
 from pmcore.cli.output import Column, Report, emit, progress_bar, say
@@ -160,12 +160,13 @@ def _output(rows: Iterable[FrameRows], options: dict[str, Any], page_size: int) 
     if options["listing"] is None:
         _summary(summarise(rows, page_size=page_size), options)
         return
-    seen: list[FrameRows] = []
+    tally = Tally()
+    summed = options["form"] == "table" and not options["no_summary"]
 
-    def kept() -> Iterator[FrameRows]:
+    def counted() -> Iterator[FrameRows]:
         for batch in rows:
-            if options["form"] == "table" and not options["no_summary"]:
-                seen.append(FrameRows(**dict.fromkeys(_ROW_FIELDS, batch.flags)))
+            if summed:
+                tally.add(batch.flags)
             yield batch
 
     walked = options["pid"] is not None or options["path"] is not None
@@ -180,13 +181,10 @@ def _output(rows: Iterable[FrameRows], options: dict[str, Any], page_size: int) 
     if not each:
         columns.append(Column("pages", "int"))
     columns += [Column("flags", "hex"), Column("names")]
-    emit(Report(columns, _listed(kept(), columns, each=each)), options["form"])
-    if options["form"] == "table" and not options["no_summary"]:
+    emit(Report(columns, _listed(counted(), columns, each=each)), options["form"])
+    if summed:
         say()
-        _summary(summarise(seen, page_size=page_size), options)
-
-
-_ROW_FIELDS = ("voffset", "offset", "flags", "cgroup", "mapcount")
+        _summary(tally.survey(page_size=page_size), options)
 
 
 def _listed(rows: Iterable[FrameRows], columns: list[Column], *, each: bool) -> Iterator[tuple[Any, ...]]:

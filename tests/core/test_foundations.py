@@ -253,8 +253,10 @@ def test_a_hidden_frame_is_said_to_be_hidden():
 
 
 def test_categories_explain_themselves():
-    lines = explain_categories(0b1010 | 1 << 40, kernel="6.18").lines
-    assert [line.name for line in lines] == ["WRITTEN", "PRESENT", "bit_40"]
+    lines = explain_categories(0b1010 | 1 << 8 | 1 << 40, profile=preset("6.18")).lines
+    assert [line.name for line in lines] == ["WRITTEN", "PRESENT", "GUARD", "bit_40"]
+    older = explain_categories(1 << 8, profile=preset("6.12")).lines
+    assert [line.name for line in older] == ["bit_8"]
 
 
 # -- protocols -------------------------------------------------------------------------------------------

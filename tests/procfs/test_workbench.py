@@ -133,3 +133,29 @@ def test_steady_puts_everything_back():
         os.sched_getaffinity(0),
     )
     assert drain_lru() in (True, False)
+
+
+def test_accesses_through_the_kernels_copying():
+    """The way of machines for which there is no machine code: the same accesses, and a fault instead of a death."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs a running Linux kernel")
+    import ctypes
+    import mmap
+
+    from pmcore.backends.procfs.workbench import _child
+
+    memory, area = _child._Portable(), mmap.mmap(-1, 2 * PAGE)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    data = ctypes.create_string_buffer(b"abc", 3)
+    memory.access(place + 1, 1, 3, ctypes.addressof(data), write=True)
+    assert area[:5] == b"\0abc\0"
+    seen = ctypes.create_string_buffer(3)
+    memory.access(place, 2, 3, ctypes.addressof(seen), write=False)
+    assert seen.raw == b"\0b\0"
+    memory.access(place, PAGE, 2, 0, write=True)
+    memory.access(place, PAGE, 2, 0, write=False)
+    assert area[:5] == b"\0abc\0"
+    for write in (False, True):
+        with pytest.raises(_child.Fault) as caught:
+            memory.access(1 << 46, 1, 1, 0, write=write)
+        assert caught.value.args == (signal.SIGSEGV, 1 << 46, 0)

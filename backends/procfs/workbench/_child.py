@@ -115,22 +115,19 @@ class _Portable:
 
     def __init__(self) -> None:
         self._scratch = os.memfd_create("scratch")
-        os.ftruncate(self._scratch, 1 << 20)
+        os.ftruncate(self._scratch, 1)
 
     def access(self, address: int, step: int, count: int, buffer: int, *, write: bool) -> None:
         for index in range(count):
             place = address + index * step
-            if buffer and write:
-                ctypes.memmove(ctypes.addressof(self._byte), buffer + index, 1)
-                os.pwrite(self._scratch, bytes(self._byte), 0)
-            if not write or not buffer:
+            if write and buffer:
+                os.pwrite(self._scratch, ctypes.string_at(buffer + index, 1), 0)
+            else:
                 self._copy(libc.pwrite, place, index)
             if write:
                 self._copy(libc.pread, place, index)
             elif buffer:
                 ctypes.memmove(buffer + index, os.pread(self._scratch, 1, 0), 1)
-
-    _byte = ctypes.create_string_buffer(1)
 
     def _copy(self, function: Any, place: int, index: int) -> None:
         if function(self._scratch, ctypes.c_void_p(place), ctypes.c_size_t(1), ctypes.c_long(0)) != 1:
