@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import attrs
 
 from pmcore.errors import ArgumentError
 
-__all__ = ["X86_64", "Geometry", "align_down", "align_up"]
+__all__ = ["X86_64", "Geometry", "align_down", "align_up", "parse_size"]
+
+_UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 
 
 def align_down(value: int, alignment: int) -> int:
@@ -17,6 +21,16 @@ def align_down(value: int, alignment: int) -> int:
 def align_up(value: int, alignment: int) -> int:
     """`value` rounded up to a multiple of `alignment` (a power of two)."""
     return (value + alignment - 1) & -alignment
+
+
+def parse_size(text: int | str) -> int:
+    """Bytes: a number, or text like "64 MiB", "512K", "1GB" (all powers of 1024). Raises ArgumentError."""
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    match = re.fullmatch(r"\s*(\d{1,18})\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE) if isinstance(text, str) else None
+    if match is None:
+        raise ArgumentError(f"{text!r} is not a size", remedy='bytes, or a number and a unit, as "64 MiB"')
+    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 @attrs.frozen(kw_only=True)

@@ -83,8 +83,11 @@ class Process(Protocol):
         """To provide: the VMAs in ascending order. Raises ProcessGone, NotPermitted."""
         ...
 
-    def smaps(self) -> tuple[SmapsEntry, ...]:
-        """To provide: the VMAs with their counters, in ascending order. Raises as `maps`."""
+    def smaps(self, start: int = 0, end: int | None = None) -> tuple[SmapsEntry, ...]:
+        """To provide: the VMAs that overlap `start` to `end` (default: all), with their counters, in ascending order.
+
+        Raises as `maps`.
+        """
         ...
 
     def pagemap_scan_raw(self, request: ScanRequest) -> ScanResult:
@@ -379,6 +382,13 @@ class Workbench(Protocol):
 
     def tasks(self) -> Iterable[Task]:
         """To provide: the tasks that are alive, in the order they came to be."""
+        ...
+
+    def settle(self) -> None:
+        """To provide: have the kernel do what it puts off, so that a look shows what the last step did.
+
+        Where nothing is put off there is nothing to do.
+        """
         ...
 
     def close(self) -> None:

@@ -167,6 +167,32 @@ class UffdFeature(enum.IntFlag, boundary=enum.KEEP):
     MOVE = 1 << 16
 
 
+# -- errors ----------------------------------------------------------------------------------------------
+
+
+class Errno(enum.IntEnum):
+    """Linux's numbers of the errors that these interfaces give, the same on every operating system that we run on."""
+
+    EPERM = 1
+    ENOENT = 2
+    ESRCH = 3
+    EINTR = 4
+    EIO = 5
+    EBADF = 9
+    EAGAIN = 11
+    ENOMEM = 12
+    EACCES = 13
+    EFAULT = 14
+    EBUSY = 16
+    EEXIST = 17
+    ENODEV = 19
+    EINVAL = 22
+    ENOTTY = 25
+    ENOSPC = 28
+    ENOSYS = 38
+    EOPNOTSUPP = 95
+
+
 # -- memory system calls -------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import weakref
 
 from pmcore.arrays import U64Array
@@ -71,6 +72,31 @@ def read_text(path: str, name: str) -> bytes:
         raise failure(error, f"read({path})", name) from None
     finally:
         os.close(fd)
+
+
+_SMAPS_HEADER = re.compile(rb"^([0-9a-f]{8,16})-([0-9a-f]{8,16}) ", re.MULTILINE)
+
+
+def read_smaps_range(path: str, start: int, end: int | None) -> bytes:
+    """The entries of smaps that overlap `start` to `end`; what lies behind is not read. Raises SyscallError."""
+    fd = open_file(path, "smaps")
+    try:
+        data = b""
+        while piece := os.read(fd, 4096):
+            data += piece
+            # The last header may still be incomplete: the one before it is enough to stop.
+            last = data.rfind(b"VmFlags:")
+            found = _SMAPS_HEADER.search(data, last) if last >= 0 and end is not None else None
+            if found and end is not None and int(found[1], 16) >= end:
+                break
+    except OSError as error:
+        raise failure(error, f"read({path})", "smaps") from None
+    finally:
+        os.close(fd)
+    heads = list(_SMAPS_HEADER.finditer(data))
+    first = next((h.start() for h in heads if int(h[2], 16) > start), len(data))
+    last = len(data) if end is None else next((h.start() for h in heads if int(h[1], 16) >= end), len(data))
+    return data[first:last]
 
 
 class WordFile:

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pmcore.arrays import U64Array
-from pmcore.backends.procfs.files import WordFile, failure, open_file, read_text
+from pmcore.backends.procfs.files import WordFile, read_smaps_range, failure, open_file, read_text
 from pmcore.backends.procfs.ioctl import MapsQuery, pagemap_scan
 from pmcore.backends.procfs.residency import data_pages, pages_in_core
 from pmcore.errors import SyscallError, syscall_error
@@ -86,9 +86,16 @@ class ProcfsProcess(Process):
         data = self._text("maps")
         return parse_maps(data, source=f"{self._directory}/maps")
 
-    def smaps(self) -> tuple[SmapsEntry, ...]:
-        """The VMAs with their counters."""
-        return parse_smaps(self._text("smaps"), source=f"{self._directory}/smaps")
+    def smaps(self, start: int = 0, end: int | None = None) -> tuple[SmapsEntry, ...]:
+        """The VMAs with their counters; those outside the range are not parsed, and behind it not read."""
+        path = f"{self._directory}/smaps"
+        if start == 0 and end is None:
+            return parse_smaps(self._text("smaps"), source=path)
+        try:
+            data = read_smaps_range(path, start, end)
+        except SyscallError as error:
+            raise self._gone_or(error) from None
+        return parse_smaps(data, source=path)
 
     def smaps_rollup(self) -> SmapsEntry | None:
         """The counters of all VMAs together; None for a process without memory. Raises Missing before 4.14."""

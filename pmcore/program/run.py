@@ -72,6 +72,17 @@ class Run:
         """The descriptor. A name that stands for none is -1, as after a refused open."""
         return self.fds.get(name, -1)
 
+    def advance(self, step: s.Step) -> Outcome:
+        """Do one step, and record what came of it. Raises ArgumentError for one that names what there is not."""
+        try:
+            outcome = Outcome(value=_DO[type(step)](self, step))
+        except AddressSpaceFault as fault:
+            outcome = Outcome(signal=fault.signal, fault=self.where(fault.address))
+        except SyscallError as error:
+            outcome = Outcome(errno=error.errno)
+        self.outcomes.append(outcome)
+        return outcome
+
     def where(self, address: int) -> str:
         """An address in words that do not depend on where the areas lie."""
         for name, (start, length) in self.areas.items():
@@ -93,13 +104,7 @@ def run(
     """
     state = Run(program, workbench)
     for step in program.steps:
-        try:
-            outcome = Outcome(value=_DO[type(step)](state, step))
-        except AddressSpaceFault as fault:
-            outcome = Outcome(signal=fault.signal, fault=state.where(fault.address))
-        except SyscallError as error:
-            outcome = Outcome(errno=error.errno)
-        state.outcomes.append(outcome)
+        outcome = state.advance(step)
         if observer is not None:
             observer(state, step, outcome)
     return state

@@ -88,9 +88,13 @@ class SnapshotProcess(Process):
         """The VMAs."""
         return tuple(self._memory)
 
-    def smaps(self) -> tuple[SmapsEntry, ...]:
+    def smaps(self, start: int = 0, end: int | None = None) -> tuple[SmapsEntry, ...]:
         """The VMAs with the counters that were given, none for the others."""
-        return tuple(self._smaps.get(vma.start, SmapsEntry(vma=vma, vm_flags=())) for vma in self._memory)
+        return tuple(
+            self._smaps.get(vma.start, SmapsEntry(vma=vma, vm_flags=()))
+            for vma in self._memory
+            if vma.end > start and (end is None or vma.start < end)
+        )
 
     def pagemap_scan_raw(self, request: ScanRequest) -> ScanResult:
         """PAGEMAP_SCAN by the core's engine."""

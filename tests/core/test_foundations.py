@@ -191,20 +191,31 @@ def test_a_backend_of_somebody_else(strangers):
 
 def test_nobody_shadows_ours_and_the_kill_switch_leaves_them(strangers, monkeypatch):
     strangers(procfs="m:f", stranger="m:f")
+    group = registry.ENTRY_POINT_GROUP
     assert registry.backends() == ("procfs", "stranger")
-    assert registry._found()["procfs"] == registry._OWN["procfs"]
+    assert registry._found(group)["procfs"] == registry._OWN[group]["procfs"]
     monkeypatch.setenv(registry.KILL_SWITCH, "1")
     assert registry.backends() == ("procfs",)
 
 
-def test_our_backends_are_those_that_we_declare():
-    declared = {
-        p.name: p.value
-        for p in importlib.metadata.distribution("pmcore").entry_points.select(
-            group=registry.ENTRY_POINT_GROUP
-        )
-    }
-    assert declared == registry._OWN
+@pytest.mark.parametrize("group", [registry.ENTRY_POINT_GROUP, registry.WORKBENCH_GROUP])
+def test_our_backends_are_those_that_we_declare(group):
+    points = importlib.metadata.distribution("pmcore").entry_points.select(group=group)
+    assert {p.name: p.value for p in points} == registry._OWN[group]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(0, 0), (4096, 4096), ("64 MiB", 64 << 20), ("1g", 1 << 30), ("12KB", 12 << 10), ("7", 7), ("1 TiB", 1 << 40)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1.5G", "1 EiB", -1, True, None, "9" * 30, "1 G x"])
+def test_what_is_no_size(text):
+    with pytest.raises(errors.ArgumentError):
+        parse_size(text)
 
 
 def test_procfs_says_that_it_needs_linux(monkeypatch):

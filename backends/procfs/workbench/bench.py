@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from pmcore.arrays import BoolArray
 from pmcore.backends.procfs import open_kernel
 from pmcore.backends.procfs.kernel import ProcfsKernel
 from pmcore.backends.procfs.process import ProcfsProcess
+from pmcore.backends.procfs.workbench.steady import drain_lru, steady
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
+from pmcore.geometry import parse_size
 from pmcore.protocols import Task, Workbench
 from pmcore.uapi import Madvise, MapFlag, MremapFlag, Prot, UffdFeature
 
@@ -286,8 +289,11 @@ class ProcfsTask(Task):
 class ProcfsWorkbench(Workbench):
     """Spawns tasks by forking a small server process, in about a millisecond each."""
 
-    def __init__(self, kernel: ProcfsKernel, *, directory: str | None = None) -> None:
+    def __init__(
+        self, kernel: ProcfsKernel, *, directory: str | None = None, held: ExitStack | None = None
+    ) -> None:
         self._kernel = kernel
+        self._held = held or ExitStack()
         self._tasks: list[ProcfsTask] = []
         self.directory = Path(tempfile.mkdtemp(prefix="pmcore-", dir=directory))
         self._remove = weakref.finalize(self, shutil.rmtree, str(self.directory), ignore_errors=True)
@@ -330,20 +336,39 @@ class ProcfsWorkbench(Workbench):
         """The tasks that are alive, oldest first."""
         return tuple(task for task in self._tasks if task.alive)
 
+    def settle(self) -> None:
+        """Have all processors drain their LRU batches."""
+        drain_lru()
+
     def close(self) -> None:
-        """End all tasks and the server, and remove the directory."""
+        """End all tasks and the server, remove the directory, and put back what was turned."""
         for task in list(self._tasks):
             task.exit()
         self._zygote.close()
         self._server.wait()
         self._remove()
+        self._held.close()
 
 
-def open_workbench(kernel: ProcfsKernel | None = None, *, directory: str | None = None) -> ProcfsWorkbench:
+def open_workbench(
+    kernel: ProcfsKernel | None = None,
+    *,
+    directory: str | None = None,
+    still: bool = False,
+    swap: int | str = 0,
+    knobs: Mapping[str, str] | None = None,
+) -> ProcfsWorkbench:
     """A workbench of real processes; regular files lie in a new directory below `directory` (default: TMPDIR).
 
-    Raises BackendUnavailable off Linux.
+    `still` makes the machine hold still until the workbench is closed, see `steady`; `swap` ("64 MiB", bytes) switches
+    a swap area on, `knobs` are files of /proc and /sys with what to write to them meanwhile; both imply `still`.
+    Raises BackendUnavailable off Linux, or where swap cannot be switched on.
     """
     if not sys.platform.startswith("linux"):
         raise BackendUnavailable("real processes need Linux", remedy="use a simulated machine")
-    return ProcfsWorkbench(kernel or open_kernel(), directory=directory)
+    held = ExitStack()
+    with held:
+        if still or swap or knobs:
+            held.enter_context(steady(swap=parse_size(swap), knobs=knobs))
+        return ProcfsWorkbench(kernel or open_kernel(), directory=directory, held=held.pop_all())
+    raise AssertionError("unreachable")

@@ -1,27 +1,39 @@
-"""Making a live kernel hold still: what runs by itself is stopped, what lies in per-CPU batches is drained."""
+"""Making a live kernel hold still: what runs by itself is stopped, what lies in per-CPU batches is drained.
+
+Knobs, swap areas and files are put back by a process of their own (`_guardian.py`), so that they are whatever ends us.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import json
 import mmap
 import os
 import platform
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+
+from pmcore.errors import BackendUnavailable, syscall_error
 
 __all__ = ["drain_lru", "steady"]
 
 _SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
+_THP = "/sys/kernel/mm/transparent_hugepage"
 _KNOBS = {
     "/proc/sys/vm/page-cluster": "0",
-    "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs": "3600000",
-    "/sys/kernel/mm/transparent_hugepage/khugepaged/alloc_sleep_millisecs": "3600000",
+    f"{_THP}/khugepaged/scan_sleep_millisecs": "3600000",
+    f"{_THP}/khugepaged/alloc_sleep_millisecs": "3600000",
     "/sys/kernel/mm/ksm/run": "0",
 }
+#: With a swap area: compressed in memory, so that a page that is paged out is gone at once.
+_SWAP_KNOBS = {"/sys/module/zswap/parameters/enabled": "Y"}
 
 
 def drain_lru() -> bool:
@@ -49,28 +61,82 @@ def drain_lru() -> bool:
 
 
 @contextmanager
-def steady(cpu: int | None = None) -> Iterator[None]:
+def steady(
+    cpu: int | None = None, *, swap: int = 0, knobs: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Pin this process to one processor, quieten khugepaged, ksmd and swap readahead; all is put back on leaving.
 
-    Knobs that cannot be turned (no root, not there) are left alone. SIGTERM puts them back too.
+    `swap` bytes of compressed swap are switched on (BackendUnavailable where that cannot be), `knobs` are further files
+    of /proc and /sys with what to write. Knobs that cannot be turned (no root, not there) are left alone.
     """
-    with ExitStack() as undo:
-        allowed = os.sched_getaffinity(0)
+    allowed = os.sched_getaffinity(0)
+    wanted = {**_KNOBS, **(_SWAP_KNOBS if swap else {}), **(knobs or {})}
+    before = [(path, value) for path in wanted if (value := _read(path)) not in (None, wanted[path])]
+    area = _swap_file(swap) if swap else None
+    files = [area] if area else []
+    guardian = _guard({"swapoff": files, "knobs": before, "remove": files})
+    try:
         os.sched_setaffinity(0, {min(allowed) if cpu is None else cpu})
-        undo.callback(os.sched_setaffinity, 0, allowed)
-        for path, value in _KNOBS.items():
-            knob = Path(path)
+        for path, _ in before:
             with suppress(OSError):
-                before = knob.read_text().strip()
-                if before != value:
-                    knob.write_text(value)
-                    undo.callback(knob.write_text, before)
-        if threading.current_thread() is threading.main_thread():
-            previous = signal.getsignal(signal.SIGTERM)
-
-            def terminated(_number: int, _frame: FrameType | None) -> None:
-                raise SystemExit(128 + signal.SIGTERM)
-
-            signal.signal(signal.SIGTERM, terminated)
-            undo.callback(signal.signal, signal.SIGTERM, previous)
+                Path(path).write_text(wanted[path])
+        if area:
+            _swapon(area)
         yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+        assert guardian.stdin is not None
+        guardian.stdin.close()
+        guardian.wait()
+        assert guardian.stdout is not None
+        guardian.stdout.close()
+
+
+def _read(path: str) -> str | None:
+    """A knob's value; of a choice ("always [madvise] never") the one that is made."""
+    try:
+        text = Path(path).read_text().strip()
+    except OSError:
+        return None
+    chosen = re.search(r"\[(\w+)\]", text)
+    return chosen[1] if chosen else text
+
+
+def _guard(todo: dict[str, object]) -> subprocess.Popen[bytes]:
+    script = Path(__file__).with_name("_guardian.py")
+    guardian = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-B", str(script), json.dumps(todo)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert guardian.stdout is not None
+    guardian.stdout.readline()  # from here on it ignores signals: nothing may be turned before
+    return guardian
+
+
+def _swap_file(length: int) -> str:
+    """A new file with the signature of a swap area."""
+    size = mmap.PAGESIZE
+    pages = length // size
+    fd, path = tempfile.mkstemp(prefix="pmcore-swap-")
+    try:
+        os.posix_fallocate(fd, 0, pages * size)
+        head = struct.pack("=3I", 1, pages - 1, 0).ljust(size - 1024 - 10, b"\0") + b"SWAPSPACE2"
+        os.pwrite(fd, b"\0" * 1024 + head, 0)
+        os.fsync(fd)
+    except BaseException:
+        os.unlink(path)  # noqa: PTH108
+        raise
+    finally:
+        os.close(fd)
+    return path
+
+
+def _swapon(path: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.swapon(path.encode(), 0):
+        number = ctypes.get_errno()
+        if number in (errno.EPERM, errno.ENOSYS):
+            raise BackendUnavailable("swap cannot be switched on", remedy="run as root, or without swap")
+        raise syscall_error(number, f"swapon({path})", remedy="a directory on a disk for TMPDIR may help")

@@ -1,0 +1,52 @@
+"""A deterministic simulated machine: the same interfaces as a running kernel's, on any operating system.
+
+`open_machine` is what `pmcore.open("sim")` and `pmcore.registry.open_workbench("sim")` call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from pmcore.profile import REFERENCE_VERSION
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Policy, SimMachine, SwapSettings
+    from pmcore.geometry import Geometry
+    from pmcore.profile import KernelProfile
+
+__all__ = ["open_machine"]
+
+
+def open_machine(
+    *,
+    memory: int | str = "64 MiB",
+    swap: int | str | Sequence[SwapSettings] = 0,
+    kernel: str | KernelProfile = REFERENCE_VERSION,
+    config: Iterable[str] = (),
+    policy: Policy | None = None,
+    nodes: int = 1,
+    holes: Sequence[tuple[int | str, int | str]] = (),
+    privileged: bool = True,
+    geometry: Geometry | None = None,
+) -> SimMachine:
+    """A machine that has just booted.
+
+    `memory` and `swap` are sizes ("64 MiB", bytes); several swap areas are given as `SwapSettings`. `kernel` is a
+    version or a profile, `config` changes its configuration. `holes` are ranges of physical addresses with no memory.
+    Without `privileged` frame numbers are hidden, and the kpage* files cannot be opened.
+    Raises ArgumentError for settings that no machine has, UnknownCapability for a kernel that is not in spec/.
+    """
+    from pmcore.backends.sim.machine import make_machine
+
+    return make_machine(
+        memory=memory,
+        swap=swap,
+        kernel=kernel,
+        config=config,
+        policy=policy,
+        nodes=nodes,
+        holes=holes,
+        privileged=privileged,
+        geometry=geometry,
+    )

@@ -1,0 +1,1 @@
+"""System calls: the checks in the order of the kernel, and what they set in motion."""

@@ -1,0 +1,200 @@
+"""madvise: the checks, and which room does what was advised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.physical.memory import NoMemory
+from pmcore.backends.sim.services import collapse, reclaim, swapping
+from pmcore.backends.sim.virtual import touch, zap
+from pmcore.backends.sim.virtual.pte import FIELD, GUARD, GUARD_MARKER
+from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
+from pmcore.errors import AddressSpaceFault, NotModelled
+from pmcore.geometry import align_up
+from pmcore.uapi import Errno, Madvise
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+
+__all__ = ["madvise"]
+
+_SPECIAL = VmFlag.IO | VmFlag.DONTEXPAND | VmFlag.PFNMAP
+#: Advice that only changes flags of the VMA: (set, clear).
+_FLAGS = {
+    Madvise.NORMAL: (0, VmFlag.RAND_READ | VmFlag.SEQ_READ),
+    Madvise.SEQUENTIAL: (VmFlag.SEQ_READ, VmFlag.RAND_READ),
+    Madvise.RANDOM: (VmFlag.RAND_READ, VmFlag.SEQ_READ),
+    Madvise.DONTFORK: (VmFlag.DONTCOPY, 0),
+    Madvise.DOFORK: (0, VmFlag.DONTCOPY),
+    Madvise.WIPEONFORK: (VmFlag.WIPEONFORK, 0),
+    Madvise.KEEPONFORK: (0, VmFlag.WIPEONFORK),
+    Madvise.DONTDUMP: (VmFlag.DONTDUMP, 0),
+    Madvise.DODUMP: (0, VmFlag.DONTDUMP),
+    Madvise.HUGEPAGE: (VmFlag.HUGEPAGE, VmFlag.NOHUGEPAGE),
+    Madvise.NOHUGEPAGE: (VmFlag.NOHUGEPAGE, VmFlag.HUGEPAGE),
+}
+_NOT_MODELLED = {
+    Madvise.MERGEABLE: "KSM",
+    Madvise.UNMERGEABLE: "KSM",
+    Madvise.HWPOISON: "memory failure",
+    Madvise.SOFT_OFFLINE: "memory failure",
+}
+
+
+def madvise(core: Core, mm: AddressSpace, start: int, length: int, advice: int) -> None:
+    """madvise(2)."""
+    size = core.geometry.page_size
+    call = f"madvise({start:#x}, {length:#x}, {advice})"
+    if not core.knows_advice(advice):
+        refuse(Errno.EINVAL, call, "this kernel does not know the advice")
+    if start & size - 1 or align_up(length, size) >= 1 << 64:
+        refuse(Errno.EINVAL, call)
+    end = start + align_up(length, size)
+    if end >= 1 << 64:
+        refuse(Errno.EINVAL, call)
+    if end == start:
+        return
+    known = Madvise(advice)
+    if known in _NOT_MODELLED:
+        raise NotModelled(f"madvise({known.name}): {_NOT_MODELLED[known]}")
+    if known in (Madvise.POPULATE_READ, Madvise.POPULATE_WRITE):
+        _populate(core, mm, call, start, end, write=known == Madvise.POPULATE_WRITE)
+        return
+    if known in _FLAGS:
+        _walk(mm, call, start, end, lambda vma, low, high: _set_flags(mm, vma, low, high, *_FLAGS[known]))
+        mm.vmas.merge(start, end)
+        return
+    do = _DO[known]
+    _walk(mm, call, start, end, lambda vma, low, high: do(core, mm, call, vma, low, high))
+
+
+def _walk(
+    mm: AddressSpace, call: str, start: int, end: int, do: Callable[[VmArea, int, int], object]
+) -> None:
+    """Apply to all that is mapped in the range; holes are ENOMEM in the end."""
+    position, holes = start, False
+    for vma in mm.vmas.within(start, end):
+        holes |= vma.start > position
+        low, high = max(vma.start, start), min(vma.end, end)
+        do(vma, low, high)
+        position = high
+    if holes or position < end:
+        refuse(Errno.ENOMEM, call, "part of the range is not mapped")
+
+
+def _set_flags(mm: AddressSpace, vma: VmArea, low: int, high: int, add: int, remove: int) -> None:
+    if vma.flags & ~remove | add == vma.flags:
+        return
+    mm.vmas.split(low)
+    mm.vmas.split(high)
+    part = mm.vmas.at(low)
+    assert part is not None
+    part.flags = part.flags & ~remove | add
+
+
+def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int, *, write: bool) -> None:
+    position = start
+    while position < end:
+        vma = mm.vmas.at(position)
+        if vma is None:
+            refuse(Errno.ENOMEM, call, f"nothing is mapped at {position:#x}")
+        if vma.flags & (VmFlag.IO | VmFlag.PFNMAP):
+            refuse(Errno.EINVAL, call)
+        if not vma.flags & (VmFlag.WRITE if write else VmFlag.READ):
+            refuse(Errno.EINVAL, call, "the mapping does not allow the access")
+        stop = min(vma.end, end)
+        try:
+            touch.touch(core, mm, position, stop, write=write)
+        except AddressSpaceFault:
+            refuse(Errno.EFAULT, call)
+        except NoMemory:
+            refuse(Errno.ENOMEM, call)
+        position = stop
+
+
+def _dontneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP):
+        refuse(Errno.EINVAL, call, "the range is locked")
+    zap.zap(core, mm, vma, low, high, keep_guards=True)
+
+
+def _dontneed_locked(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & VmFlag.PFNMAP:
+        refuse(Errno.EINVAL, call)
+    zap.zap(core, mm, vma, low, high, keep_guards=True)
+
+
+def _free(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP):
+        refuse(Errno.EINVAL, call, "the range is locked")
+    reclaim.lazy_free(core, mm, vma, low, high)
+
+
+def _cold(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP | VmFlag.HUGETLB):
+        refuse(Errno.EINVAL, call, "the range is locked")
+    reclaim.cold(core, mm, vma, low, high)
+
+
+def _pageout(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP | VmFlag.HUGETLB):
+        refuse(Errno.EINVAL, call, "the range is locked")
+    reclaim.pageout(core, mm, vma, low, high)
+
+
+def _willneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    for extent in mm.tables.extents(low, high):
+        if not extent.huge:
+            for field in (extent.entries[zap.swap_entries(extent.entries)] & np.uint64(FIELD)).tolist():
+                swapping.bring_in(core, field)
+
+
+def _remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    refuse(Errno.EINVAL, call, "no file is mapped there")
+
+
+def _collapse(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    errno = collapse.collapse_range(core, mm, vma, low, high)
+    if errno:
+        refuse(errno, call)
+
+
+def _guardable(core: Core, call: str, vma: VmArea, *, locked: bool) -> None:
+    forbidden = VmFlag.HUGETLB | _SPECIAL | (0 if locked else VmFlag.LOCKED)
+    if vma.flags & forbidden or not vma.flags & VmFlag.MAYWRITE:
+        refuse(Errno.EINVAL, call, "no guard region may be there")
+
+
+def _guard_install(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    _guardable(core, call, vma, locked=False)
+    mm.prepare_anon(vma)
+    zap.zap(core, mm, vma, low, high, keep_guards=True)
+    mm.tables.make(low, high)
+    for extent in mm.tables.extents(low, high):
+        extent.entries[:] = GUARD_MARKER
+
+
+def _guard_remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    _guardable(core, call, vma, locked=True)
+    for extent in mm.tables.extents(low, high):
+        if not extent.huge:
+            extent.entries[(extent.entries & np.uint64(GUARD)) != 0] = 0
+
+
+_DO = {
+    Madvise.DONTNEED: _dontneed,
+    Madvise.DONTNEED_LOCKED: _dontneed_locked,
+    Madvise.FREE: _free,
+    Madvise.COLD: _cold,
+    Madvise.PAGEOUT: _pageout,
+    Madvise.WILLNEED: _willneed,
+    Madvise.REMOVE: _remove,
+    Madvise.COLLAPSE: _collapse,
+    Madvise.GUARD_INSTALL: _guard_install,
+    Madvise.GUARD_REMOVE: _guard_remove,
+}

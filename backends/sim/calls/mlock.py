@@ -1,0 +1,133 @@
+"""mlock, mlock2, munlock, mlockall, munlockall."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.calls.mmap import populate
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.physical.memory import COMPOUND
+from pmcore.backends.sim.virtual import mapping
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
+from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
+from pmcore.geometry import align_up
+from pmcore.uapi import Errno
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+
+__all__ = ["mlock", "mlockall", "munlock", "munlockall"]
+
+
+def mlock(core: Core, mm: AddressSpace, start: int, length: int, *, onfault: bool) -> None:
+    """mlock(2), mlock2(2)."""
+    call, size = f"mlock({start:#x}, {length:#x}, onfault={onfault})", core.geometry.page_size
+    length = align_up(length + (start & size - 1), size)
+    start &= -size
+    if not core.may_lock(mm, length):
+        refuse(Errno.ENOMEM, call, "more than RLIMIT_MEMLOCK")
+    flags = VmFlag.LOCKED | (VmFlag.LOCKONFAULT if onfault else 0)
+    _apply(core, mm, call, start, length, flags)
+    if not onfault:
+        _populate(core, mm, call, start, start + length)
+
+
+def munlock(core: Core, mm: AddressSpace, start: int, length: int) -> None:
+    """munlock(2)."""
+    size = core.geometry.page_size
+    length = align_up(length + (start & size - 1), size)
+    _apply(core, mm, f"munlock({start:#x}, {length:#x})", start & -size, length, 0)
+
+
+def _apply(core: Core, mm: AddressSpace, call: str, start: int, length: int, flags: int) -> None:
+    end = start + length
+    if end < start or end > 1 << 64:
+        refuse(Errno.EINVAL, call)
+    if end == start:
+        return
+    vma = mm.vmas.at(start)
+    if vma is None:
+        refuse(Errno.ENOMEM, call, "nothing is mapped there")
+    position = start
+    while position < end:
+        vma = mm.vmas.at(position)
+        if vma is None:
+            mm.vmas.merge(start, position)
+            refuse(Errno.ENOMEM, call, f"nothing is mapped at {position:#x}")
+        stop = min(vma.end, end)
+        set_lock(core, mm, vma, position, stop, flags)
+        position = stop
+    mm.vmas.merge(start, end)
+
+
+def set_lock(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, flags: int) -> None:
+    """Give a part of a VMA these lock flags, and its pages what follows from them."""
+    if vma.flags & VmFlag.LOCKS == flags or vma.flags & (VmFlag.IO | VmFlag.PFNMAP):
+        return
+    mm.vmas.split(start)
+    mm.vmas.split(end)
+    part = mm.vmas.at(start)
+    assert part is not None
+    was = part.flags & VmFlag.LOCKED
+    part.flags = part.flags & ~VmFlag.LOCKS | flags
+    if bool(was) == bool(flags & VmFlag.LOCKED):
+        return
+    mm.locked += part.length if flags & VmFlag.LOCKED else -part.length
+    change = mapping.mlock if flags & VmFlag.LOCKED else mapping.munlock
+    frames = core.memory.frames
+    for extent in mm.tables.extents(start, end):
+        entries = extent.entries
+        pfns = (entries[(entries & np.uint64(PRESENT)) != 0] & np.uint64(FIELD)).view(np.int64)
+        if extent.huge:
+            for head in pfns.tolist():
+                if head != core.huge_zero_pfn:
+                    change(core, head, core.geometry.pmd_pages)
+            continue
+        pfns = pfns[pfns != core.zero_pfn]
+        compound = (frames.flags[pfns] & np.uint64(COMPOUND)) != 0
+        for pfn in pfns[~compound].tolist():
+            change(core, pfn, 1)
+        if compound.any():
+            heads, counts = np.unique(pfns[compound] - frames.behind[pfns[compound]], return_counts=True)
+            for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
+                # A large folio is locked where all of it is mapped here; unlocked in any case.
+                folio = core.memory.large[head]
+                if not flags or count == folio.pages:
+                    change(core, head, folio.pages)
+
+
+def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int) -> None:
+    for vma in mm.vmas.within(start, end):
+        if not vma.flags & VmFlag.ACCESS:
+            refuse(Errno.ENOMEM, call, "a mapping in it may not be accessed")
+        populate(core, mm, max(start, vma.start), min(end, vma.end))
+
+
+def mlockall(core: Core, mm: AddressSpace, flags: int) -> None:
+    """mlockall(2): 1 current, 2 future, 4 on fault."""
+    call = f"mlockall({flags:#x})"
+    if not flags or flags & ~7 or flags == 4:
+        refuse(Errno.EINVAL, call)
+    total = sum(vma.length for vma in mm.vmas)
+    if flags & 1 and not core.may_lock(mm, total - mm.locked):
+        refuse(Errno.ENOMEM, call)
+    locks = VmFlag.LOCKED | (VmFlag.LOCKONFAULT if flags & 4 else 0)
+    mm.def_flags = mm.def_flags & ~VmFlag.LOCKS | (locks if flags & 2 else 0)
+    if flags & 1:
+        for vma in list(mm.vmas):
+            set_lock(core, mm, vma, vma.start, vma.end, locks)
+        mm.vmas.merge(0, core.geometry.task_size)
+        if not flags & 4:
+            for vma in list(mm.vmas):
+                populate(core, mm, vma.start, vma.end)
+
+
+def munlockall(core: Core, mm: AddressSpace) -> None:
+    """munlockall(2)."""
+    mm.def_flags &= ~VmFlag.LOCKS
+    for vma in list(mm.vmas):
+        set_lock(core, mm, vma, vma.start, vma.end, 0)
+    mm.vmas.merge(0, core.geometry.task_size)

@@ -1,0 +1,228 @@
+"""mmap, munmap, mprotect, brk: system calls on VMAs, with the kernel's checks in the kernel's order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.virtual import protect, touch, zap
+from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
+from pmcore.errors import AddressSpaceFault, NotModelled
+from pmcore.geometry import align_up
+from pmcore.uapi import Errno, MapFlag, Prot
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+
+__all__ = ["brk", "mmap", "mprotect", "munmap", "populate"]
+
+_PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
+_KNOWN = int(
+    MapFlag.SHARED
+    | MapFlag.PRIVATE
+    | MapFlag.FIXED
+    | MapFlag.ANONYMOUS
+    | MapFlag.GROWSDOWN
+    | MapFlag.LOCKED
+    | MapFlag.NORESERVE
+    | MapFlag.POPULATE
+    | MapFlag.STACK
+    | MapFlag.FIXED_NOREPLACE
+)
+_IGNORED = 0x0800 | 0x1000 | 0x10000  # MAP_DENYWRITE, MAP_EXECUTABLE, MAP_NONBLOCK
+
+
+def mmap(core: Core, mm: AddressSpace, addr: int, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
+    """mmap(2) of private anonymous memory; the address."""
+    geometry = core.geometry
+    size, call = geometry.page_size, f"mmap({addr:#x}, {length:#x}, {prot:#x}, {flags:#x}, {fd}, {offset:#x})"
+    if offset & size - 1:
+        refuse(Errno.EINVAL, call, "the offset is not page-aligned")
+    if not flags & MapFlag.ANONYMOUS:
+        if fd not in mm.files:
+            refuse(Errno.EBADF, call)
+        raise NotModelled("mapping files", remedy="the simulator maps private anonymous memory so far")
+    if not length:
+        refuse(Errno.EINVAL, call, "no length")
+    if flags & MapFlag.FIXED_NOREPLACE:
+        flags |= MapFlag.FIXED
+    length = align_up(length, size)
+    if length >= 1 << 64 or length > geometry.task_size:
+        refuse(Errno.ENOMEM, call)
+    if flags & MapFlag.FIXED:
+        if addr > geometry.task_size - length:
+            refuse(Errno.ENOMEM, call)
+        if addr & size - 1:
+            refuse(Errno.EINVAL, call, "MAP_FIXED at an address inside a page")
+    else:
+        addr = _place(core, mm, addr, length)
+        if addr < 0:
+            refuse(Errno.ENOMEM, call, "no place in the address space")
+    if flags & MapFlag.FIXED_NOREPLACE and mm.vmas.within(addr, addr + length):
+        refuse(Errno.EEXIST, call)
+    if flags & MapFlag.LOCKED and not core.may_lock(mm, length):
+        refuse(Errno.EAGAIN, call)
+    kind = flags & 0x0F
+    if kind not in (MapFlag.SHARED, MapFlag.PRIVATE):
+        refuse(Errno.EINVAL, call, "neither MAP_PRIVATE nor MAP_SHARED")
+    if kind == MapFlag.SHARED:
+        raise NotModelled("shared anonymous memory")
+    if flags & MapFlag.HUGETLB:
+        raise NotModelled("hugetlb")
+    vm_flags = prot & _PROT | VmFlag.MAY_ALL | mm.def_flags
+    if flags & MapFlag.LOCKED:
+        vm_flags |= VmFlag.LOCKED
+    if flags & MapFlag.GROWSDOWN:
+        vm_flags |= VmFlag.GROWSDOWN
+    if flags & MapFlag.NORESERVE and core.policy.overcommit != "never":
+        vm_flags |= VmFlag.NORESERVE
+    if vm_flags & VmFlag.WRITE and not vm_flags & VmFlag.NORESERVE:
+        vm_flags |= VmFlag.ACCOUNT
+    if core.caps.soft_dirty:
+        vm_flags |= VmFlag.SOFTDIRTY
+    _unmap(core, mm, addr, addr + length)
+    mm.vmas.add(VmArea(addr, addr + length, vm_flags, addr >> geometry.page_shift))
+    mm.vmas.merge(addr, addr + length)
+    if vm_flags & VmFlag.LOCKED:
+        mm.locked += length
+    if flags & MapFlag.POPULATE or (vm_flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
+        populate(core, mm, addr, addr + length)
+    return addr
+
+
+def _place(core: Core, mm: AddressSpace, hint: int, length: int) -> int:
+    """Where the kernel puts a mapping: at the hint if that is free, else top-down below the stack."""
+    geometry = core.geometry
+    if hint:
+        hint = align_up(hint, geometry.page_size)
+        if core.mmap_min <= hint <= geometry.task_size - length and not mm.vmas.within(hint, hint + length):
+            return hint
+    align = 1
+    if core.caps.thp and core.caps.thp_aligned_mmap and length >= geometry.pmd_size and not length % geometry.pmd_size:
+        align = geometry.pmd_size
+    found = mm.vmas.gap_below(length, core.mmap_min, core.mmap_base, align=align)
+    if found < 0 and align > 1:
+        found = mm.vmas.gap_below(length, core.mmap_min, core.mmap_base)
+    return found
+
+
+def populate(core: Core, mm: AddressSpace, start: int, end: int) -> None:
+    """Fault the range in as far as that goes: for writing where that is allowed, else for reading."""
+    for vma in mm.vmas.within(start, end):
+        low, high = max(start, vma.start), min(end, vma.end)
+        if not vma.flags & VmFlag.ACCESS:
+            return
+        try:
+            touch.touch(core, mm, low, high, write=bool(vma.flags & VmFlag.WRITE))
+        except (AddressSpaceFault, core.NoMemory):
+            return
+
+
+def munmap(core: Core, mm: AddressSpace, start: int, length: int) -> None:
+    """munmap(2)."""
+    call, size = f"munmap({start:#x}, {length:#x})", core.geometry.page_size
+    task_size = core.geometry.task_size
+    if start & size - 1 or start > task_size or length > task_size - start:
+        refuse(Errno.EINVAL, call)
+    length = align_up(length, size)
+    if not length:
+        refuse(Errno.EINVAL, call, "no length")
+    _unmap(core, mm, start, start + length)
+
+
+def _unmap(core: Core, mm: AddressSpace, start: int, end: int) -> None:
+    """Take away whatever is mapped in the range."""
+    if not mm.vmas.within(start, end):
+        return
+    mm.vmas.split(start)
+    mm.vmas.split(end)
+    gone = mm.vmas.within(start, end)
+    floor, ceiling = mm.boundaries(gone[0])[0], mm.boundaries(gone[-1])[1]
+    for vma in gone:
+        zap.zap(core, mm, vma, vma.start, vma.end)
+        if vma.flags & VmFlag.LOCKED:
+            mm.locked -= vma.length
+        mm.vmas.remove(vma)
+    mm.tables.free_range(floor, ceiling)
+
+
+unmap = _unmap
+__all__ += ["unmap"]
+
+
+def mprotect(core: Core, mm: AddressSpace, start: int, length: int, prot: int) -> None:
+    """mprotect(2)."""
+    call, size = f"mprotect({start:#x}, {length:#x}, {prot:#x})", core.geometry.page_size
+    grows = prot & 0x03000000  # PROT_GROWSDOWN, PROT_GROWSUP
+    if grows == 0x03000000 or start & size - 1:
+        refuse(Errno.EINVAL, call)
+    if not length:
+        return
+    length = align_up(length, size)
+    end = start + length
+    if end <= start or end >= 1 << 64:
+        refuse(Errno.ENOMEM, call)
+    if prot & ~(_PROT | 0x8 | 0x03000000):  # PROT_SEM is allowed
+        refuse(Errno.EINVAL, call)
+    if grows:
+        raise NotModelled("PROT_GROWSDOWN and PROT_GROWSUP")
+    vma = mm.vmas.first(start)
+    if vma is None or vma.start > start:
+        refuse(Errno.ENOMEM, call, "nothing is mapped there")
+    position = start
+    while True:
+        assert vma is not None
+        mm.vmas.split(position)
+        mm.vmas.split(end)
+        vma = mm.vmas.at(position)
+        assert vma is not None
+        stop = min(vma.end, end)
+        _fix(core, mm, vma, prot & _PROT)
+        position = stop
+        if position >= end:
+            break
+        vma = mm.vmas.at(position)
+        if vma is None:
+            mm.vmas.merge(start, position)
+            refuse(Errno.ENOMEM, call, f"nothing is mapped at {position:#x}")
+    mm.vmas.merge(start, end)
+
+
+def _fix(core: Core, mm: AddressSpace, vma: VmArea, prot: int) -> None:
+    flags = vma.flags & ~VmFlag.ACCESS | prot
+    if flags == vma.flags:
+        return
+    if flags & VmFlag.WRITE and not flags & (VmFlag.ACCOUNT | VmFlag.NORESERVE):
+        flags |= VmFlag.ACCOUNT
+    became_writable = flags & VmFlag.WRITE and not vma.flags & VmFlag.WRITE
+    vma.flags = flags
+    protect.change_protection(core, mm, vma, vma.start, vma.end)
+    # Private, locked and writable now: what will be copied is copied at once.
+    if became_writable and (flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
+        populate(core, mm, vma.start, vma.end)
+
+
+def brk(core: Core, mm: AddressSpace, addr: int) -> int:
+    """brk(2) as the system call: the break after it, moved or not."""
+    size = core.geometry.page_size
+    if addr < mm.brk_start or addr > core.geometry.task_size:
+        return mm.brk
+    old, new = align_up(mm.brk, size), align_up(addr, size)
+    if new < old:
+        _unmap(core, mm, new, old)
+    elif new > old:
+        if mm.vmas.within(old, new):
+            return mm.brk
+        flags = VmFlag.READ | VmFlag.WRITE | VmFlag.MAY_ALL | VmFlag.ACCOUNT | mm.def_flags
+        if core.caps.soft_dirty:
+            flags |= VmFlag.SOFTDIRTY
+        if flags & VmFlag.LOCKED and not core.may_lock(mm, new - old):
+            return mm.brk
+        mm.vmas.add(VmArea(old, new, flags, old >> core.geometry.page_shift, name="[heap]"))
+        mm.vmas.merge(old, new)
+        if flags & VmFlag.LOCKED:
+            mm.locked += new - old
+            populate(core, mm, old, new)
+    mm.brk = addr
+    return addr

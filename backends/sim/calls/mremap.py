@@ -1,0 +1,156 @@
+"""mremap: shrinking, growing in place, moving."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from pmcore.backends.sim.calls.mmap import populate, unmap
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.virtual import remap
+from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
+from pmcore.geometry import align_up
+from pmcore.uapi import Errno, MremapFlag, UffdFeature
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+
+__all__ = ["mremap"]
+
+_MAYMOVE, _FIXED, _DONTUNMAP = int(MremapFlag.MAYMOVE), int(MremapFlag.FIXED), int(MremapFlag.DONTUNMAP)
+
+
+def mremap(
+    core: Core, mm: AddressSpace, addr: int, old_length: int, new_length: int, flags: int, new_addr: int
+) -> int:
+    """mremap(2); the new address."""
+    size, task_size = core.geometry.page_size, core.geometry.task_size
+    call = f"mremap({addr:#x}, {old_length:#x}, {new_length:#x}, {flags:#x}, {new_addr:#x})"
+    known = _MAYMOVE | _FIXED | (_DONTUNMAP if core.caps.mremap_dontunmap else 0)
+    if flags & ~known or (flags & _FIXED and not flags & _MAYMOVE):
+        refuse(Errno.EINVAL, call)
+    old_length, new_length = align_up(old_length, size), align_up(new_length, size)
+    if flags & _DONTUNMAP and (not flags & _MAYMOVE or old_length != new_length):
+        refuse(Errno.EINVAL, call)
+    if addr & size - 1 or not new_length:
+        refuse(Errno.EINVAL, call)
+    if new_length > task_size and core.caps.mremap_checks_early:
+        refuse(Errno.EINVAL, call)
+    moving = bool(flags & (_FIXED | _DONTUNMAP))
+    if moving and core.caps.mremap_checks_early:
+        _check_target(core, call, addr, old_length, new_addr, new_length, flags)
+    vma = mm.vmas.at(addr)
+    if vma is None:
+        refuse(Errno.EFAULT, call, "nothing is mapped there")
+    if moving:
+        if not core.caps.mremap_checks_early:
+            _check_target(core, call, addr, old_length, new_addr, new_length, flags)
+        return _to(core, mm, call, addr, old_length, new_addr, new_length, flags)
+    if old_length >= new_length:
+        if old_length > new_length:
+            unmap(core, mm, addr + new_length, addr + old_length)
+        return addr
+    _resizable(core, mm, call, vma, addr, old_length, new_length)
+    delta = new_length - old_length
+    if old_length == vma.end - addr and vma.end + delta <= task_size and not mm.vmas.within(vma.end, vma.end + delta):
+        old_end = vma.end
+        vma.end += delta
+        mm.vmas.merge(vma.start, vma.end)
+        if vma.flags & VmFlag.LOCKED:
+            mm.locked += delta
+            populate(core, mm, old_end, old_end + delta)
+        return addr
+    if not flags & _MAYMOVE:
+        refuse(Errno.ENOMEM, call, "no room behind it, and MREMAP_MAYMOVE was not given")
+    target = mm.vmas.gap_below(new_length, core.mmap_min, core.mmap_base)
+    if target < 0:
+        refuse(Errno.ENOMEM, call)
+    return _move(core, mm, call, addr, old_length, target, new_length, flags)
+
+
+def _check_target(
+    core: Core, call: str, addr: int, old_length: int, new_addr: int, new_length: int, flags: int
+) -> None:
+    task_size = core.geometry.task_size
+    if flags & _FIXED or not core.caps.mremap_checks_early:
+        if new_addr & core.geometry.page_size - 1 or new_length > task_size or new_addr > task_size - new_length:
+            refuse(Errno.EINVAL, call)
+        if addr + old_length > new_addr and new_addr + new_length > addr:
+            refuse(Errno.EINVAL, call, "source and target overlap")
+
+
+def _resizable(
+    core: Core, mm: AddressSpace, call: str, vma: VmArea, addr: int, old_length: int, new_length: int
+) -> None:
+    """The checks of vma_to_resize."""
+    if not old_length:
+        refuse(Errno.EINVAL, call, "a private mapping cannot be duplicated")
+    if old_length > vma.end - addr:
+        refuse(Errno.EFAULT, call, "the range leaves its mapping")
+    if new_length == old_length:
+        return
+    if vma.flags & (VmFlag.DONTEXPAND | VmFlag.PFNMAP):
+        refuse(Errno.EFAULT, call)
+    if vma.flags & VmFlag.LOCKED and not core.may_lock(mm, new_length - old_length):
+        refuse(Errno.EAGAIN, call)
+
+
+def _to(
+    core: Core, mm: AddressSpace, call: str, addr: int, old_length: int, new_addr: int, new_length: int, flags: int
+) -> int:
+    """With MREMAP_FIXED or MREMAP_DONTUNMAP."""
+    if flags & _FIXED:
+        unmap(core, mm, new_addr, new_addr + new_length)
+    if old_length > new_length:
+        unmap(core, mm, addr + new_length, addr + old_length)
+        old_length = new_length
+    vma = mm.vmas.at(addr)
+    if vma is None:
+        refuse(Errno.EFAULT, call, "nothing is mapped there")
+    _resizable(core, mm, call, vma, addr, old_length, new_length)
+    if not flags & _FIXED:
+        hint = align_up(new_addr, core.geometry.page_size)
+        free = hint and hint + new_length <= core.geometry.task_size and not mm.vmas.within(hint, hint + new_length)
+        new_addr = hint if free else mm.vmas.gap_below(new_length, core.mmap_min, core.mmap_base)
+        if new_addr < 0:
+            refuse(Errno.ENOMEM, call)
+    return _move(core, mm, call, addr, old_length, new_addr, new_length, flags)
+
+
+def _move(
+    core: Core, mm: AddressSpace, call: str, addr: int, old_length: int, new_addr: int, new_length: int, flags: int
+) -> int:
+    vma = mm.vmas.at(addr)
+    assert vma is not None
+    shift = core.geometry.page_shift
+    features = getattr(vma.uffd, "features", 0)
+    drop_uffd = vma.uffd is not None and not features & UffdFeature.EVENT_REMAP
+    # A mapping that never held a page takes the address it moves to for its offset.
+    pgoff = vma.pgoff + (addr - vma.start >> shift) if vma.anon_vma is not None else new_addr >> shift
+    new = attrs.evolve(vma, start=new_addr, end=new_addr + new_length, pgoff=pgoff)
+    if drop_uffd:
+        new.flags &= ~VmFlag.UFFD
+        new.uffd = None
+    if core.caps.soft_dirty:
+        new.flags |= VmFlag.SOFTDIRTY
+    mm.vmas.add(new)
+    remap.move_entries(core, mm, vma, addr, new_addr, old_length, drop_uffd=drop_uffd)
+    locked = vma.flags & VmFlag.LOCKED
+    if flags & _DONTUNMAP:
+        mm.vmas.split(addr)
+        mm.vmas.split(addr + old_length)
+        left = mm.vmas.at(addr)
+        assert left is not None
+        left.flags &= ~VmFlag.LOCKS
+        if left.start == addr and left.end == addr + old_length:
+            left.anon_vma, left.chain = None, 0
+        mm.vmas.merge(addr, addr + old_length)
+    else:
+        unmap(core, mm, addr, addr + old_length)
+    mm.vmas.merge(new_addr, new_addr + new_length)
+    if locked:
+        mm.locked += new_length if not flags & _DONTUNMAP else 0
+        populate(core, mm, new_addr + old_length, new_addr + new_length)
+    return new_addr

@@ -1,0 +1,151 @@
+"""The userfaultfd ioctls: UFFDIO_API, REGISTER, UNREGISTER, WRITEPROTECT, with the kernel's checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.services.userfaultfd import Userfaultfd
+from pmcore.backends.sim.virtual import protect
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.uapi import Errno, UffdFeature
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.task import SimTask
+    from pmcore.backends.sim.virtual.space import AddressSpace
+
+__all__ = ["api", "close", "register", "unregister", "writeprotect"]
+
+_MISSING, _WP, _MINOR = 1, 2, 4
+_WP_FEATURES = UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.WP_HUGETLBFS_SHMEM | UffdFeature.WP_UNPOPULATED
+
+
+def api(core: Core, mm: AddressSpace, features: int) -> Userfaultfd:
+    """UFFDIO_API."""
+    call = f"UFFDIO_API({features:#x})"
+    known = core.caps.uffd_features
+    if features & ~known:
+        refuse(Errno.EINVAL, call, "this kernel does not know a feature")
+    if features & UffdFeature.WP_ASYNC:
+        features |= UffdFeature.WP_UNPOPULATED
+    if features & UffdFeature.EVENT_FORK and not core.privileged:
+        refuse(Errno.EPERM, call, "UFFD_FEATURE_EVENT_FORK needs CAP_SYS_PTRACE")
+    return Userfaultfd(mm, features)
+
+
+def _context(mm: AddressSpace, fd: int, call: str) -> Userfaultfd:
+    context = mm.files.get(fd)
+    if context is None:
+        refuse(Errno.EBADF, call)
+    if not isinstance(context, Userfaultfd):
+        refuse(Errno.ENOTTY, call)
+    return context
+
+
+def _check_range(core: Core, call: str, start: int, length: int) -> None:
+    size, task_size = core.geometry.page_size, core.geometry.task_size
+    if start & size - 1 or length & size - 1 or not length:
+        refuse(Errno.EINVAL, call)
+    if start < core.mmap_min or start >= task_size or length > task_size - start:
+        refuse(Errno.EINVAL, call)
+
+
+def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mode: int) -> int:
+    """UFFDIO_REGISTER; the bits of the ioctls that then work on the range."""
+    call = f"UFFDIO_REGISTER({start:#x}, {length:#x}, mode {mode:#x})"
+    context = _context(mm, fd, call)
+    if not mode or mode & ~(_MISSING | _WP | _MINOR):
+        refuse(Errno.EINVAL, call)
+    if mode & _WP and not core.caps.uffd_wp:
+        refuse(Errno.EINVAL, call, "this kernel has no write protection")
+    _check_range(core, call, start, length)
+    end = start + length
+    mm = context.mm
+    first = mm.vmas.first(start)
+    if first is None or first.start >= end:
+        refuse(Errno.EINVAL, call, "nothing is mapped there")
+    flags = (VmFlag.UFFD_MISSING if mode & _MISSING else 0) | (VmFlag.UFFD_WP if mode & _WP else 0)
+    flags |= VmFlag.UFFD_MINOR if mode & _MINOR else 0
+    for vma in mm.vmas.within(start, end):
+        if mode & _MINOR or vma.flags & (VmFlag.IO | VmFlag.PFNMAP):
+            refuse(Errno.EINVAL, call, "a mapping in the range cannot be registered so")
+        if not vma.flags & VmFlag.MAYWRITE:
+            refuse(Errno.EPERM, call)
+        if vma.uffd is not None and vma.uffd is not context:
+            refuse(Errno.EBUSY, call, "another userfaultfd has it")
+    for vma in mm.vmas.within(start, end):
+        if vma.uffd is context and vma.flags & flags == flags:
+            continue
+        low, high = max(vma.start, start), min(vma.end, end)
+        mm.vmas.split(low)
+        mm.vmas.split(high)
+        part = mm.vmas.at(low)
+        assert part is not None
+        part.flags = part.flags & ~VmFlag.UFFD | flags
+        part.uffd = context
+    mm.vmas.merge(start, end)
+    ioctls = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8  # WAKE, COPY, ZEROPAGE, MOVE, POISON
+    return ioctls | (1 << 6 if mode & _WP else 0)
+
+
+def unregister(core: Core, mm: AddressSpace, fd: int, start: int, length: int) -> None:
+    """UFFDIO_UNREGISTER."""
+    call = f"UFFDIO_UNREGISTER({start:#x}, {length:#x})"
+    context = _context(mm, fd, call)
+    mm = context.mm
+    _check_range(core, call, start, length)
+    end = start + length
+    first = mm.vmas.first(start)
+    if first is None or first.start >= end:
+        refuse(Errno.EINVAL, call, "nothing is mapped there")
+    if core.caps.uffd_unregister_own and any(v.uffd not in (None, context) for v in mm.vmas.within(start, end)):
+        refuse(Errno.EINVAL, call, "another userfaultfd has it")
+    for vma in mm.vmas.within(start, end):
+        if vma.uffd is None:
+            continue
+        low, high = max(vma.start, start), min(vma.end, end)
+        mm.vmas.split(low)
+        mm.vmas.split(high)
+        part = mm.vmas.at(low)
+        assert part is not None
+        if part.flags & VmFlag.UFFD_WP:
+            protect.uffd_wp(core, mm, part, low, high, protect=False)
+        part.flags &= ~VmFlag.UFFD
+        part.uffd = None
+    mm.vmas.merge(start, end)
+
+
+def writeprotect(core: Core, mm: AddressSpace, fd: int, start: int, length: int, *, protect_it: bool) -> None:
+    """UFFDIO_WRITEPROTECT."""
+    call = f"UFFDIO_WRITEPROTECT({start:#x}, {length:#x}, {protect_it})"
+    context = _context(mm, fd, call)
+    mm = context.mm
+    _check_range(core, call, start, length)
+    end, position = start + length, start
+    vmas = mm.vmas.within(start, end)
+    if not vmas:
+        refuse(Errno.ENOENT, call, "nothing is mapped there")
+    for vma in vmas:
+        if not vma.flags & VmFlag.UFFD_WP:
+            refuse(Errno.ENOENT, call, "part of the range is not registered for write protection")
+        low, high = max(vma.start, position), min(vma.end, end)
+        protect.uffd_wp(core, mm, vma, low, high, protect=protect_it)
+
+
+def close(core: Core, mm: AddressSpace, fd: int, tasks: Iterable[SimTask]) -> None:
+    """Close a descriptor; the last one of a userfaultfd unregisters everything."""
+    context = mm.files.pop(fd)
+    if not isinstance(context, Userfaultfd):
+        return
+    if any(context in task.mm.files.values() for task in tasks):
+        return
+    for task in tasks:
+        for vma in list(task.mm.vmas):
+            if vma.uffd is context:
+                if vma.flags & VmFlag.UFFD_WP:
+                    protect.uffd_wp(core, task.mm, vma, vma.start, vma.end, protect=False)
+                vma.flags &= ~VmFlag.UFFD
+                vma.uffd = None
+        task.mm.vmas.merge(0, core.geometry.task_size)

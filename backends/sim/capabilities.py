@@ -1,0 +1,114 @@
+"""What a machine's kernel can do, asked once of its profile."""
+
+from __future__ import annotations
+
+import attrs
+
+from pmcore.pageflags import flag_rows
+from pmcore.profile import KernelProfile
+from pmcore.uapi import Madvise, PageFlag, UffdFeature
+
+__all__ = ["Capabilities", "capabilities"]
+
+_TAIL_FLAGS = PageFlag.COMPOUND_TAIL | PageFlag.THP | PageFlag.HUGE | PageFlag.ANON | PageFlag.MMAP | PageFlag.KSM
+_ADVICE = {
+    Madvise.FREE: "madv.free",
+    Madvise.HUGEPAGE: "madv.hugepage",
+    Madvise.NOHUGEPAGE: "madv.hugepage",
+    Madvise.DONTDUMP: "madv.dontdump",
+    Madvise.DODUMP: "madv.dontdump",
+    Madvise.WIPEONFORK: "madv.wipeonfork",
+    Madvise.KEEPONFORK: "madv.wipeonfork",
+    Madvise.COLD: "madv.cold",
+    Madvise.PAGEOUT: "madv.cold",
+    Madvise.POPULATE_READ: "madv.populate",
+    Madvise.POPULATE_WRITE: "madv.populate",
+    Madvise.DONTNEED_LOCKED: "madv.dontneed_locked",
+    Madvise.COLLAPSE: "madv.collapse",
+    Madvise.GUARD_INSTALL: "mm.guard_regions",
+    Madvise.GUARD_REMOVE: "mm.guard_regions",
+    Madvise.MERGEABLE: "mm.ksm",
+    Madvise.UNMERGEABLE: "mm.ksm",
+}
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class Capabilities:
+    """The capabilities that the rooms of the simulator ask for."""
+
+    soft_dirty: bool
+    mmap_exclusive: bool
+    pagemap_uffd_wp: bool
+    thp: bool
+    thp_aligned_mmap: bool
+    large_folio_reuse: bool
+    huge_zero_write_gives_huge: bool
+    mprotect_makes_writable: bool
+    lazyfree_discards_pmd: bool
+    collapse_needs_writable: bool
+    mremap_dontunmap: bool
+    mremap_checks_early: bool
+    scan: bool
+    scan_guard: bool
+    uffd_wp: bool
+    uffd_unregister_own: bool
+    uffd_features: int
+    folio_flags: bool
+    buddy_first_only: bool
+    advice: frozenset[int]
+    #: kpageflags bits that this kernel knows, and of those the ones that a tail page shows.
+    shown_flags: int
+    tail_flags: int
+    #: What the zero page, the huge zero page and a hole in memory show.
+    zero_flags: int
+    huge_zero_flags: int
+    hole_flags: int
+    unknown_vm_flags: frozenset[str]
+
+
+def capabilities(profile: KernelProfile) -> Capabilities:
+    """Those of the profile."""
+    has = profile.has
+    shown = sum(1 << bit for bit in flag_rows(profile))
+    features = UffdFeature(0)
+    if has("uffd.wp"):
+        features |= UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.SIGBUS | UffdFeature.EVENT_FORK
+        features |= UffdFeature.EVENT_REMAP | UffdFeature.EVENT_REMOVE | UffdFeature.EVENT_UNMAP
+        features |= UffdFeature.THREAD_ID | UffdFeature.EXACT_ADDRESS | UffdFeature.MISSING_SHMEM
+        features |= UffdFeature.MISSING_HUGETLBFS | UffdFeature.MINOR_SHMEM | UffdFeature.MINOR_HUGETLBFS
+    for name, bits in (
+        ("uffd.wp_hugetlbfs_shmem", UffdFeature.WP_HUGETLBFS_SHMEM),
+        ("uffd.wp_unpopulated", UffdFeature.WP_UNPOPULATED),
+        ("uffd.wp_async", UffdFeature.WP_ASYNC | UffdFeature.MOVE | UffdFeature.POISON),
+    ):
+        if has(name):
+            features |= bits
+    zero = PageFlag.ZERO_PAGE | PageFlag.RESERVED
+    return Capabilities(
+        soft_dirty=has("pagemap.soft_dirty"),
+        mmap_exclusive=has("pagemap.mmap_exclusive"),
+        pagemap_uffd_wp=has("pagemap.uffd_wp"),
+        thp=has("mm.thp"),
+        thp_aligned_mmap=has("mm.thp_aligned_mmap"),
+        large_folio_reuse=has("mm.large_folio_reuse"),
+        huge_zero_write_gives_huge=has("mm.huge_zero_write_gives_huge"),
+        mprotect_makes_writable=has("mm.mprotect_makes_writable"),
+        lazyfree_discards_pmd=has("mm.lazyfree_discards_pmd"),
+        collapse_needs_writable=has("mm.collapse_needs_writable"),
+        mremap_dontunmap=has("mm.mremap_dontunmap"),
+        mremap_checks_early=has("mm.mremap_checks_early"),
+        scan=has("scan"),
+        scan_guard=has("scan.guard"),
+        uffd_wp=has("uffd.wp"),
+        uffd_unregister_own=has("mm.mremap_checks_early"),
+        uffd_features=int(features),
+        folio_flags=has("kpageflags.folio_flags"),
+        buddy_first_only=not has("kpageflags.buddy_all_pages"),
+        advice=frozenset(int(a) for a in Madvise if a not in _ADVICE or has(_ADVICE[a])),
+        shown_flags=shown,
+        tail_flags=int(_TAIL_FLAGS),
+        zero_flags=int(zero),
+        huge_zero_flags=int(PageFlag.ZERO_PAGE | PageFlag.THP | PageFlag.UPTODATE),
+        hole_flags=0,
+        unknown_vm_flags=frozenset(),
+    )

@@ -1,0 +1,1 @@
+"""What memory is: frames, free blocks, compound pages, contents."""

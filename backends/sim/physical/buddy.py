@@ -1,0 +1,193 @@
+"""The buddy allocator of one zone: free blocks of 1 to 1024 pages, split and merged, the lowest address first.
+
+Memory that was never touched is not written down anywhere: it is the blocks of the greatest order from `frontier` on.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pmcore.backends.sim.physical.frames import Frames
+from pmcore.uapi import PageFlag
+
+__all__ = ["MAX_ORDER", "Zone"]
+
+#: The greatest order of a free block (MAX_PAGE_ORDER).
+MAX_ORDER = 10
+_BLOCK = 1 << MAX_ORDER
+_BUDDY = int(PageFlag.BUDDY)
+
+Pfns = NDArray[np.int64]
+
+
+class Zone:
+    """Frames `start` to `end` (both multiples of 1024 pages), of one node."""
+
+    def __init__(self, frames: Frames, start: int, end: int, *, name: str = "Normal", node: int = 0) -> None:
+        self.frames = frames
+        self.start, self.end = start, end
+        self.name, self.node = name, node
+        #: Never touched from here on.
+        self.frontier = start
+        self.free_pages = end - start
+        #: By order: a heap of the first frames of free blocks; entries that are none any more are skipped.
+        self._heaps: list[list[int]] = [[] for _ in range(MAX_ORDER + 1)]
+
+    # -- taking ----------------------------------------------------------------------------------------
+
+    def take(self, order: int) -> int:
+        """The first frame of a block of 2**order pages; -1 if there is none."""
+        free_order = self.frames.free_order_at
+        for have in range(order, MAX_ORDER + 1):
+            heap = self._heaps[have]
+            while heap:
+                pfn = heapq.heappop(heap)
+                if free_order[pfn] == have + 1:
+                    free_order[pfn] = 0
+                    self.free_pages -= 1 << order
+                    self._put_back_rest(pfn, order, have)
+                    return pfn
+        if self.frontier >= self.end:
+            return -1
+        pfn = self.frontier
+        self._advance(1)
+        self.free_pages -= 1 << order
+        self._put_back_rest(pfn, order, MAX_ORDER)
+        return pfn
+
+    def _advance(self, blocks: int) -> None:
+        first = self.frontier
+        self.frontier += blocks * _BLOCK
+        self.frames.reach(self.frontier)
+        self.frames.flags[first : self.frontier] = _BUDDY
+
+    def _put_back_rest(self, pfn: int, order: int, have: int) -> None:
+        """Of a block of order `have` keep the first 2**order pages."""
+        free_order = self.frames.free_order_at
+        while have > order:
+            have -= 1
+            rest = pfn + (1 << have)
+            free_order[rest] = have + 1
+            heapq.heappush(self._heaps[have], rest)
+
+    def take_pages(self, count: int) -> Pfns:
+        """Up to `count` single pages, as the same number of single requests would get them."""
+        pieces: list[Pfns] = []
+        left = count
+        while left:
+            # What is left of small blocks first, then whole blocks as long as more than one is needed.
+            order = self._smallest_order(left)
+            if order < 0:
+                whole = min(left // _BLOCK, (self.end - self.frontier) // _BLOCK)
+                if whole:
+                    first = self.frontier
+                    self._advance(whole)
+                    self.free_pages -= whole * _BLOCK
+                    pieces.append(np.arange(first, self.frontier, dtype=np.int64))
+                    left -= whole * _BLOCK
+                    continue
+                order = 0 if left < _BLOCK else MAX_ORDER
+                order = min(order, left.bit_length() - 1)
+            first = self.take(order)
+            if first < 0:
+                break
+            pieces.append(np.arange(first, first + (1 << order), dtype=np.int64))
+            left -= 1 << order
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+    def _smallest_order(self, limit: int) -> int:
+        """The order of the smallest free block, no more than `limit` pages are wanted of; -1 if only untouched is left."""
+        free_order = self.frames.free_order_at
+        for order in range(MAX_ORDER + 1):
+            heap = self._heaps[order]
+            while heap and free_order[heap[0]] != order + 1:
+                heapq.heappop(heap)
+            if heap:
+                return min(order, limit.bit_length() - 1)
+        return -1
+
+    # -- giving back -----------------------------------------------------------------------------------
+
+    def give(self, pfn: int, order: int) -> None:
+        """Free one block, merging it with its buddies."""
+        frames, free_order = self.frames, self.frames.free_order_at
+        if order:
+            frames.flags[pfn : pfn + (1 << order)] = _BUDDY
+        else:
+            frames.flags_at[pfn] = _BUDDY
+        self.free_pages += 1 << order
+        while order < MAX_ORDER:
+            buddy = pfn ^ 1 << order
+            if buddy >= self.frontier or buddy < self.start or free_order[buddy] != order + 1:
+                break
+            free_order[buddy] = 0
+            pfn &= ~(1 << order)
+            order += 1
+        free_order[pfn] = order + 1
+        heapq.heappush(self._heaps[order], pfn)
+
+    def give_pages(self, pfns: Pfns) -> None:
+        """Free single pages, each once, in any order."""
+        if len(pfns) < 8:
+            for pfn in pfns.tolist():
+                self.give(pfn, 0)
+            return
+        blocks = np.sort(pfns)
+        breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
+        if len(breaks) * 16 < len(blocks):
+            bounds = [0, *breaks.tolist(), len(blocks)]
+            for first, last in itertools.pairwise(bounds):
+                self._give_run(int(blocks[first]), int(blocks[last - 1]) + 1)
+            return
+        self.frames.flags[blocks] = _BUDDY
+        self.free_pages += len(blocks)
+        free_order = self.frames.free_order
+        for order in range(MAX_ORDER + 1):
+            free_order[blocks] = order + 1
+            if order == MAX_ORDER:
+                self._keep(order, blocks)
+                return
+            buddies = blocks ^ np.int64(1 << order)
+            inside = buddies < min(self.frontier, len(free_order))
+            merges = np.zeros(len(blocks), dtype=np.bool_)
+            merges[inside] = free_order[buddies[inside]] == order + 1
+            self._keep(order, blocks[~merges])
+            pairs = blocks[merges]
+            if len(pairs) == 0:
+                return
+            free_order[pairs] = 0
+            free_order[buddies[merges]] = 0
+            blocks = pairs & ~np.int64(1 << order)
+            blocks = blocks[np.append(True, blocks[1:] != blocks[:-1])]
+
+    def _give_run(self, first: int, end: int) -> None:
+        """Free neighbouring pages as the largest aligned blocks that they make up."""
+        while first < end:
+            aligned = (first & -first).bit_length() - 1 if first else MAX_ORDER
+            order = min(MAX_ORDER, aligned, (end - first).bit_length() - 1)
+            self.give(first, order)
+            first += 1 << order
+
+    def _keep(self, order: int, blocks: Pfns) -> None:
+        if len(blocks) == 0:
+            return
+        heap = self._heaps[order]
+        if len(blocks) < 16:
+            for pfn in blocks.tolist():
+                heapq.heappush(heap, pfn)
+        else:
+            heap += blocks.tolist()
+            heapq.heapify(heap)
+
+    # -- looking ---------------------------------------------------------------------------------------
+
+    def free_counts(self) -> list[int]:
+        """Free blocks by order, as /proc/buddyinfo has them."""
+        touched = self.frames.free_order[self.start : self.frontier]
+        counts = np.bincount(touched, minlength=MAX_ORDER + 2)[1:].tolist()
+        counts[MAX_ORDER] += (self.end - self.frontier) // _BLOCK
+        return [int(count) for count in counts]

@@ -1,0 +1,72 @@
+"""What is written in pages: rows of one pool. Row 0 is a page of zeros, which costs nothing and is never written."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Contents"]
+
+Rows = NDArray[np.int32]
+
+
+class Contents:
+    """Page contents by row number. Who holds a row's number owns it."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self._pool = np.zeros((16, page_size), dtype=np.uint8)
+        self._used = 1
+        self._free: list[int] = []
+
+    @property
+    def in_use(self) -> int:
+        """Rows that somebody owns."""
+        return self._used - 1 - len(self._free)
+
+    def take(self, count: int) -> Rows:
+        """`count` rows of zeros."""
+        recycled = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        self._pool[recycled] = 0
+        fresh = count - len(recycled)
+        need = self._used + fresh
+        if need > len(self._pool):
+            grown = np.zeros((max(need, 2 * len(self._pool)), self.page_size), dtype=np.uint8)
+            grown[: self._used] = self._pool[: self._used]
+            self._pool = grown
+        rows = np.array([*recycled, *range(self._used, need)], dtype=np.int32)
+        self._used = need
+        return rows
+
+    def give_back(self, rows: Rows) -> None:
+        """Rows that nobody needs any more; zeros among them are left alone."""
+        self._free += rows[rows != 0].tolist()
+
+    def copies(self, rows: Rows) -> Rows:
+        """Rows of their own with the same contents."""
+        result = np.zeros_like(rows)
+        index = np.flatnonzero(rows)
+        if len(index):
+            result[index] = self.take(len(index))
+            self._pool[result[index]] = self._pool[rows[index]]
+        return result
+
+    def read(self, row: int, offset: int, length: int) -> bytes:
+        """Bytes of one page."""
+        return self._pool[row, offset : offset + length].tobytes() if row else bytes(length)
+
+    def write(self, row: int, offset: int, data: bytes) -> int:
+        """Write into one page; the row that then holds it."""
+        if not row:
+            if not any(data):
+                return 0
+            row = int(self.take(1)[0])
+        self._pool[row, offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        return row
+
+    def zero(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which pages hold nothing but zeros."""
+        result = rows == 0
+        index = np.flatnonzero(~result)
+        result[index] = ~self._pool[rows[index]].any(axis=1)
+        return result

@@ -1,0 +1,98 @@
+"""The frame table: one column a property, one row a frame, grown as far as frames are touched.
+
+`flags` holds KPF_* bits where kpageflags has them, the same word for every page of a compound page (head and tail
+excepted), so that the view is a copy. A few more bits, above those that any kernel shows, are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pmcore.arrays import U64Array
+
+__all__ = ["ANON_EXCLUSIVE", "SHOWN", "Frames"]
+
+#: The page belongs to one process alone, and may be written without copying (PG_anon_exclusive). Per page.
+ANON_EXCLUSIVE = 1 << 60
+#: The bits that kpageflags may show.
+SHOWN = (1 << 48) - 1
+_FIRST = 1 << 12
+
+
+class Frames:
+    """Columns by PFN. `*_at` are memory views of them: the fast way to one element."""
+
+    #: Column names and types; all start as zero.
+    COLUMNS = (
+        ("flags", np.uint64),
+        # PTEs that map the page, plus PMDs that map its folio.
+        ("mapcount", np.int32),
+        # How many pages before this one the head of its compound page lies.
+        ("behind", np.int32),
+        # Row of its contents; 0 is all zeros.
+        ("content", np.int32),
+        # Swap entry of a page in the swap cache, in the form of a PTE's field, plus 1; 0: none.
+        ("swap", np.int64),
+        # When it went on its LRU list: smaller is nearer to the tail.
+        ("lru", np.int64),
+        # 1 + order for the first page of a free block, else 0.
+        ("free_order", np.uint8),
+    )
+
+    flags: U64Array
+    mapcount: NDArray[np.int32]
+    behind: NDArray[np.int32]
+    content: NDArray[np.int32]
+    swap: NDArray[np.int64]
+    lru: NDArray[np.int64]
+    free_order: NDArray[np.uint8]
+    flags_at: memoryview[int]
+    mapcount_at: memoryview[int]
+    behind_at: memoryview[int]
+    content_at: memoryview[int]
+    swap_at: memoryview[int]
+    lru_at: memoryview[int]
+    free_order_at: memoryview[int]
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.rows = 0
+        for name, kind in self.COLUMNS:
+            self._set(name, np.zeros(0, dtype=kind))
+        self.reach(min(count, _FIRST))
+
+    def _set(self, name: str, column: NDArray[Any]) -> None:
+        setattr(self, name, column)
+        setattr(self, f"{name}_at", memoryview(column))
+
+    def reach(self, end: int) -> None:
+        """Have rows for all frames below `end`."""
+        if end <= self.rows:
+            return
+        rows = min(self.count, max(end, self.rows * 2))
+        for name, kind in self.COLUMNS:
+            grown = np.zeros(rows, dtype=kind)
+            grown[: self.rows] = getattr(self, name)
+            self._set(name, grown)
+        self.rows = rows
+
+    def head(self, pfn: int) -> int:
+        """The head of the compound page of `pfn`, or `pfn` itself."""
+        return pfn - self.behind_at[pfn]
+
+    def set_bits(self, first: int, pages: int, bits: int) -> None:
+        """Set flag bits on `pages` frames."""
+        if pages == 1:
+            self.flags_at[first] |= bits
+        else:
+            self.flags[first : first + pages] |= np.uint64(bits)
+
+    def clear_bits(self, first: int, pages: int, bits: int) -> None:
+        """Clear flag bits on `pages` frames."""
+        if pages == 1:
+            self.flags_at[first] &= ~bits
+        else:
+            self.flags[first : first + pages] &= np.uint64(~bits & (1 << 64) - 1)

@@ -1,0 +1,206 @@
+"""All physical memory: who gets frames, what kind of folio they are, and giving them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from pmcore.backends.sim.physical.buddy import MAX_ORDER, Pfns, Zone
+from pmcore.backends.sim.physical.contents import Contents
+from pmcore.backends.sim.physical.frames import Frames
+from pmcore.uapi import PageFlag
+
+__all__ = ["LargeFolio", "Memory", "NoMemory"]
+
+HEAD, TAIL = int(PageFlag.COMPOUND_HEAD), int(PageFlag.COMPOUND_TAIL)
+COMPOUND = HEAD | TAIL
+_PGTABLE = int(PageFlag.PGTABLE)
+
+
+class NoMemory(Exception):
+    """No frame is left, and none could be reclaimed."""
+
+
+@attrs.define(slots=True)
+class LargeFolio:
+    """A compound page that processes map: who maps how much of it."""
+
+    head: int
+    order: int
+    #: PMDs that map all of it.
+    entire: int = 0
+    #: PTEs and PMDs that map any of it.
+    mapped: int = 0
+    #: The same by address space.
+    by_mm: dict[int, int] = attrs.field(factory=dict)
+
+    @property
+    def pages(self) -> int:
+        """Number of its pages."""
+        return 1 << self.order
+
+    def add(self, mm: int, count: int) -> None:
+        """Count `count` mappings more (or less) by the address space `mm`."""
+        self.mapped += count
+        left = self.by_mm.get(mm, 0) + count
+        if left:
+            self.by_mm[mm] = left
+        else:
+            self.by_mm.pop(mm, None)
+
+
+class Memory:
+    """Frames, zones and contents together."""
+
+    def __init__(self, frames: Frames, zones: list[Zone], contents: Contents) -> None:
+        self.frames = frames
+        self.zones = zones
+        self.contents = contents
+        #: Large folios by their head.
+        self.large: dict[int, LargeFolio] = {}
+        #: Asked for that many frames when memory runs out; says whether trying again makes sense.
+        self.reclaim: Callable[[int], bool] = lambda _pages: False
+        #: Counts upwards with every page that goes on an LRU list.
+        self.lru_clock = 1
+        #: Left for the kernel itself: requests of processes fail below (the min watermark).
+        self.reserve = 0
+        self.swap_cached = 0
+
+    # -- taking ----------------------------------------------------------------------------------------
+
+    def _zones_with(self, pages: int, *, kernel: bool) -> list[Zone]:
+        keep = 0 if kernel else self.reserve // len(self.zones)
+        return [zone for zone in self.zones if zone.free_pages >= pages + keep]
+
+    def block(self, order: int, *, kernel: bool = False, direct: bool = True) -> int:
+        """The first frame of 2**order free ones. With `direct` memory is reclaimed for it. Raises NoMemory."""
+        while True:
+            for zone in self._zones_with(1 << order, kernel=kernel):
+                pfn = zone.take(order)
+                if pfn >= 0:
+                    return pfn
+            if not direct or not self.reclaim(1 << order):
+                raise NoMemory
+
+    def page(self, flags: int) -> int:
+        """One frame with these flags, of zeros. Raises NoMemory."""
+        pfn = self.block(0)
+        self.frames.flags_at[pfn] = flags
+        return pfn
+
+    def pages(self, count: int, flags: int) -> Pfns:
+        """Up to `count` frames with these flags, of zeros: fewer only when memory runs out."""
+        found: list[NDArray[np.int64]] = []
+        left = count
+        while left:
+            for zone in self.zones:
+                spare = zone.free_pages - self.reserve // len(self.zones)
+                if spare > 0 and left:
+                    got = zone.take_pages(min(left, spare))
+                    left -= len(got)
+                    found.append(got)
+            if left and not self.reclaim(left):
+                break
+        pfns = np.concatenate(found) if len(found) != 1 else found[0]
+        if len(pfns) and len(pfns) == int(pfns[-1]) - int(pfns[0]) + 1 and (np.diff(pfns) == 1).all():
+            self.frames.flags[int(pfns[0]) : int(pfns[-1]) + 1] = flags
+        else:
+            self.frames.flags[pfns] = flags
+        return pfns
+
+    def folio(self, order: int, flags: int) -> LargeFolio:
+        """A compound page, not mapped yet. Raises NoMemory without reclaiming: smaller pages will do."""
+        head, pages = self.block(order, direct=False), 1 << order
+        frames = self.frames
+        frames.flags[head] = flags | HEAD
+        frames.flags[head + 1 : head + pages] = flags | TAIL
+        frames.behind[head : head + pages] = np.arange(pages, dtype=np.int32)
+        folio = self.large[head] = LargeFolio(head, order)
+        return folio
+
+    def on_lru(self, first: int, pages: int = 1) -> None:
+        """Put a folio at the head of its LRU list."""
+        if pages == 1:
+            self.frames.lru_at[first] = self.lru_clock
+        else:
+            self.frames.lru[first : first + pages] = self.lru_clock
+        self.lru_clock += 1
+
+    def on_lru_pages(self, pfns: Pfns) -> None:
+        """Put single pages at the head of their LRU list, one after the other."""
+        self.frames.lru[pfns] = np.arange(self.lru_clock, self.lru_clock + len(pfns), dtype=np.int64)
+        self.lru_clock += len(pfns)
+
+    # -- giving back -----------------------------------------------------------------------------------
+
+    def zone_of(self, pfn: int) -> Zone:
+        """The zone that owns the frame."""
+        for zone in self.zones:
+            if zone.start <= pfn < zone.end:
+                return zone
+        raise AssertionError(f"frame {pfn:#x} belongs to no zone")
+
+    def free(self, pfn: int, order: int = 0) -> None:
+        """Free a block that nobody uses any more, with its contents."""
+        frames = self.frames
+        if order:
+            part = slice(pfn, pfn + (1 << order))
+            rows = frames.content[part]
+            if rows.any():
+                self.contents.give_back(rows)
+                frames.content[part] = 0
+            frames.behind[part] = 0
+            frames.lru[part] = 0
+        else:
+            row = frames.content_at[pfn]
+            if row:
+                self.contents.give_back(frames.content[pfn : pfn + 1])
+                frames.content_at[pfn] = 0
+            frames.lru_at[pfn] = 0
+        self.zone_of(pfn).give(pfn, order)
+
+    def free_pages(self, pfns: Pfns) -> None:
+        """Free single pages, with their contents."""
+        frames = self.frames
+        rows = frames.content[pfns]
+        if rows.any():
+            self.contents.give_back(rows)
+            frames.content[pfns] = 0
+        frames.lru[pfns] = 0
+        if len(self.zones) == 1:
+            self.zones[0].give_pages(pfns)
+            return
+        for zone in self.zones:
+            mine = pfns[(pfns >= zone.start) & (pfns < zone.end)]
+            if len(mine):
+                zone.give_pages(mine)
+
+    def free_folio(self, folio: LargeFolio) -> None:
+        """Free a compound page."""
+        del self.large[folio.head]
+        self.free(folio.head, folio.order)
+
+    def dissolve(self, folio: LargeFolio) -> None:
+        """Make single pages of a compound page (what is mapped of it stays mapped)."""
+        part = slice(folio.head, folio.head + folio.pages)
+        self.frames.flags[part] &= np.uint64(~(COMPOUND | int(PageFlag.THP)) & (1 << 64) - 1)
+        self.frames.behind[part] = 0
+        del self.large[folio.head]
+
+    # -- page tables -----------------------------------------------------------------------------------
+
+    def table_pages(self, count: int) -> list[int]:
+        """Frames for page tables."""
+        pfns = []
+        for _ in range(count):
+            pfn = self.block(0, kernel=True)
+            self.frames.flags_at[pfn] = _PGTABLE
+            pfns.append(pfn)
+        return pfns
+
+    def fits(self, order: int) -> bool:
+        """Whether a block of that order exists in the buddy allocator."""
+        return order <= MAX_ORDER

@@ -1,0 +1,97 @@
+"""A simulated process, looked at from outside: what its directory in /proc shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.arrays import U64Array
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.services import clear_refs
+from pmcore.backends.sim.views import maps as maps_view
+from pmcore.backends.sim.views import pagemap as pagemap_view
+from pmcore.backends.sim.views.scan import SimTables
+from pmcore.errors import syscall_error
+from pmcore.protocols import FileResidency, Process
+from pmcore.scan.engine import scan_tables
+from pmcore.scan.over_pagemap import scan_pagemap
+from pmcore.scan.request import ScanRequest
+from pmcore.scan.result import ScanResult
+from pmcore.smaps import SmapsEntry, format_smaps
+from pmcore.uapi import ClearRefs, Errno
+from pmcore.vma import Vma, format_maps
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import SimMachine
+    from pmcore.backends.sim.task import SimTask
+
+__all__ = ["SimProcess"]
+
+
+class SimProcess(Process):
+    """One process's page tables."""
+
+    def __init__(self, machine: SimMachine, task: SimTask) -> None:
+        self._machine = machine
+        self._task = task
+        self.pid = task.pid
+
+    @property
+    def kernel(self) -> SimMachine:
+        """The machine that it runs on."""
+        return self._machine
+
+    def _alive(self, call: str) -> None:
+        if not self._task.alive:
+            raise syscall_error(int(Errno.ESRCH), call, remedy="the process is gone")
+
+    def pread(self, name: str, offset: int, length: int) -> bytes:
+        """Bytes of pagemap, maps or smaps."""
+        if name == "pagemap":
+            if offset % 8 or length % 8 or offset < 0 or length < 0:
+                refuse(Errno.EINVAL, f"pread(/proc/{self.pid}/pagemap, {length}, {offset})")
+            geometry = self._machine.geometry
+            there = max(0, (geometry.task_size >> geometry.page_shift) - offset // 8)
+            out = np.zeros(min(length // 8, there), dtype=np.uint64)
+            return out[: self.read_pagemap(offset // 8, out)].tobytes()
+        if name == "maps":
+            return format_maps(self.maps())[offset : offset + length]
+        if name == "smaps":
+            return format_smaps(self.smaps())[offset : offset + length]
+        raise syscall_error(int(Errno.ENOENT), f"open(/proc/{self.pid}/{name})")
+
+    def read_pagemap(self, start_vpn: int, out: U64Array) -> int:
+        """Raw entries from page `start_vpn` on."""
+        if not self._task.alive:
+            return 0
+        return pagemap_view.fill(
+            self._machine.core, self._task.mm, start_vpn, out, visible=self._machine.pfn_visible
+        )
+
+    def maps(self) -> tuple[Vma, ...]:
+        """The VMAs."""
+        self._alive(f"read(/proc/{self.pid}/maps)")
+        return maps_view.maps(self._task.mm)
+
+    def smaps(self, start: int = 0, end: int | None = None) -> tuple[SmapsEntry, ...]:
+        """The VMAs with their counters."""
+        self._alive(f"read(/proc/{self.pid}/smaps)")
+        return maps_view.smaps(self._machine.core, self._task.mm, start, 1 << 64 if end is None else end)
+
+    def pagemap_scan_raw(self, request: ScanRequest) -> ScanResult:
+        """PAGEMAP_SCAN; on a kernel without it the core's engine over pagemap."""
+        if not self._task.alive:
+            return ScanResult(errno=int(Errno.ESRCH))
+        if not self._machine.core.caps.scan:
+            return scan_pagemap(self, request)
+        return scan_tables(request, SimTables(self._machine.core, self._task.mm), self._machine.profile)
+
+    def clear_refs(self, what: ClearRefs | int) -> None:
+        """Write `what` to clear_refs."""
+        self._alive(f"write(/proc/{self.pid}/clear_refs)")
+        clear_refs.write(self._machine.core, self._task.mm, int(what))
+
+    def file_residency(self, vma: Vma, start: int, end: int) -> FileResidency:
+        """Refused: only anonymous memory is mapped."""
+        refuse(Errno.EINVAL, f"file_residency({vma})", "no file is mapped there")

@@ -1,0 +1,1 @@
+"""What moves pages: swap, reclaim, huge pages, write tracking."""

@@ -1,0 +1,61 @@
+"""/proc/PID/clear_refs: forgetting accesses, and soft-dirty."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, WRITE, YOUNG
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.uapi import ClearRefs, Errno, PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+
+__all__ = ["write"]
+
+_ALL = (1 << 64) - 1
+_REFERENCED = np.uint64(~int(PageFlag.REFERENCED) & _ALL)
+
+
+def write(core: Core, mm: AddressSpace, what: int) -> None:
+    """What writing that number does. Refused with EINVAL where the kernel knows no such number."""
+    if what not in tuple(ClearRefs) or not core.profile.has("clear_refs"):
+        refuse(Errno.EINVAL, f"write(clear_refs, {what})")
+    if what == ClearRefs.SOFT_DIRTY:
+        if core.caps.soft_dirty:
+            _soft_dirty(core, mm)
+        return
+    if what in (ClearRefs.ALL, ClearRefs.ANON):
+        _accessed(core, mm)
+
+
+def _soft_dirty(core: Core, mm: AddressSpace) -> None:
+    mm.soft_dirty_cleared = True
+    for vma in mm.vmas:
+        vma.flags &= ~VmFlag.SOFTDIRTY
+        for extent in mm.tables.extents(vma.start, vma.end):
+            entries = extent.entries
+            present = (entries & np.uint64(PRESENT)) != 0
+            entries[present] &= np.uint64(~(SOFT_DIRTY | WRITE) & _ALL)
+            entries[~present] &= np.uint64(~SOFT_DIRTY & _ALL)
+
+
+def _accessed(core: Core, mm: AddressSpace) -> None:
+    frames = core.memory.frames
+    for vma in mm.vmas:
+        for extent in mm.tables.extents(vma.start, vma.end):
+            entries = extent.entries
+            present = ((entries & np.uint64(PRESENT)) != 0) & ((entries & np.uint64(FIELD)) != np.uint64(core.zero_pfn))
+            if core.huge_zero_pfn:
+                present &= (entries & np.uint64(FIELD)) != np.uint64(core.huge_zero_pfn)
+            entries[present] &= np.uint64(~YOUNG & _ALL)
+            pfns = (entries[present] & np.uint64(FIELD)).view(np.int64)
+            if extent.huge:
+                for head in pfns.tolist():
+                    frames.clear_bits(head, core.geometry.pmd_pages, int(PageFlag.REFERENCED))
+            else:
+                frames.flags[pfns] &= _REFERENCED

@@ -1,0 +1,104 @@
+"""Collapsing small pages into a huge one: MADV_COLLAPSE, and khugepaged's step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
+from pmcore.backends.sim.services import swapping, thp
+from pmcore.backends.sim.virtual import mapping
+from pmcore.backends.sim.virtual.pte import FIELD, GUARD, LEAF, PRESENT, UFFD_WP, WRITE
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.uapi import Errno
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
+
+__all__ = ["collapse_range"]
+
+_FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+
+
+def collapse_range(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> Errno | None:
+    """MADV_COLLAPSE of whole blocks in the range; the errno of the last that failed, or None."""
+    size = core.geometry.pmd_size
+    if not core.caps.thp or vma.flags & VmFlag.NOHUGEPAGE or core.policy.pmd == "never":
+        return Errno.EINVAL
+    first, last = -(-start // size) * size, end // size * size
+    low, high = -(-vma.start // size) * size, vma.end // size * size
+    if vma.anon_vma is None or low >= high or first < low and first < last:
+        return Errno.EINVAL
+    failed: Errno | None = None
+    for addr in range(first, last, size):
+        result, stop = _one(core, mm, vma, addr)
+        if result is not None:
+            failed = result
+            if stop:
+                break
+    return failed
+
+
+def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | None, bool]:
+    """Collapse one block: (errno or None, whether to give up on the rest)."""
+    slot = mm.tables.pmd_slot(addr)
+    pmd = core.pool.at[slot] if slot >= 0 else 0
+    if pmd & LEAF:
+        return None, False
+    if not pmd:
+        return Errno.EINVAL, False
+    pages = core.geometry.pmd_pages
+    first = mm.tables.pte_slot(addr)
+    entries = core.pool.flat[first : first + pages]
+    present = (entries & _PRESENT) != 0
+    normal = present & ((entries & _FIELD) != np.uint64(core.zero_pfn))
+    if vma.uffd is not None and (~normal & ((entries == 0) | present)).any():
+        return Errno.EINVAL, True
+    if (entries & np.uint64(UFFD_WP)).any():
+        return Errno.EINVAL, False
+    if core.caps.collapse_needs_writable and not (entries[present] & np.uint64(WRITE)).any():
+        return Errno.EINVAL, False
+    try:
+        folio = core.memory.folio(core.geometry.pmd_order, mapping.NEW_ANON | thp.THP | ANON_EXCLUSIVE)
+    except NoMemory:
+        return Errno.ENOMEM, True
+    guard = (entries & np.uint64(GUARD)) != 0
+    if guard.any():
+        core.memory.free_folio(folio)
+        return Errno.EINVAL, True
+    for index in np.flatnonzero(swap_entries(entries)).tolist():
+        swapping.swap_in(core, mm, vma, first + index, int(entries[index]), write=False)
+    _copy(core, mm, vma, addr, folio)
+    return None, False
+
+
+def _copy(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: thp.LargeFolio) -> None:
+    frames, pages = core.memory.frames, core.geometry.pmd_pages
+    first = mm.tables.pte_slot(addr)
+    entries = core.pool.flat[first : first + pages]
+    normal = ((entries & _PRESENT) != 0) & ((entries & _FIELD) != np.uint64(core.zero_pfn))
+    index = np.flatnonzero(normal)
+    pfns = (entries[index] & _FIELD).view(np.int64)
+    rows = frames.content[pfns]
+    # What nobody else maps gives its contents away; the rest is copied.
+    alone = (frames.mapcount[pfns] == 1) & ((frames.flags[pfns] & np.uint64(COMPOUND)) == 0)
+    new = np.where(alone, rows, 0)
+    new[~alone] = core.memory.contents.copies(rows[~alone])
+    frames.content[pfns[alone]] = 0
+    frames.content[folio.head + index] = new
+    entries[:] = 0
+    slot = mm.tables.pmd_slot(addr)
+    row = core.pool.at[slot] & FIELD
+    core.pool.at[slot] = 0
+    mm.tables.tables[0] -= 1
+    core.pool.give_back([row])
+    mapping.remove_pages(core, mm, vma, pfns)
+    thp.map_huge(core, mm, vma, folio, slot, write=True)
+    core.count("collapse")
+
+

@@ -1,0 +1,62 @@
+"""mincore and msync."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.arrays import BoolArray
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.geometry import align_up
+from pmcore.uapi import Errno
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+
+__all__ = ["mincore", "msync"]
+
+
+def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
+    """mincore(2): present, or in the swap cache."""
+    geometry, call = core.geometry, f"mincore({start:#x}, {length:#x})"
+    if start & geometry.page_size - 1:
+        refuse(Errno.EINVAL, call)
+    if start + length > geometry.task_size + geometry.page_size:
+        refuse(Errno.ENOMEM, call)
+    end = start + align_up(length, geometry.page_size)
+    if not mm.vmas.covers(start, end):
+        refuse(Errno.ENOMEM, call, "part of the range is not mapped")
+    shift = geometry.page_shift
+    found: BoolArray = np.zeros(end - start >> shift, dtype=np.bool_)
+    for extent in mm.tables.extents(start, end):
+        low, high = max(extent.start, start), min(extent.end, end)
+        part = found[low - start >> shift : high - start >> shift]
+        if extent.huge:
+            part[:] = True
+            continue
+        part[:] = (extent.entries & np.uint64(PRESENT)) != 0
+        swap = swap_entries(extent.entries)
+        if swap.any():
+            fields = extent.entries[swap] & np.uint64(FIELD)
+            part[swap] = [core.swap.cached(field) >= 0 for field in fields.tolist()]
+    return found
+
+
+def msync(core: Core, mm: AddressSpace, start: int, length: int, flags: int) -> None:
+    """msync(2): nothing to write for anonymous memory, but the checks are the same."""
+    size, call = core.geometry.page_size, f"msync({start:#x}, {length:#x}, {flags:#x})"
+    if flags & ~7 or start & size - 1 or flags & 5 == 5:
+        refuse(Errno.EINVAL, call)
+    end = start + align_up(length, size)
+    if end >= 1 << 64:
+        refuse(Errno.ENOMEM, call)
+    for vma in mm.vmas.within(start, end):
+        if flags & 2 and vma.flags & VmFlag.LOCKED:
+            refuse(Errno.EBUSY, call)
+    if not mm.vmas.covers(start, end):
+        refuse(Errno.ENOMEM, call, "part of the range is not mapped")

@@ -1,0 +1,199 @@
+"""Swap areas, their slots, and the swap cache: pages that are in memory and have a slot as well.
+
+A page in the swap cache owns its contents; a slot owns them only while no page does.
+"""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from pmcore.arrays import U64Array
+from pmcore.backends.sim.physical.buddy import Pfns
+from pmcore.backends.sim.physical.memory import Memory
+from pmcore.uapi import PageFlag
+
+__all__ = ["SwapArea", "SwapSpace", "field_of", "offset_of", "type_of"]
+
+_SWAPCACHE, _DIRTY = int(PageFlag.SWAPCACHE), int(PageFlag.DIRTY)
+
+
+def field_of(kind: int, offset: int) -> int:
+    """A swap entry's field in a PTE: type in bits 0-4, offset above."""
+    return kind | offset << 5
+
+
+def type_of(field: int) -> int:
+    """The number of the swap area."""
+    return field & 0x1F
+
+
+def offset_of(field: int) -> int:
+    """The slot in the area."""
+    return field >> 5
+
+
+@attrs.define(slots=True, eq=False)
+class SwapArea:
+    """One area. Slot 0 holds its header and is never used."""
+
+    number: int
+    slots: int
+    priority: int
+    #: Whether a page is gone as soon as it is written (compressed in memory), or stays until it is reclaimed (a disk).
+    immediate: bool
+    #: Entries in page tables that name the slot.
+    counts: NDArray[np.int32] = attrs.field(init=False)
+    #: The page in the swap cache, plus 1.
+    cached: NDArray[np.int64] = attrs.field(init=False)
+    content: NDArray[np.int32] = attrs.field(init=False)
+    used: int = 0
+    #: No slot below this one is free.
+    hint: int = 1
+
+    def __attrs_post_init__(self) -> None:
+        self.counts = np.zeros(self.slots, dtype=np.int32)
+        self.cached = np.zeros(self.slots, dtype=np.int64)
+        self.content = np.zeros(self.slots, dtype=np.int32)
+
+    @property
+    def free(self) -> int:
+        """Slots that are free."""
+        return self.slots - 1 - self.used
+
+    def take(self, count: int) -> NDArray[np.int64]:
+        """Up to `count` free slots, the lowest; each is to be given a count or a page at once."""
+        found: list[NDArray[np.int64]] = []
+        position = self.hint
+        while count and position < self.slots:
+            stop = min(self.slots, position + max(1024, 2 * count))
+            taken = (self.counts[position:stop] != 0) | (self.cached[position:stop] != 0)
+            free = (np.flatnonzero(~taken) + position)[:count]
+            found.append(free)
+            count -= len(free)
+            position = int(free[-1]) + 1 if count == 0 and len(free) else stop
+        slots = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        self.hint = position
+        self.used += len(slots)
+        return slots
+
+    def give_back(self, slots: NDArray[np.int64]) -> None:
+        """Slots that nothing names and no page caches any more."""
+        if len(slots):
+            self.used -= len(slots)
+            self.hint = min(self.hint, int(slots.min()))
+
+
+class SwapSpace:
+    """All swap areas of a machine, by number; the highest priority is used first."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.areas: list[SwapArea | None] = []
+
+    @property
+    def order(self) -> list[SwapArea]:
+        """The areas in the order in which they are filled."""
+        return sorted((a for a in self.areas if a is not None), key=lambda a: (-a.priority, a.number))
+
+    @property
+    def total(self) -> int:
+        """Slots of all areas."""
+        return sum(area.slots - 1 for area in self.order)
+
+    @property
+    def free(self) -> int:
+        """Free slots of all areas."""
+        return sum(area.free for area in self.order)
+
+    @property
+    def half_full(self) -> bool:
+        """Whether slots are kept no longer than needed (vm_swap_full)."""
+        return self.free * 2 < self.total
+
+    def on(self, slots: int, *, priority: int, immediate: bool) -> SwapArea:
+        """A new area, with the lowest number that is free."""
+        number = next((i for i, area in enumerate(self.areas) if area is None), len(self.areas))
+        area = SwapArea(number, slots, priority, immediate)
+        self.areas[number : number + 1] = [area]
+        return area
+
+    def area(self, field: int) -> SwapArea:
+        """The area that a swap entry names."""
+        area = self.areas[field & 0x1F]
+        assert area is not None
+        return area
+
+    # -- slots -----------------------------------------------------------------------------------------
+
+    def duplicate(self, fields: U64Array) -> None:
+        """Count one more entry for each (fork)."""
+        for area, slots in self._by_area(fields):
+            np.add.at(area.counts, slots, 1)
+
+    def release(self, fields: U64Array) -> None:
+        """Count one entry less for each; slots that nobody needs are freed, with what they hold or cache unmapped."""
+        for area, slots in self._by_area(fields):
+            np.subtract.at(area.counts, slots, 1)
+            slots = np.unique(slots)
+            done = slots[area.counts[slots] == 0]
+            cached = area.cached[done]
+            bare = done[cached == 0]
+            self.memory.contents.give_back(area.content[bare])
+            area.content[bare] = 0
+            area.give_back(bare)
+            for pfn in (cached[cached != 0] - 1).tolist():
+                self.drop_if_unused(pfn)
+
+    def drop_if_unused(self, pfn: int) -> None:
+        """Take a page that is neither mapped nor named by an entry out of the swap cache, and free it."""
+        memory, head = self.memory, self.memory.frames.head(pfn)
+        folio = memory.large.get(head)
+        if folio.mapped if folio else memory.frames.mapcount_at[pfn]:
+            return
+        if self.uncache(head, folio.order if folio else 0):
+            if folio:
+                memory.free_folio(folio)
+            else:
+                memory.free(pfn)
+
+    def _by_area(self, fields: U64Array) -> list[tuple[SwapArea, NDArray[np.int64]]]:
+        types = (fields & np.uint64(0x1F)).astype(np.int64)
+        offsets = (fields >> np.uint64(5)).astype(np.int64)
+        found = []
+        for kind in np.unique(types).tolist():
+            area = self.areas[kind]
+            assert area is not None
+            found.append((area, offsets[types == kind]))
+        return found
+
+    # -- the swap cache --------------------------------------------------------------------------------
+
+    def cached(self, field: int) -> int:
+        """The page that caches the slot; -1 for none."""
+        return int(self.area(field).cached[field >> 5]) - 1
+
+    def cache(self, pfns: Pfns, fields: NDArray[np.int64]) -> None:
+        """Put pages in the swap cache, each for its slot. The pages own their contents already."""
+        frames = self.memory.frames
+        frames.swap[pfns] = fields + 1
+        frames.flags[pfns] |= np.uint64(_SWAPCACHE)
+        for area, slots in self._by_area(fields.astype(np.uint64)):
+            mine = (fields & 0x1F) == area.number
+            area.cached[slots] = pfns[mine] + 1
+
+    def uncache(self, head: int, order: int = 0) -> bool:
+        """Take a folio out of the swap cache unless entries name its slots (folio_free_swap); it is dirty then."""
+        frames, pages = self.memory.frames, 1 << order
+        fields = frames.swap[head : head + pages] - 1
+        area = self.area(int(fields[0]))
+        slots = fields >> 5
+        if area.counts[slots].any():
+            return False
+        frames.swap[head : head + pages] = 0
+        frames.set_bits(head, pages, _DIRTY)
+        frames.clear_bits(head, pages, _SWAPCACHE)
+        area.cached[slots] = 0
+        area.give_back(slots)
+        return True

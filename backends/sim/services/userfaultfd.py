@@ -1,0 +1,39 @@
+"""userfaultfd: registering ranges, protecting them from writing, and what a protected access means."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from pmcore.errors import AddressSpaceFault
+from pmcore.uapi import UffdFeature
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
+
+__all__ = ["Userfaultfd", "blocked", "resolves_itself"]
+
+
+@attrs.define(slots=True, eq=False)
+class Userfaultfd:
+    """One descriptor's context: what was agreed on by UFFDIO_API, and whose address space it watches."""
+
+    mm: AddressSpace
+    features: int
+
+
+def resolves_itself(vma: VmArea) -> bool:
+    """Whether write protection is taken off by the write itself (UFFD_FEATURE_WP_ASYNC)."""
+    return isinstance(vma.uffd, Userfaultfd) and bool(vma.uffd.features & UffdFeature.WP_ASYNC)
+
+
+def blocked(vma: VmArea, addr: int) -> AddressSpaceFault:
+    """An access that would wait for whoever reads the userfaultfd: SIGBUS with UFFD_FEATURE_SIGBUS.
+
+    A simulated task has nobody who could answer it: without that feature the fault says so.
+    """
+    if isinstance(vma.uffd, Userfaultfd) and vma.uffd.features & UffdFeature.SIGBUS:
+        return AddressSpaceFault("SIGBUS", addr, "userfaultfd with UFFD_FEATURE_SIGBUS")
+    return AddressSpaceFault("SIGSTOP", addr, "the task would wait for the reader of its userfaultfd")

@@ -1,0 +1,286 @@
+"""A simulated task: the system calls and accesses of a page-table program's steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pmcore.arrays import BoolArray
+from pmcore.backends.sim.calls import madvise as madvise_call
+from pmcore.backends.sim.calls import mlock as mlock_call
+from pmcore.backends.sim.calls import mmap as mmap_call
+from pmcore.backends.sim.calls import mremap as mremap_call
+from pmcore.backends.sim.calls import uffd as uffd_call
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.physical.memory import NoMemory
+from pmcore.backends.sim.process import SimProcess
+from pmcore.backends.sim.services import mincore
+from pmcore.backends.sim.virtual import fault, touch
+from pmcore.backends.sim.virtual import fork as forking
+from pmcore.backends.sim.virtual.space import AddressSpace
+from pmcore.errors import ArgumentError, NotModelled, syscall_error
+from pmcore.protocols import Task
+from pmcore.uapi import Errno, Madvise, MapFlag, MremapFlag, Prot, UffdFeature
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import SimMachine
+
+__all__ = ["SimTask"]
+
+
+class SimTask(Task):
+    """One process of a simulated machine."""
+
+    def __init__(self, machine: SimMachine, pid: int, mm: AddressSpace) -> None:
+        self._machine = machine
+        self._core = machine.core
+        self.pid = pid
+        self.mm = mm
+        self.alive = True
+        self._process = SimProcess(machine, self)
+
+    @property
+    def process(self) -> SimProcess:
+        """The same process, looked at from outside."""
+        return self._process
+
+    def _ready(self, call: str) -> None:
+        if not self.alive:
+            raise syscall_error(int(Errno.ESRCH), call, remedy="the task is gone")
+
+    def _call(self, what: Any, *arguments: Any, **named: Any) -> Any:
+        self._ready(what.__name__)
+        try:
+            return what(self._core, self.mm, *arguments, **named)
+        except NoMemory:
+            raise _out_of_memory(what.__name__) from None
+
+    # -- memory ----------------------------------------------------------------------------------------
+
+    def mmap(
+        self,
+        length: int,
+        *,
+        addr: int = 0,
+        prot: Prot | int = 3,
+        flags: MapFlag | int = 0x22,
+        fd: int = -1,
+        offset: int = 0,
+    ) -> int:
+        """mmap(2)."""
+        _words(addr, length, offset)
+        return int(self._call(mmap_call.mmap, addr, length, int(prot), int(flags), fd, offset))
+
+    def munmap(self, start: int, length: int) -> None:
+        """munmap(2)."""
+        _words(start, length)
+        self._call(mmap_call.munmap, start, length)
+
+    def mprotect(self, start: int, length: int, prot: Prot | int) -> None:
+        """mprotect(2)."""
+        _words(start, length)
+        self._call(mmap_call.mprotect, start, length, int(prot))
+
+    def mremap(
+        self, start: int, old_length: int, new_length: int, *, flags: MremapFlag | int = 0, new_addr: int = 0
+    ) -> int:
+        """mremap(2)."""
+        _words(start, old_length, new_length, new_addr)
+        return int(self._call(mremap_call.mremap, start, old_length, new_length, int(flags), new_addr))
+
+    def madvise(self, start: int, length: int, advice: Madvise | int) -> None:
+        """madvise(2)."""
+        _words(start, length)
+        self._call(madvise_call.madvise, start, length, int(advice))
+
+    def mlock(self, start: int, length: int, *, onfault: bool = False) -> None:
+        """mlock(2), mlock2(2)."""
+        _words(start, length)
+        self._call(mlock_call.mlock, start, length, onfault=onfault)
+
+    def munlock(self, start: int, length: int) -> None:
+        """munlock(2)."""
+        _words(start, length)
+        self._call(mlock_call.munlock, start, length)
+
+    def mlockall(self, flags: int) -> None:
+        """mlockall(2)."""
+        self._call(mlock_call.mlockall, flags)
+
+    def munlockall(self) -> None:
+        """munlockall(2)."""
+        self._call(mlock_call.munlockall)
+
+    def mincore(self, start: int, length: int) -> BoolArray:
+        """mincore(2)."""
+        _words(start, length)
+        found: BoolArray = self._call(mincore.mincore, start, length)
+        return found
+
+    def msync(self, start: int, length: int, flags: int) -> None:
+        """msync(2)."""
+        _words(start, length)
+        self._call(mincore.msync, start, length, flags)
+
+    # -- accesses --------------------------------------------------------------------------------------
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes at `start`."""
+        self._ready("read")
+        core, size = self._core, self._core.geometry.page_size
+        pieces = []
+        for place, stop in _pages(start, start + length, size):
+            pfn = self._access(place, write=False)
+            row = core.memory.frames.content_at[pfn]
+            pieces.append(core.memory.contents.read(row, place & size - 1, stop - place))
+        return b"".join(pieces)
+
+    def write(self, start: int, data: bytes) -> None:
+        """Write bytes."""
+        self._ready("write")
+        core, size = self._core, self._core.geometry.page_size
+        for place, stop in _pages(start, start + len(data), size):
+            pfn = self._access(place, write=True)
+            row = core.memory.frames.content_at[pfn]
+            part = data[place - start : stop - start]
+            core.memory.frames.content_at[pfn] = core.memory.contents.write(row, place & size - 1, part)
+
+    def _access(self, addr: int, *, write: bool) -> int:
+        try:
+            return fault.access(self._core, self.mm, addr, write=write)
+        except NoMemory:
+            raise _out_of_memory(f"access at {addr:#x}") from None
+
+    def touch(self, start: int, length: int, *, write: bool = True, step: int | None = None) -> None:
+        """One access every `step` bytes."""
+        self._ready("touch")
+        size = self._core.geometry.page_size
+        stride = step or size
+        if stride <= 0 or length < 0:
+            raise ArgumentError(f"touch every {stride} of {length} bytes")
+        if stride != size:
+            for addr in range(start, start + length, stride):
+                self._access(addr, write=write)
+            return
+        try:
+            touch.touch(self._core, self.mm, start, start + length, write=write)
+        except NoMemory:
+            raise _out_of_memory(f"touch from {start:#x}") from None
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    def memfd_create(self, name: str, *, flags: int = 0) -> int:
+        """Not modelled."""
+        raise NotModelled("memfd_create: files and shared memory")
+
+    def open_file(self, name: str) -> int:
+        """Not modelled."""
+        raise NotModelled("open: files")
+
+    def _descriptor(self, fd: int, call: str) -> object:
+        self._ready(call)
+        if fd not in self.mm.files:
+            refuse(Errno.EBADF, f"{call}({fd})")
+        return self.mm.files[fd]
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        """ftruncate(2): there is nothing but userfaultfds to truncate."""
+        self._descriptor(fd, "ftruncate")
+        refuse(Errno.EINVAL, f"ftruncate({fd}, {length})")
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """fallocate(2)."""
+        self._descriptor(fd, "fallocate")
+        refuse(Errno.ENODEV, f"fallocate({fd})")
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        """pread(2)."""
+        self._descriptor(fd, "pread")
+        raise NotModelled("reading a userfaultfd")
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """pwrite(2)."""
+        self._descriptor(fd, "pwrite")
+        refuse(Errno.EINVAL, f"pwrite({fd})")
+
+    def lseek(self, fd: int, offset: int, whence: int) -> int:
+        """lseek(2)."""
+        self._descriptor(fd, "lseek")
+        raise NotModelled("lseek on a userfaultfd")
+
+    def fsync(self, fd: int) -> None:
+        """fsync(2)."""
+        self._descriptor(fd, "fsync")
+        refuse(Errno.EINVAL, f"fsync({fd})")
+
+    def close(self, fd: int) -> None:
+        """close(2): ranges registered with a userfaultfd are so no more once the last copy of it is closed."""
+        self._descriptor(fd, "close")
+        uffd_call.close(self._core, self.mm, fd, self._machine.tasks())
+
+    # -- userfaultfd -----------------------------------------------------------------------------------
+
+    def userfaultfd(self, features: UffdFeature | int = 0) -> int:
+        """userfaultfd(2) with UFFDIO_API."""
+        context = self._call(uffd_call.api, int(features))
+        fd = next(number for number in range(3, 1 << 20) if number not in self.mm.files)
+        self.mm.files[fd] = context
+        return fd
+
+    def uffd_register(self, fd: int, start: int, length: int, mode: int) -> int:
+        """UFFDIO_REGISTER."""
+        _words(start, length, mode)
+        return int(self._call(uffd_call.register, fd, start, length, mode))
+
+    def uffd_unregister(self, fd: int, start: int, length: int) -> None:
+        """UFFDIO_UNREGISTER."""
+        _words(start, length)
+        self._call(uffd_call.unregister, fd, start, length)
+
+    def uffd_writeprotect(self, fd: int, start: int, length: int, *, protect: bool) -> None:
+        """UFFDIO_WRITEPROTECT."""
+        _words(start, length)
+        self._call(uffd_call.writeprotect, fd, start, length, protect_it=protect)
+
+    # -- coming and going ------------------------------------------------------------------------------
+
+    def fork(self) -> SimTask:
+        """fork(2)."""
+        self._ready("fork")
+        child = AddressSpace(self._core, next(self._core.space_numbers))
+        child.files = dict(self.mm.files)
+        try:
+            forking.fork(self._core, self.mm, child)
+        except NoMemory:
+            child.tear_down()
+            raise _out_of_memory("fork") from None
+        return self._machine.adopt(child)
+
+    def exit(self) -> None:
+        """End the task; everything that it alone had is free."""
+        if not self.alive:
+            return
+        self.alive = False
+        self._machine.forget(self)
+        self.mm.tear_down()
+
+
+def _pages(start: int, end: int, size: int) -> Any:
+    """The pieces of a range that lie in one page each."""
+    while start < end:
+        stop = min(end, (start & -size) + size)
+        yield start, stop
+        start = stop
+
+
+def _words(*values: int) -> None:
+    for value in values:
+        if not isinstance(value, int) or not 0 <= value < 1 << 64:
+            raise ArgumentError(f"{value!r} is not an unsigned 64-bit number")
+
+
+def _out_of_memory(what: str) -> Exception:
+    return syscall_error(
+        int(Errno.ENOMEM), what, remedy="the machine is out of memory: give it more, or swap, or reclaim"
+    )

@@ -1,0 +1,1 @@
+"""What /proc shows: derived from the state, never changing it."""

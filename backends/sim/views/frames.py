@@ -1,0 +1,75 @@
+"""/proc/kpageflags, kpagecount and kpagecgroup, derived from the frame table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.arrays import U64Array
+from pmcore.backends.sim.physical.frames import SHOWN
+from pmcore.protocols import FrameFile
+from pmcore.uapi import PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+
+__all__ = ["fill"]
+
+_MMAP = PageFlag.MMAP.bit_length() - 1
+_TAIL = np.uint64(PageFlag.COMPOUND_TAIL)
+
+
+def fill(core: Core, file: FrameFile, start: int, out: U64Array) -> int:
+    """Fill `out` from frame `start` on; fewer only at the end of memory."""
+    frames = core.memory.frames
+    count = min(len(out), max(0, frames.count - start))
+    out = out[:count]
+    rows = max(0, min(count, frames.rows - start))
+    touched, rest = out[:rows], out[rows:]
+    span = slice(start, start + rows)
+    if file is FrameFile.KPAGECOUNT:
+        touched[:] = frames.mapcount[span]
+        rest[:] = 0
+    elif file is FrameFile.KPAGEFLAGS:
+        np.bitwise_and(frames.flags[span], np.uint64(SHOWN & core.caps.shown_flags), out=touched)
+        mapped = (frames.mapcount[span] > 0).view(np.uint8).astype(np.uint64)
+        mapped <<= np.uint64(_MMAP)
+        touched |= mapped
+        if not core.caps.folio_flags:
+            tails = (touched & _TAIL) != 0
+            touched[tails] &= np.uint64(core.caps.tail_flags)
+        rest[:] = 0
+        _untouched(core, start, out)
+        if core.caps.buddy_first_only:
+            _heads_only(core, start, out)
+    else:
+        out[:] = 0
+    return count
+
+
+def _untouched(core: Core, start: int, out: U64Array) -> None:
+    """Memory that nobody has used yet is free; what belongs to no zone is a hole."""
+    end = start + len(out)
+    position = start
+    for zone in core.memory.zones:
+        if zone.start > position:
+            out[max(position, start) - start : max(min(zone.start, end) - start, 0)] = core.caps.hole_flags
+        low, high = max(zone.frontier, start), min(zone.end, end)
+        if low < high:
+            out[low - start : high - start] = int(PageFlag.BUDDY)
+        position = zone.end
+    if position < end:
+        out[max(position, start) - start :] = core.caps.hole_flags
+
+
+def _heads_only(core: Core, start: int, out: U64Array) -> None:
+    """Before 4.6 a free block showed BUDDY on its first page alone."""
+    frames = core.memory.frames
+    pfns = np.arange(start, start + len(out))
+    head = np.zeros(len(out), dtype=np.bool_)
+    inside = pfns < frames.rows
+    head[inside] = frames.free_order[pfns[inside]] != 0
+    for zone in core.memory.zones:
+        head |= (pfns >= zone.frontier) & (pfns < zone.end) & (pfns % 1024 == 0)
+    out[~head] &= np.uint64(~int(PageFlag.BUDDY) & (1 << 64) - 1)

@@ -1,0 +1,147 @@
+"""The page tables as the core's PAGEMAP_SCAN engine asks for them: leaves, write protection, splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.services import thp, userfaultfd
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP, UFFD_MARKER, UFFD_WP, WRITE
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.scan.tables import LeafBatch, LeafKind, ScanVma
+from pmcore.uapi import PM_GUARD_REGION, PM_SOFT_DIRTY, PageCategory, UffdFeature
+
+if TYPE_CHECKING:
+    from pmcore.arrays import U64Array
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+
+__all__ = ["SimTables"]
+
+_ALL = (1 << 64) - 1
+_FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
+_UFFD_WP = np.uint64(UFFD_WP)
+
+
+class SimTables:
+    """One address space, scanned."""
+
+    def __init__(self, core: Core, mm: AddressSpace) -> None:
+        self._core = core
+        self._mm = mm
+
+    def scan_vmas(self, start: int, end: int) -> Iterable[ScanVma]:
+        """The VMAs of the range."""
+        for vma in self._mm.vmas.within(start, end):
+            features = getattr(vma.uffd, "features", 0)
+            armed = bool(vma.flags & VmFlag.UFFD_WP)
+            yield ScanVma(
+                start=vma.start,
+                end=vma.end,
+                uffd_wp=armed,
+                wp_async=armed
+                and userfaultfd.resolves_itself(vma)
+                and bool(features & UffdFeature.WP_UNPOPULATED),
+                pfnmap=bool(vma.flags & VmFlag.PFNMAP),
+                soft_dirty=bool(vma.flags & VmFlag.SOFTDIRTY) and self._core.caps.soft_dirty,
+            )
+
+    def leaves(self, vma: ScanVma, start: int, end: int) -> Iterator[LeafBatch]:
+        """What the walk stops at, in order."""
+        position = start
+        core, shift = self._core, self._core.geometry.page_shift
+        for extent in list(self._mm.tables.extents(start, end)):
+            low, high = max(extent.start, start), min(extent.end, end)
+            if low > position:
+                yield self._hole(position, low)
+            if extent.huge:
+                yield self._huge(extent.start, extent.entries, start, end)
+            else:
+                slot = self._mm.tables.pte_slot(low)
+                count = high - low >> shift
+                yield self._ptes(low, core.pool.flat[slot : slot + count])
+            position = high
+        if position < end:
+            yield self._hole(position, end)
+
+    def _hole(self, start: int, end: int) -> LeafBatch:
+        """Without page tables the walk stops at every PMD."""
+        size = self._core.geometry.pmd_size
+        edges = [start, *range((start & -size) + size, end, size), end]
+        return LeafBatch(
+            start=np.array(edges[:-1], dtype=np.uint64),
+            end=np.array(edges[1:], dtype=np.uint64),
+            kind=np.full(len(edges) - 1, LeafKind.HOLE, dtype=np.uint8),
+            categories=np.zeros(len(edges) - 1, dtype=np.uint64),
+        )
+
+    def _ptes(self, start: int, entries: U64Array) -> LeafBatch:
+        size = self._core.geometry.page_size
+        first = np.arange(start, start + len(entries) * size, size, dtype=np.uint64)
+        kind = np.where(entries == 0, np.uint8(LeafKind.EMPTY), np.uint8(LeafKind.PTE))
+        return LeafBatch(
+            start=first, end=first + np.uint64(size), kind=kind, categories=self._categories(entries, self._core.zero_pfn)
+        )
+
+    def _categories(self, entries: U64Array, zero: int) -> U64Array:
+        present = (entries & _PRESENT) != 0
+        swap = ((entries & _SWAP) != 0) & ~present
+        written = (present | swap) & ((entries & _UFFD_WP) == 0)
+        words = present.astype(np.uint64) * np.uint64(PageCategory.PRESENT)
+        words |= swap.astype(np.uint64) * np.uint64(PageCategory.SWAPPED)
+        words |= written.astype(np.uint64) * np.uint64(PageCategory.WRITTEN)
+        words[present & ((entries & _FIELD) == np.uint64(zero))] |= np.uint64(PageCategory.PFNZERO)
+        if self._core.caps.soft_dirty:
+            words[(entries & np.uint64(PM_SOFT_DIRTY)) != 0] |= np.uint64(PageCategory.SOFT_DIRTY)
+        if self._core.caps.scan_guard:
+            words[(entries & np.uint64(PM_GUARD_REGION)) != 0] |= np.uint64(PageCategory.GUARD)
+        return words
+
+    def _huge(self, base: int, entries: U64Array, start: int, end: int) -> LeafBatch:
+        size = self._core.geometry.pmd_size
+        first = np.arange(base, base + len(entries) * size, size, dtype=np.uint64)
+        words = self._categories(entries, self._core.huge_zero_pfn or -1 & FIELD)
+        words |= np.uint64(PageCategory.HUGE)
+        return LeafBatch(
+            start=np.maximum(first, np.uint64(start)),
+            end=np.minimum(first + np.uint64(size), np.uint64(end)),
+            kind=np.full(len(entries), LeafKind.PMD, dtype=np.uint8),
+            categories=words,
+        )
+
+    # -- write protection ------------------------------------------------------------------------------
+
+    def write_protect(self, vma: ScanVma, leaves: LeafBatch) -> None:
+        """Arm the leaves."""
+        tables, pool = self._mm.tables, self._core.pool
+        for kind in (LeafKind.HOLE, LeafKind.PMD):
+            for index in np.flatnonzero(leaves.kind == kind).tolist():
+                start, end = int(leaves.start[index]), int(leaves.end[index])
+                if kind == LeafKind.HOLE:
+                    tables.make(start, end)
+                    for extent in tables.extents(start, end):
+                        extent.entries[extent.entries == 0] = UFFD_MARKER
+                else:
+                    slot = tables.pmd_slot(start)
+                    pool.at[slot] = (pool.at[slot] | UFFD_WP) & ~WRITE
+        small = (leaves.kind == LeafKind.PTE) | (leaves.kind == LeafKind.EMPTY)
+        if not small.any():
+            return
+        addresses = leaves.start[small]
+        low, high = int(addresses[0]), int(leaves.end[small][-1])
+        for extent in tables.extents(low, high):
+            if extent.huge:
+                continue
+            inside = addresses[(addresses >= extent.start) & (addresses < extent.end)]
+            index = ((inside - np.uint64(extent.start)) >> np.uint64(tables.page_shift)).astype(np.intp)
+            old = extent.entries[index]
+            new = np.where((old & _PRESENT) != 0, (old | _UFFD_WP) & np.uint64(~WRITE & _ALL), old | _UFFD_WP)
+            extent.entries[index] = np.where(old == 0, np.uint64(UFFD_MARKER), new)
+
+    def split_pmd(self, vma: ScanVma, start: int) -> None:
+        """Map a huge page by PTEs."""
+        area = self._mm.vmas.at(start)
+        assert area is not None
+        thp.split_pmd(self._core, self._mm, area, start & -self._core.geometry.pmd_size)

@@ -1,0 +1,1 @@
+"""What a process sees: VMAs, page tables, faults."""

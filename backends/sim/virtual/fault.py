@@ -1,0 +1,173 @@
+"""Accesses and page faults: what reading or writing an address does to its entry.
+
+`access` is the law, one address at a time; `touch.py` does the same to whole ranges.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
+from pmcore.backends.sim.services import swapping, thp, userfaultfd
+from pmcore.backends.sim.virtual import mapping
+from pmcore.backends.sim.virtual.pte import (
+    DIRTY,
+    FIELD,
+    GUARD,
+    LEAF,
+    PRESENT,
+    UFFD_WP,
+    WRITE,
+    YOUNG,
+    is_marker,
+)
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.errors import AddressSpaceFault
+from pmcore.uapi import PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
+
+__all__ = ["access", "bus_error", "find", "segfault", "take_page"]
+
+_SWAPCACHE = int(PageFlag.SWAPCACHE)
+
+
+def segfault(addr: int, cause: str) -> AddressSpaceFault:
+    """SIGSEGV at the address."""
+    return AddressSpaceFault("SIGSEGV", addr, cause)
+
+
+def bus_error(addr: int, cause: str) -> AddressSpaceFault:
+    """SIGBUS at the address."""
+    return AddressSpaceFault("SIGBUS", addr, cause)
+
+
+def find(mm: AddressSpace, addr: int, *, write: bool) -> VmArea:
+    """The VMA that allows the access. Raises AddressSpaceFault."""
+    vma = mm.vmas.at(addr)
+    if vma is None:
+        vma = mm.grow_stack(addr)
+        if vma is None:
+            raise segfault(addr, "nothing is mapped there")
+    if write:
+        if not vma.flags & VmFlag.WRITE:
+            raise segfault(addr, "the mapping may not be written")
+    elif not vma.flags & VmFlag.ACCESS:
+        raise segfault(addr, "the mapping may not be accessed")
+    return vma
+
+
+def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
+    """One access; the PFN that it reached. Raises AddressSpaceFault, with everything before it done."""
+    vma = find(mm, addr, write=write)
+    at = core.pool.at
+    while True:
+        slot = mm.tables.pmd_slot(addr)
+        pmd = at[slot] if slot >= 0 else 0
+        if pmd & LEAF:
+            if not write or pmd & WRITE:
+                at[slot] = pmd | (YOUNG | DIRTY if write else YOUNG)
+                return (pmd & FIELD) + (addr >> core.geometry.page_shift & core.geometry.pmd_pages - 1)
+            if pmd & UFFD_WP and vma.flags & VmFlag.UFFD_WP:
+                if not userfaultfd.resolves_itself(vma):
+                    raise userfaultfd.blocked(vma, addr)
+                thp.split_pmd(core, mm, vma, addr & -core.geometry.pmd_size)
+            else:
+                thp.wp_fault(core, mm, vma, addr, slot)
+            at = core.pool.at
+            continue
+        if not pmd and thp.order_allowed(core, vma, addr):
+            slot = mm.tables.make_pmd_slot(addr)
+            if thp.fault(core, mm, vma, addr, slot, write=write):
+                at = core.pool.at
+                continue
+        slot = mm.tables.make_pte_slot(addr)
+        at = core.pool.at
+        pte = at[slot]
+        if pte & PRESENT:
+            if not write or pte & WRITE:
+                at[slot] = pte | (YOUNG | DIRTY if write else YOUNG)
+                return pte & FIELD
+            _write_protected(core, mm, vma, addr, slot, pte)
+        elif not pte or is_marker(pte):
+            _missing(core, mm, vma, addr, slot, pte, write=write)
+        else:
+            swapping.swap_in(core, mm, vma, slot, pte, write=write)
+
+
+def _missing(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: int, *, write: bool) -> None:
+    if pte & GUARD:
+        raise segfault(addr, "a guard region")
+    if pte and not vma.flags & VmFlag.UFFD_WP:
+        pte = core.pool.at[slot] = 0  # a marker that nobody stands behind any more
+    if vma.flags & VmFlag.UFFD_MISSING:
+        raise userfaultfd.blocked(vma, addr)
+    protected = pte & UFFD_WP
+    if not write:
+        core.pool.at[slot] = core.zero_pfn | PRESENT | YOUNG | protected
+        return
+    mm.prepare_anon(vma)
+    pfn = take_page(core, vma)
+    entry = pfn | PRESENT | YOUNG | protected
+    if vma.flags & VmFlag.WRITE:
+        entry |= DIRTY | core.soft_dirty | (0 if protected else WRITE)
+    core.memory.frames.mapcount_at[pfn] = 1
+    core.pool.at[slot] = entry
+
+
+def take_page(core: Core, vma: VmArea, flags: int = mapping.NEW_ANON | ANON_EXCLUSIVE) -> int:
+    """A frame of zeros for an anonymous page. Raises NoMemory."""
+    pfn = core.memory.page(flags | mapping.MLOCKED if vma.flags & VmFlag.LOCKED else flags)
+    core.memory.on_lru(pfn)
+    return pfn
+
+
+def _write_protected(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: int) -> None:
+    """A write to a present page that may not be written."""
+    if pte & UFFD_WP and vma.flags & VmFlag.UFFD_WP:
+        if not userfaultfd.resolves_itself(vma):
+            raise userfaultfd.blocked(vma, addr)
+        pte &= ~UFFD_WP
+        core.pool.at[slot] = pte
+        core.count("wp_async")
+    pfn = pte & FIELD
+    frames = core.memory.frames
+    if pfn != core.zero_pfn:
+        if frames.flags_at[pfn] & ANON_EXCLUSIVE or _reusable(core, mm, pfn):
+            frames.flags_at[pfn] |= ANON_EXCLUSIVE
+            core.pool.at[slot] = pte | WRITE | DIRTY | YOUNG | core.soft_dirty
+            return
+    mm.prepare_anon(vma)
+    copy = take_page(core, vma)
+    frames = core.memory.frames
+    if frames.content_at[pfn]:
+        frames.content[copy] = core.memory.contents.copies(frames.content[pfn : pfn + 1])[0]
+    frames.mapcount_at[copy] = 1
+    core.pool.at[slot] = copy | PRESENT | YOUNG | WRITE | DIRTY | core.soft_dirty
+    core.count("copy_on_write")
+    if pfn != core.zero_pfn:
+        mapping.remove_page(core, mm, vma, pfn)
+
+
+def _reusable(core: Core, mm: AddressSpace, pfn: int) -> bool:
+    """Whether nobody else has the page, though it was once shared (wp_can_reuse_anon_folio)."""
+    frames = core.memory.frames
+    flags = frames.flags_at[pfn]
+    if flags & COMPOUND:
+        folio = core.memory.large[pfn - frames.behind_at[pfn]]
+        return bool(
+            core.caps.large_folio_reuse
+            and not flags & _SWAPCACHE
+            and not folio.entire
+            and folio.by_mm.get(mm.number, 0) == folio.mapped
+        )
+    if frames.mapcount_at[pfn] != 1:
+        return False
+    return not flags & _SWAPCACHE or core.swap.uncache(pfn)
+
+
+__all__ += ["NoMemory"]

@@ -1,0 +1,113 @@
+"""fork: the child's VMAs and page tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.virtual import mapping
+from pmcore.backends.sim.virtual.pte import FIELD, GUARD, PRESENT, SWAP_EXCLUSIVE, UFFD_WP, WRITE, YOUNG
+from pmcore.backends.sim.virtual.vma import AnonVma, VmFlag
+from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.uapi import UffdFeature
+
+if TYPE_CHECKING:
+    from pmcore.arrays import U64Array
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
+
+__all__ = ["fork"]
+
+_FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+_NOT_EXCLUSIVE = np.uint64(~ANON_EXCLUSIVE & (1 << 64) - 1)
+
+
+def _without(bits: int) -> np.uint64:
+    return np.uint64(~bits & (1 << 64) - 1)
+
+
+def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
+    """Fill `child`, which is empty, from `parent`."""
+    child.brk_start, child.brk = parent.brk_start, parent.brk
+    child.soft_dirty_cleared = parent.soft_dirty_cleared
+    for vma in parent.vmas:
+        if vma.flags & VmFlag.DONTCOPY:
+            continue
+        copy = attrs.evolve(vma, flags=vma.flags & ~VmFlag.LOCKS)
+        features = getattr(vma.uffd, "features", 0)
+        if not features & UffdFeature.EVENT_FORK:
+            copy.flags &= ~VmFlag.UFFD
+            copy.uffd = None
+        if vma.flags & VmFlag.WIPEONFORK:
+            copy.anon_vma, copy.chain = None, 0
+        elif vma.anon_vma is not None:
+            # The parent's chain and one of its own, which new pages of the child belong to.
+            copy.anon_vma, copy.chain = AnonVma(next(core.anon_numbers)), vma.chain + 1
+        child.vmas.add(copy)
+        if not vma.flags & VmFlag.WIPEONFORK and (vma.anon_vma is not None or vma.flags & VmFlag.UFFD_WP):
+            _copy_entries(core, parent, child, vma, copy)
+
+
+def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: VmArea, copy: VmArea) -> None:
+    # All tables first: the pool moves when it grows.
+    plan = [(e.start, e.end, e.huge) for e in parent.tables.extents(vma.start, vma.end)]
+    for start, end, huge in plan:
+        if huge:
+            for _ in child.tables.pmd_tables(start, end, make=True):
+                pass
+        else:
+            child.tables.make(start, end)
+    drop = UFFD_WP if not copy.flags & VmFlag.UFFD_WP else 0
+    for extent in parent.tables.extents(vma.start, vma.end):
+        if extent.huge:
+            _copy_pmds(core, child, extent.start, extent.entries, drop)
+            continue
+        entries = extent.entries
+        present = (entries & _PRESENT) != 0
+        pfns = (entries[present] & _FIELD).view(np.int64)
+        fields = None
+        if len(pfns) == len(entries):
+            entries &= _without(WRITE)
+            new = entries & _without(YOUNG | drop)
+        else:
+            swap = swap_entries(entries)
+            if swap.any():
+                fields = entries[swap] & _FIELD
+            entries &= _without(WRITE | SWAP_EXCLUSIVE)
+            new = entries & _without(YOUNG | drop)
+            if drop:
+                # A marker is nothing without what it marks.
+                marker = ~present & ~swap & (entries != 0) & ((entries & np.uint64(GUARD)) == 0)
+                new[marker] = 0
+        if len(pfns):
+            normal = pfns[pfns != core.zero_pfn]
+            mapping.add_pages(core, child, normal)
+            core.memory.frames.flags[normal] &= _NOT_EXCLUSIVE
+        if fields is not None:
+            core.swap.duplicate(fields)
+        position = 0
+        for mine in child.tables.extents(extent.start, extent.end):
+            mine.entries[:] = new[position : position + len(mine.entries)]
+            position += len(mine.entries)
+
+
+def _copy_pmds(core: Core, child: AddressSpace, start: int, entries: U64Array, drop: int) -> None:
+    pages = core.geometry.pmd_pages
+    frames = core.memory.frames
+    for index, entry in enumerate(entries.tolist()):
+        if entry & FIELD != core.huge_zero_pfn:
+            folio = core.memory.large[entry & FIELD]
+            folio.entire += 1
+            folio.add(child.number, 1)
+            part = slice(folio.head, folio.head + pages)
+            frames.mapcount[part] += 1
+            frames.flags[part] &= _NOT_EXCLUSIVE
+        slot = child.tables.make_pmd_slot(start + index * core.geometry.pmd_size)
+        core.pool.at[slot] = entry & ~(WRITE | YOUNG | drop)
+    entries &= _without(WRITE)
+
+

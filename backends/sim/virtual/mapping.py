@@ -1,0 +1,129 @@
+"""Counting who maps what: a page's mapcount, a large folio's mappings, and what becomes of a page that nobody maps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.physical.buddy import Pfns
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.memory import COMPOUND, LargeFolio
+from pmcore.uapi import PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
+
+__all__ = ["NEW_ANON", "add_pages", "discard_folio", "remove_page", "remove_pages", "remove_pmd"]
+
+#: What a fresh anonymous page shows.
+NEW_ANON = int(PageFlag.UPTODATE | PageFlag.LRU | PageFlag.ANON | PageFlag.SWAPBACKED)
+MLOCKED = int(PageFlag.UNEVICTABLE | PageFlag.MLOCKED)
+_SWAPCACHE = int(PageFlag.SWAPCACHE)
+_COMPOUND = np.uint64(COMPOUND)
+
+
+def munlock(core: Core, head: int, pages: int) -> None:
+    """One locked mapping less; without any the folio is evictable again."""
+    frames = core.memory.frames
+    if frames.flags_at[head] & MLOCKED:
+        count = core.mlocks.get(head, 1) - 1
+        if count > 0:
+            core.mlocks[head] = count
+            return
+        core.mlocks.pop(head, None)
+        frames.clear_bits(head, pages, MLOCKED)
+        core.memory.on_lru(head, pages)
+
+
+def mlock(core: Core, head: int, pages: int) -> None:
+    """One locked mapping more."""
+    frames = core.memory.frames
+    if frames.flags_at[head] & MLOCKED:
+        core.mlocks[head] = core.mlocks.get(head, 1) + 1
+    else:
+        frames.set_bits(head, pages, MLOCKED)
+
+
+def add_pages(core: Core, mm: AddressSpace, pfns: Pfns) -> None:
+    """One PTE more for each page."""
+    frames = core.memory.frames
+    frames.mapcount[pfns] += 1
+    if core.memory.large:
+        heads = (pfns - frames.behind[pfns])[(frames.flags[pfns] & _COMPOUND) != 0]
+        for head, count in zip(*(a.tolist() for a in np.unique(heads, return_counts=True)), strict=True):
+            core.memory.large[head].add(mm.number, count)
+
+
+def remove_page(core: Core, mm: AddressSpace, vma: VmArea, pfn: int) -> None:
+    """One PTE less for an anonymous page; what nobody maps any more is freed."""
+    frames = core.memory.frames
+    frames.mapcount_at[pfn] -= 1
+    flags = frames.flags_at[pfn]
+    if flags & COMPOUND:
+        folio = core.memory.large[pfn - frames.behind_at[pfn]]
+        folio.add(mm.number, -1)
+        if not folio.mapped:
+            discard_folio(core, folio)
+        return
+    if flags & MLOCKED and vma.flags & 0x2000:
+        munlock(core, pfn, 1)
+    if not frames.mapcount_at[pfn]:
+        if flags & _SWAPCACHE:
+            core.swap.drop_if_unused(pfn)
+        else:
+            core.memory.free(pfn)
+
+
+def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
+    """One PTE less for each of many anonymous pages (each named once)."""
+    memory, frames = core.memory, core.memory.frames
+    flags = frames.flags[pfns]
+    special = _COMPOUND | np.uint64(_SWAPCACHE | MLOCKED)
+    odd = (flags & special) != 0
+    if odd.any():
+        compound = pfns[(flags & _COMPOUND) != 0]
+        if len(compound):
+            frames.mapcount[compound] -= 1
+            heads, counts = np.unique(compound - frames.behind[compound], return_counts=True)
+            for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
+                folio = memory.large[head]
+                folio.add(mm.number, -count)
+                if not folio.mapped:
+                    discard_folio(core, folio)
+        for pfn in pfns[odd & ((flags & _COMPOUND) == 0)].tolist():
+            remove_page(core, mm, vma, pfn)
+        pfns = pfns[~odd]
+        if len(pfns) == 0:
+            return
+    left = frames.mapcount[pfns] - 1
+    frames.mapcount[pfns] = left
+    gone = left == 0
+    memory.free_pages(pfns if gone.all() else pfns[gone])
+
+
+def remove_pmd(core: Core, mm: AddressSpace, vma: VmArea, folio: LargeFolio) -> None:
+    """One PMD less for a huge page."""
+    frames = core.memory.frames
+    folio.entire -= 1
+    frames.mapcount[folio.head : folio.head + folio.pages] -= 1
+    folio.add(mm.number, -1)
+    if vma.flags & 0x2000:
+        munlock(core, folio.head, folio.pages)
+    if not folio.mapped:
+        discard_folio(core, folio)
+
+
+def discard_folio(core: Core, folio: LargeFolio) -> None:
+    """A large folio that nobody maps: freed, unless the swap cache needs it."""
+    core.mlocks.pop(folio.head, None)
+    if core.memory.frames.flags_at[folio.head] & _SWAPCACHE and not core.swap.uncache(folio.head, folio.order):
+        return
+    core.memory.free_folio(folio)
+
+
+def set_exclusive(core: Core, pfn: int) -> None:
+    """The page belongs to one process alone from here on."""
+    core.memory.frames.flags_at[pfn] |= ANON_EXCLUSIVE

@@ -1,0 +1,70 @@
+"""Moving entries from one range to another (move_page_tables)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.virtual.pte import LEAF, PRESENT, SWAP, TABLE, UFFD_MARKER, UFFD_WP
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
+
+__all__ = ["move_entries"]
+
+
+def move_entries(
+    core: Core, mm: AddressSpace, vma: VmArea, start: int, new_start: int, length: int, *, drop_uffd: bool
+) -> None:
+    """Move the entries of `length` bytes from `start` to `new_start`, where nothing is mapped.
+
+    `drop_uffd`: the target is not registered, so write protection and its markers are left behind. Raises NoMemory
+    before anything has moved.
+    """
+    pmd_size = core.geometry.pmd_size
+    aligned = (start - new_start) % pmd_size == 0
+    thp.split_at(core, mm, vma, start)
+    thp.split_at(core, mm, vma, start + length)
+    plan = []
+    for extent in list(mm.tables.extents(start, start + length)):
+        if not extent.huge:
+            plan.append((extent.start, extent.end))
+            continue
+        for addr in range(extent.start, extent.end, pmd_size):
+            if aligned:
+                slot = mm.tables.make_pmd_slot(new_start + addr - start)
+                if core.pool.at[slot] & TABLE:
+                    mm.tables.free_range(new_start + addr - start, new_start + addr - start + pmd_size)
+                plan.append((addr, addr + pmd_size))
+            else:
+                thp.split_pmd(core, mm, vma, addr)
+                plan.append((addr, addr + pmd_size))
+    for low, high in plan:
+        slot = mm.tables.pmd_slot(low)
+        if not core.pool.at[slot] & LEAF:
+            mm.tables.make(new_start + low - start, new_start + high - start)
+    soft_dirty = core.soft_dirty
+    for low, high in plan:
+        slot = mm.tables.pmd_slot(low)
+        entry = core.pool.at[slot]
+        if entry & LEAF:
+            target = mm.tables.make_pmd_slot(new_start + low - start)
+            core.pool.at[target] = (entry | soft_dirty) & ~(UFFD_WP if drop_uffd else 0)
+            core.pool.at[slot] = 0
+            continue
+        words = np.concatenate([extent.entries for extent in mm.tables.extents(low, high)])
+        if soft_dirty:
+            words[(words & np.uint64(PRESENT | SWAP)) != 0] |= np.uint64(soft_dirty)
+        if drop_uffd:
+            words[words == np.uint64(UFFD_MARKER)] = 0
+            words &= np.uint64(~UFFD_WP & (1 << 64) - 1)
+        position = 0
+        for mine in mm.tables.extents(new_start + low - start, new_start + high - start):
+            mine.entries[:] = words[position : position + len(mine.entries)]
+            position += len(mine.entries)
+        for extent in mm.tables.extents(low, high):
+            extent.entries[:] = 0

@@ -1,0 +1,96 @@
+"""An address space: its VMAs, its page tables, and what is counted of it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from pmcore.backends.sim.virtual.tables import PageTables
+from pmcore.backends.sim.virtual.vma import AnonVma, VmaList, VmArea, VmFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+
+__all__ = ["AddressSpace"]
+
+
+class AddressSpace:
+    """What the kernel calls an mm."""
+
+    def __init__(self, core: Core, number: int) -> None:
+        self.core = core
+        #: Its identity in the counts of large folios.
+        self.number = number
+        self.vmas = VmaList(core.geometry.page_shift)
+        self.tables = PageTables(core.pool, core.geometry)
+        #: Flags that every new mapping gets (mlockall).
+        self.def_flags = 0
+        self.brk_start = self.brk = 0
+        #: Bytes that VM_LOCKED mappings cover.
+        self.locked = 0
+        #: Whether soft-dirty was ever cleared (before that old kernels show the page shift).
+        self.soft_dirty_cleared = False
+        #: Open descriptors.
+        self.files: dict[int, object] = {}
+
+    def grow_stack(self, addr: int) -> VmArea | None:
+        """The stack's VMA, grown down to the address; None where there is none to grow."""
+        vma = self.vmas.first(addr)
+        if vma is None or not vma.flags & VmFlag.GROWSDOWN:
+            return None
+        size = self.core.geometry.page_size
+        start = addr & -size
+        before = self.vmas.before(vma)
+        gap = 256 * size if before is not None and before.flags & VmFlag.ACCESS else 0
+        if before is not None and before.flags & VmFlag.GROWSDOWN:
+            gap = 0
+        if (before is not None and before.end + gap > start) or vma.end - start > self.core.stack_limit:
+            return None
+        self.vmas.remove(vma)
+        vma.pgoff -= vma.start - start >> self.core.geometry.page_shift
+        vma.start = start
+        self.vmas.add(vma)
+        return vma
+
+    def tear_down(self) -> None:
+        """What exit does: nothing is mapped any more, descriptors are closed."""
+        from pmcore.backends.sim.virtual import zap
+
+        for vma in list(self.vmas):
+            zap.zap(self.core, self, vma, vma.start, vma.end)
+            self.vmas.remove(vma)
+        self.tables.destroy()
+        self.files.clear()
+
+    def prepare_anon(self, vma: VmArea) -> None:
+        """Have an anon_vma: a neighbour's that the VMA could merge with, or a new one."""
+        if vma.anon_vma is not None:
+            return
+        before, after = self.vmas.before(vma), self.vmas.after(vma)
+        for owner, left, right in ((after, vma, after), (before, before, vma)):
+            if (
+                owner is not None
+                and left is not None
+                and right is not None
+                and owner.anon_vma is not None
+                and owner.chain == 1
+                and self._alike(left, right)
+            ):
+                vma.anon_vma, vma.chain = owner.anon_vma, 1
+                return
+        vma.anon_vma, vma.chain = AnonVma(next(self.core.anon_numbers)), 1
+
+    def _alike(self, left: VmArea, right: VmArea) -> bool:
+        if left.end != right.start or (left.flags ^ right.flags) & ~(VmFlag.ACCESS | VmFlag.SOFTDIRTY):
+            return False
+        return right.pgoff == left.pgoff + (left.length >> self.core.geometry.page_shift)
+
+    def boundaries(self, vma: VmArea) -> tuple[int, int]:
+        """How far page tables may be freed when the VMA goes: up to its neighbours."""
+        before, after = self.vmas.before(vma), self.vmas.after(vma)
+        return before.end if before else 0, after.start if after else self.core.geometry.task_size
+
+
+def anon_numbers() -> itertools.count[int]:
+    """Numbers for anon_vmas."""
+    return itertools.count(1)

@@ -1,0 +1,266 @@
+"""Page tables: all tables of a machine are rows of one pool, 512 entries each; an address space is a tree of them.
+
+Neighbouring tables made together are neighbouring rows, so a range of pages is, as a rule, one slice of the pool: an
+*extent*, a view that bulk operations read and write in place. The pool moves when it grows: views are taken after all
+tables that an operation needs are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from pmcore.arrays import U64Array
+from pmcore.backends.sim.physical.memory import Memory
+from pmcore.backends.sim.virtual.pte import FIELD, LEAF, TABLE
+from pmcore.geometry import Geometry
+
+__all__ = ["Extent", "PageTables", "TablePool"]
+
+_LEAF, _TABLE, _FIELD = np.uint64(LEAF), np.uint64(TABLE), np.uint64(FIELD)
+
+
+class TablePool:
+    """Rows for page tables, each on a frame of its own."""
+
+    def __init__(self, memory: Memory, geometry: Geometry) -> None:
+        self.memory = memory
+        self.entries = 1 << geometry.pmd_order
+        self.order = geometry.pmd_order
+        self._used = 1  # row 0 stands for "no table"
+        self._free: list[int] = []
+        self.pfns = np.zeros(64, dtype=np.int64)
+        self._set(np.zeros((64, self.entries), dtype=np.uint64))
+
+    def _set(self, rows: U64Array) -> None:
+        self.rows = rows
+        self.flat = rows.reshape(-1)
+        self.at = memoryview(self.flat)
+
+    @property
+    def in_use(self) -> int:
+        """Tables that there are."""
+        return self._used - 1 - len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` empty tables; neighbouring rows where there are no freed ones to use again. Raises NoMemory."""
+        pfns = self.memory.table_pages(count)
+        rows = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        fresh = count - len(rows)
+        need = self._used + fresh
+        if need > len(self.rows):
+            grown = np.zeros((max(need, 2 * len(self.rows)), self.entries), dtype=np.uint64)
+            grown[: self._used] = self.rows[: self._used]
+            self.pfns = np.resize(self.pfns, len(grown))
+            self._set(grown)
+        rows += range(self._used, need)
+        self._used = need
+        self.pfns[rows] = pfns
+        return rows
+
+    def give_back(self, rows: list[int]) -> None:
+        """Free tables; what they held is forgotten."""
+        self.rows[rows] = 0
+        for row in rows:
+            self.memory.free(int(self.pfns[row]))
+            self.pfns[row] = 0
+        self._free += reversed(rows)
+
+
+@attrs.frozen(slots=True)
+class Extent:
+    """Neighbouring entries as a view: PTEs, or (`huge`) PMDs that map huge pages."""
+
+    start: int
+    entries: U64Array
+    huge: bool
+    #: Bytes that an entry maps.
+    size: int
+
+    @property
+    def end(self) -> int:
+        """First address behind it."""
+        return self.start + len(self.entries) * self.size
+
+
+class PageTables:
+    """One address space's tree. Levels count from the PTEs: level 0 tables hold PTEs, level 1 tables PMDs."""
+
+    def __init__(self, pool: TablePool, geometry: Geometry) -> None:
+        self.pool = pool
+        self.geometry = geometry
+        self.page_shift = geometry.page_shift
+        self.pmd_shift = geometry.page_shift + geometry.pmd_order
+        self.pmd_size = geometry.pmd_size
+        self._mask = pool.entries - 1
+        self._order = pool.order
+        self._top = geometry.levels - 1
+        self.root = pool.take(1)[0]
+        #: Tables by level, for /proc/PID/status (VmPTE) and check().
+        self.tables = [0] * geometry.levels
+        self.tables[self._top] = 1
+
+    # -- one entry -------------------------------------------------------------------------------------
+
+    def pmd_slot(self, addr: int) -> int:
+        """Place in `pool.at` of the PMD for `addr`; -1 where no table holds it."""
+        at, order, mask = self.pool.at, self._order, self._mask
+        row, shift = self.root, self.pmd_shift + self._order * (self._top - 1)
+        while shift > self.pmd_shift:
+            entry = at[(row << order) + (addr >> shift & mask)]
+            if not entry:
+                return -1
+            row = entry & FIELD
+            shift -= order
+        return (row << order) + (addr >> shift & mask)
+
+    def pte_slot(self, addr: int) -> int:
+        """Place in `pool.at` of the PTE for `addr`; -1 where there is none (no table, or a huge page)."""
+        slot = self.pmd_slot(addr)
+        if slot < 0:
+            return -1
+        entry = self.pool.at[slot]
+        if not entry & TABLE:
+            return -1
+        return ((entry & FIELD) << self._order) + (addr >> self.page_shift & self._mask)
+
+    def make_pmd_slot(self, addr: int) -> int:
+        """The same as `pmd_slot`; tables are made where they are missing. Raises NoMemory."""
+        order, mask = self._order, self._mask
+        row, level = self.root, self._top
+        while level > 1:
+            slot = (row << order) + (addr >> self.page_shift + order * level & mask)
+            entry = self.pool.at[slot]
+            level -= 1
+            if not entry:
+                row = self.pool.take(1)[0]
+                self.tables[level] += 1
+                self.pool.at[slot] = TABLE | row
+            else:
+                row = entry & FIELD
+        return (row << order) + (addr >> self.pmd_shift & mask)
+
+    def make_pte_slot(self, addr: int) -> int:
+        """The same as `pte_slot`; tables are made where they are missing; -1 where a huge page is mapped."""
+        slot = self.make_pmd_slot(addr)
+        entry = self.pool.at[slot]
+        if not entry:
+            row = self.pool.take(1)[0]
+            self.tables[0] += 1
+            self.pool.at[slot] = TABLE | row
+        elif entry & TABLE:
+            row = entry & FIELD
+        else:
+            return -1
+        return (row << self._order) + (addr >> self.page_shift & self._mask)
+
+    # -- ranges ----------------------------------------------------------------------------------------
+
+    def pmd_tables(self, start: int, end: int, *, make: bool = False) -> Iterator[tuple[int, int, int, int]]:
+        """Tables of PMDs in the range: (first address, row, first index, end index). With `make` they are made."""
+        yield from self._tables(self.root, self._top, 0, start, end, make)
+
+    def _tables(
+        self, row: int, level: int, base: int, start: int, end: int, make: bool
+    ) -> Iterator[tuple[int, int, int, int]]:
+        shift = self.page_shift + self._order * level
+        first = start - base >> shift
+        last = (end - 1 - base >> shift) + 1
+        if level == 1:
+            yield base + (first << shift), row, first, last
+            return
+        if make:
+            indexes = range(first, last)
+        else:
+            indexes = (np.flatnonzero(self.pool.rows[row, first:last]) + first).tolist()
+        for index in indexes:
+            entry = self.pool.at[(row << self._order) + index]
+            if not entry:
+                below = self.pool.take(1)[0]
+                self.tables[level - 1] += 1
+                self.pool.at[(row << self._order) + index] = TABLE | below
+            else:
+                below = entry & FIELD
+            low = base + (index << shift)
+            yield from self._tables(below, level - 1, low, max(start, low), min(end, low + (1 << shift)), make)
+
+    def extents(self, start: int, end: int) -> Iterator[Extent]:
+        """All tables' entries in the range, ascending: views that may be written to. Holes are left out."""
+        for base, row, first, last in self.pmd_tables(start, end):
+            pmds = self.pool.rows[row, first:last]
+            there = np.flatnonzero(pmds)
+            if len(there) == 0:
+                continue
+            found = pmds[there]
+            if len(there) == 1:
+                cuts = [0, 1]
+            else:
+                # A run: neighbours in address; tables in neighbouring rows, or huge pages beside each other.
+                leaf = (found & _LEAF) != 0
+                rows = (found & _FIELD).view(np.int64)
+                breaks = (np.diff(there) != 1) | (leaf[1:] != leaf[:-1]) | (~leaf[1:] & (np.diff(rows) != 1))
+                cuts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(there)]
+            for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+                index, count = int(there[low]), high - low
+                addr = base + (index << self.pmd_shift)
+                entry = int(found[low])
+                if entry & LEAF:
+                    view = self.pool.rows[row, first + index : first + index + count]
+                    yield Extent(addr, view, True, self.pmd_size)
+                    continue
+                offset = (entry & FIELD) << self._order
+                place, stop = max(addr, start), min(addr + (count << self.pmd_shift), end)
+                begin = offset + (place - addr >> self.page_shift)
+                yield Extent(
+                    place,
+                    self.pool.flat[begin : begin + (stop - place >> self.page_shift)],
+                    False,
+                    1 << self.page_shift,
+                )
+
+    def make(self, start: int, end: int) -> None:
+        """Have tables of PTEs for the whole range, huge pages excepted. Raises NoMemory (what was made stays)."""
+        for _, row, first, last in self.pmd_tables(start, end, make=True):
+            missing = np.flatnonzero(self.pool.rows[row, first:last] == 0) + first
+            if len(missing):
+                below = self.pool.take(len(missing))
+                self.tables[0] += len(missing)
+                self.pool.rows[row, missing] = np.array(below, dtype=np.uint64) | _TABLE
+
+    def free_range(self, floor: int, ceiling: int) -> None:
+        """Free the tables that lie wholly in the range (their entries have been emptied)."""
+        self._free_below(self.root, self._top, 0, floor, ceiling)
+
+    def _free_below(self, row: int, level: int, base: int, floor: int, ceiling: int) -> None:
+        shift = self.page_shift + self._order * level
+        first = max(floor - base, 0) >> shift
+        last = min((min(ceiling - base, self.pool.entries << shift) - 1 >> shift) + 1, self.pool.entries)
+        entries = self.pool.rows[row]
+        gone: list[int] = []
+        for index in (np.flatnonzero(entries[first:last]) + first).tolist():
+            entry = int(entries[index])
+            if not entry & TABLE:
+                continue
+            low = base + (index << shift)
+            if level > 1:
+                self._free_below(entry & FIELD, level - 1, low, max(floor, low), min(ceiling, low + (1 << shift)))
+            if floor <= low and low + (1 << shift) <= ceiling:
+                entries[index] = 0
+                gone.append(entry & FIELD)
+        if gone:
+            self.tables[level - 1] -= len(gone)
+            self.pool.give_back(gone)
+
+    def destroy(self) -> None:
+        """Free the root as well, when nothing is mapped any more."""
+        self.free_range(0, 1 << self.page_shift + self._order * (self._top + 1))
+        self.pool.give_back([self.root])
+        self.tables = [0] * len(self.tables)
+
+
+def rows_of(entries: U64Array) -> NDArray[np.int64]:
+    """The rows that table entries name."""
+    return (entries & _FIELD).view(np.int64)

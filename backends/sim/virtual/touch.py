@@ -1,0 +1,129 @@
+"""Accesses to many pages at once: the same as one access after the other, page by page, in ascending order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.arrays import U64Array
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.memory import NoMemory
+from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.virtual import fault, mapping
+from pmcore.backends.sim.virtual.pte import DIRTY, PRESENT, WRITE, YOUNG
+from pmcore.backends.sim.virtual.vma import VmFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
+
+__all__ = ["touch"]
+
+_PRESENT, _WRITE = np.uint64(PRESENT), np.uint64(WRITE)
+#: Below this many pages one access after the other is faster.
+_FEW = 6
+
+
+def touch(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) -> None:
+    """Access one byte of every page from `start` (inside a page) to `end`. Raises AddressSpaceFault as `access` does."""
+    size = core.geometry.page_size
+    while start < end:
+        vma = fault.find(mm, start, write=write)
+        stop = min(vma.end, end)
+        if stop - start <= _FEW * size:
+            for addr in range(start, stop, size):
+                fault.access(core, mm, addr, write=write)
+        else:
+            _in_vma(core, mm, vma, start & -size, -(-stop // size) * size, start & size - 1, write=write)
+        start = (stop + size - 1 & -size) + (start & size - 1)
+
+
+def _in_vma(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, lead: int, *, write: bool) -> None:
+    """Whole pages of one VMA that allows the access; `lead` is where in each page."""
+    size, pmd_size = core.geometry.page_size, core.geometry.pmd_size
+    huge = core.caps.thp and thp.order_allowed(core, vma, -(-vma.start // pmd_size) * pmd_size)
+    while start < end:
+        # Blocks that may become huge pages, or are, go one by one; the rest in one piece of up to 1 GiB of PTEs.
+        slot = mm.tables.pmd_slot(start)
+        pmd = core.pool.at[slot] if slot >= 0 else 0
+        block_end = (start & -pmd_size) + pmd_size
+        if pmd & thp.LEAF or (huge and not pmd and thp.order_allowed(core, vma, start)):
+            fault.access(core, mm, start + lead, write=write)
+            slot = mm.tables.pmd_slot(start)
+            pmd = core.pool.at[slot]
+            if pmd & thp.LEAF and (not write or pmd & WRITE):
+                core.pool.at[slot] = pmd | (YOUNG | DIRTY if write else YOUNG)
+                start = min(block_end, end)
+                continue
+        stop = min(end, block_end if huge else start + (core.geometry.pmd_pages * pmd_size))
+        if not huge:
+            stop = _before_leaf(core, mm, start, stop)
+        mm.tables.make(start, stop)
+        for extent in mm.tables.extents(start, stop):
+            _ptes(core, mm, vma, extent.start, len(extent.entries), lead, write=write)
+        start = stop
+
+
+def _before_leaf(core: Core, mm: AddressSpace, start: int, end: int) -> int:
+    """The end of the range, or the first huge page in it."""
+    for extent in mm.tables.extents(start, end):
+        if extent.huge and extent.start > start:
+            return extent.start
+    return end
+
+
+def _ptes(core: Core, mm: AddressSpace, vma: VmArea, start: int, count: int, lead: int, *, write: bool) -> None:
+    """PTEs of one extent. Fresh and writable ones as arrays; the others one by one, in their place in the order."""
+    size = core.geometry.page_size
+    slot = mm.tables.pte_slot(start)
+    entries = core.pool.flat[slot : slot + count]
+    present = (entries & _PRESENT) != 0
+    fresh = entries == 0
+    easy = present | fresh if not write else (present & ((entries & _WRITE) != 0)) | fresh
+    if vma.flags & VmFlag.UFFD_MISSING:
+        easy &= ~fresh
+    if easy.all():
+        _easy(core, mm, vma, entries, fresh, write=write)
+        return
+    # A run of easy ones, one that is not, and so on: in the order of the addresses.
+    hard = np.flatnonzero(~easy).tolist()
+    position = 0
+    for index in [*hard, count]:
+        if index > position:
+            slot = mm.tables.pte_slot(start + position * size)
+            part = core.pool.flat[slot : slot + index - position]
+            _easy(core, mm, vma, part, fresh[position:index], write=write)
+        if index < count:
+            fault.access(core, mm, start + index * size + lead, write=write)
+        position = index + 1
+
+
+def _easy(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, fresh: np.ndarray, *, write: bool) -> None:
+    bits = np.uint64(YOUNG | DIRTY if write else YOUNG)
+    missing = int(np.count_nonzero(fresh))
+    if missing == 0:
+        entries |= bits
+        return
+    if not write:
+        entries[fresh] = core.zero_pfn | PRESENT
+        entries |= bits
+        return
+    mm.prepare_anon(vma)
+    flags = mapping.NEW_ANON | ANON_EXCLUSIVE | (mapping.MLOCKED if vma.flags & VmFlag.LOCKED else 0)
+    pfns = core.memory.pages(missing, flags)
+    got = len(pfns)
+    frames = core.memory.frames
+    frames.mapcount[pfns] = 1
+    core.memory.on_lru_pages(pfns)
+    new = pfns.view(np.uint64) | np.uint64(PRESENT | YOUNG | DIRTY | core.soft_dirty | (WRITE if vma.flags & VmFlag.WRITE else 0))
+    if missing == len(entries) == got:
+        entries[:] = new
+        return
+    where = np.flatnonzero(fresh)
+    entries[where[:got]] = new
+    if got < missing:
+        entries[: where[got]] |= bits
+        raise NoMemory
+    entries |= bits

@@ -1,0 +1,232 @@
+"""VMAs and the ordered list of them: finding, splitting, merging, and free places between them."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator
+
+import attrs
+
+__all__ = ["AnonVma", "VmFlag", "VmaList", "VmArea"]
+
+
+class VmFlag:
+    """``VM_*``: the kernel's flags of a VMA, as plain numbers."""
+
+    READ, WRITE, EXEC, SHARED = 0x1, 0x2, 0x4, 0x8
+    MAYREAD, MAYWRITE, MAYEXEC, MAYSHARE = 0x10, 0x20, 0x40, 0x80
+    GROWSDOWN = 0x100
+    UFFD_MISSING = 0x200
+    PFNMAP = 0x400
+    UFFD_WP = 0x1000
+    LOCKED = 0x2000
+    IO = 0x4000
+    SEQ_READ, RAND_READ = 0x8000, 0x10000
+    DONTCOPY, DONTEXPAND = 0x20000, 0x40000
+    LOCKONFAULT = 0x80000
+    ACCOUNT, NORESERVE = 0x100000, 0x200000
+    HUGETLB = 0x400000
+    WIPEONFORK = 0x2000000
+    DONTDUMP = 0x4000000
+    SOFTDIRTY = 0x8000000
+    HUGEPAGE, NOHUGEPAGE = 0x20000000, 0x40000000
+    MERGEABLE = 0x80000000
+    UFFD_MINOR = 1 << 41
+
+    ACCESS = READ | WRITE | EXEC
+    UFFD = UFFD_MISSING | UFFD_WP | UFFD_MINOR
+    LOCKS = LOCKED | LOCKONFAULT
+    MAY_ALL = MAYREAD | MAYWRITE | MAYEXEC
+
+
+#: The two letters of VmFlags in smaps, in the kernel's order.
+VM_FLAG_CODES = (
+    (VmFlag.READ, "rd"),
+    (VmFlag.WRITE, "wr"),
+    (VmFlag.EXEC, "ex"),
+    (VmFlag.SHARED, "sh"),
+    (VmFlag.MAYREAD, "mr"),
+    (VmFlag.MAYWRITE, "mw"),
+    (VmFlag.MAYEXEC, "me"),
+    (VmFlag.MAYSHARE, "ms"),
+    (VmFlag.GROWSDOWN, "gd"),
+    (VmFlag.PFNMAP, "pf"),
+    (VmFlag.LOCKED, "lo"),
+    (VmFlag.IO, "io"),
+    (VmFlag.SEQ_READ, "sr"),
+    (VmFlag.RAND_READ, "rr"),
+    (VmFlag.DONTCOPY, "dc"),
+    (VmFlag.DONTEXPAND, "de"),
+    (VmFlag.LOCKONFAULT, "lf"),
+    (VmFlag.ACCOUNT, "ac"),
+    (VmFlag.NORESERVE, "nr"),
+    (VmFlag.HUGETLB, "ht"),
+    (VmFlag.WIPEONFORK, "wf"),
+    (VmFlag.DONTDUMP, "dd"),
+    (VmFlag.SOFTDIRTY, "sd"),
+    (VmFlag.HUGEPAGE, "hg"),
+    (VmFlag.NOHUGEPAGE, "nh"),
+    (VmFlag.MERGEABLE, "mg"),
+    (VmFlag.UFFD_MISSING, "um"),
+    (VmFlag.UFFD_WP, "uw"),
+    (VmFlag.UFFD_MINOR, "ui"),
+)
+
+
+@attrs.define(slots=True, eq=False)
+class AnonVma:
+    """What ties VMAs to the anonymous pages they may hold; only whether two VMAs share one is ever asked."""
+
+    number: int
+
+
+@attrs.define(slots=True, eq=False)
+class VmArea:
+    """One mapping of an address space."""
+
+    start: int
+    end: int
+    flags: int
+    #: Page offset: of the file, or the address at which an anonymous mapping began.
+    pgoff: int
+    anon_vma: AnonVma | None = None
+    #: Number of anon_vmas in its chain: more than one after a fork, until the parent's are out of reach.
+    chain: int = 0
+    uffd: object | None = None
+    name: str = ""
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+
+class VmaList:
+    """The VMAs of an address space, ascending, never overlapping."""
+
+    def __init__(self, page_shift: int) -> None:
+        self._page_shift = page_shift
+        self._starts: list[int] = []
+        self._vmas: list[VmArea] = []
+
+    def __iter__(self) -> Iterator[VmArea]:
+        return iter(self._vmas)
+
+    def __len__(self) -> int:
+        return len(self._vmas)
+
+    # -- finding ---------------------------------------------------------------------------------------
+
+    def at(self, addr: int) -> VmArea | None:
+        """The VMA that covers the address."""
+        index = bisect.bisect_right(self._starts, addr) - 1
+        if index >= 0:
+            vma = self._vmas[index]
+            if addr < vma.end:
+                return vma
+        return None
+
+    def _first(self, addr: int) -> int:
+        """Index of the first VMA that ends behind the address."""
+        index = bisect.bisect_right(self._starts, addr) - 1
+        return index if index >= 0 and self._vmas[index].end > addr else index + 1
+
+    def first(self, addr: int) -> VmArea | None:
+        """The first VMA that ends behind the address (find_vma)."""
+        index = self._first(addr)
+        return self._vmas[index] if index < len(self._vmas) else None
+
+    def before(self, vma: VmArea) -> VmArea | None:
+        """The VMA below, neighbour or not."""
+        index = bisect.bisect_left(self._starts, vma.start)
+        return self._vmas[index - 1] if index else None
+
+    def after(self, vma: VmArea) -> VmArea | None:
+        """The VMA above, neighbour or not."""
+        index = bisect.bisect_right(self._starts, vma.start)
+        return self._vmas[index] if index < len(self._vmas) else None
+
+    def within(self, start: int, end: int) -> list[VmArea]:
+        """The VMAs that overlap the range."""
+        low = self._first(start)
+        high = bisect.bisect_left(self._starts, end)
+        return self._vmas[low:high]
+
+    def covers(self, start: int, end: int) -> bool:
+        """Whether every address of the range is mapped."""
+        for vma in self.within(start, end):
+            if vma.start > start:
+                return False
+            start = vma.end
+        return start >= end
+
+    # -- changing --------------------------------------------------------------------------------------
+
+    def add(self, vma: VmArea) -> None:
+        """Put a VMA in its place; nothing may be there."""
+        index = bisect.bisect_left(self._starts, vma.start)
+        self._starts.insert(index, vma.start)
+        self._vmas.insert(index, vma)
+
+    def remove(self, vma: VmArea) -> None:
+        """Take a VMA out."""
+        index = bisect.bisect_left(self._starts, vma.start)
+        del self._starts[index], self._vmas[index]
+
+    def split(self, addr: int) -> None:
+        """Have a boundary at the address, if a VMA covers it."""
+        vma = self.at(addr)
+        if vma is None or vma.start == addr:
+            return
+        upper = attrs.evolve(vma, start=addr, pgoff=vma.pgoff + (addr - vma.start >> self._page_shift))
+        vma.end = addr
+        self.add(upper)
+
+    def _joins(self, left: VmArea, right: VmArea) -> bool:
+        """Whether two neighbours can be one VMA."""
+        if left.end != right.start or (left.flags ^ right.flags) & ~VmFlag.SOFTDIRTY:
+            return False
+        if left.uffd is not right.uffd or left.name != right.name:
+            return False
+        if right.pgoff != left.pgoff + (left.length >> self._page_shift) or left.flags & (VmFlag.IO | VmFlag.PFNMAP):
+            return False
+        if left.anon_vma is right.anon_vma:
+            return True
+        if left.anon_vma is not None and right.anon_vma is not None:
+            return False
+        return max(left.chain, right.chain) <= 1
+
+    def merge(self, start: int, end: int) -> None:
+        """Join neighbours at all boundaries from `start` to `end`, both included, from below."""
+        index = max(self._first(start - 1) if start else 0, 0)
+        while index + 1 < len(self._vmas) and self._vmas[index].end <= end:
+            left, right = self._vmas[index], self._vmas[index + 1]
+            if left.end >= start and self._joins(left, right):
+                left.end = right.end
+                left.flags |= right.flags & VmFlag.SOFTDIRTY
+                if left.anon_vma is None:
+                    left.anon_vma, left.chain = right.anon_vma, right.chain
+                del self._starts[index + 1], self._vmas[index + 1]
+            else:
+                index += 1
+
+    # -- free places -----------------------------------------------------------------------------------
+
+    def gap_below(self, length: int, low: int, high: int, *, align: int = 1) -> int:
+        """The highest place of that length below `high`, not below `low`; -1 if there is none."""
+        ceiling = high
+        for vma in itertools.chain(reversed(self._vmas), (None,)):
+            floor = low if vma is None else max(vma.end, low)
+            if vma is not None and vma.start >= ceiling:
+                ceiling = min(ceiling, vma.start)
+                continue
+            if ceiling - floor >= length:
+                place = ceiling - length & -align
+                if place >= floor:
+                    return place
+            if vma is not None:
+                ceiling = min(ceiling, vma.start)
+            if ceiling <= low:
+                return -1
+        return -1

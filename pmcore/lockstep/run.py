@@ -1,0 +1,103 @@
+"""Lockstep: one program, two workbenches, every difference. Knows neither backend."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import attrs
+
+from pmcore.lockstep.compare import Comparer, Difference
+from pmcore.lockstep.look import Look, take
+from pmcore.program import Outcome, Program, Run
+from pmcore.program.steps import Scan, Step
+from pmcore.protocols import Workbench
+
+__all__ = ["Result", "lockstep"]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Result:
+    """What came of a program: the step after which the sides differed (None: they agree), and what differed."""
+
+    program: Program
+    steps: int
+    scans: int
+    differs_at: int | None = None
+    differences: tuple[Difference, ...] = ()
+    looks: tuple[Look, Look] | None = None
+    masked: Counter[str] = attrs.field(factory=Counter)
+    #: What was reached, counted: words like "step fork", "errno 22".
+    reached: Counter[str] = attrs.field(factory=Counter)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no step differed."""
+        return self.differs_at is None
+
+
+def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
+    """Run `program` on both, and compare outcomes and looks after each step; ends at the first that differs.
+
+    The tasks are ended; the workbenches stay open. Raises ArgumentError for a program that names what it has not made.
+    """
+    runs = Run(program, left), Run(program, right)
+    comparer, reached = Comparer(), Counter[str]()
+    scans = 0
+    try:
+        for number, step in enumerate(program.steps):
+            outcomes = runs[0].advance(step), runs[1].advance(step)
+            scans += isinstance(step, Scan)
+            reached[f"step {type(step).__name__.lower()}"] += 1
+            _note(reached, outcomes[0])
+            looks = take(runs[0]), take(runs[1])
+            found = [*_outcomes(step, *outcomes), *comparer.compare(*looks)]
+            if found:
+                return Result(
+                    program=program,
+                    steps=number + 1,
+                    scans=scans,
+                    differs_at=number,
+                    differences=tuple(found),
+                    looks=looks,
+                    masked=comparer.masked,
+                    reached=reached,
+                )
+            _states(reached, looks[0])
+        return Result(
+            program=program, steps=len(program.steps), scans=scans, masked=comparer.masked, reached=reached
+        )
+    finally:
+        for run in runs:
+            for task in list(run.tasks.values()):
+                task.exit()
+
+
+def _outcomes(step: Step, left: Outcome, right: Outcome) -> list[Difference]:
+    if left == right:
+        return []
+    return [Difference("outcome", type(step).__name__.lower(), _words(left), _words(right))]
+
+
+def _words(outcome: Outcome) -> str:
+    shown: dict[str, Any] = attrs.asdict(outcome, filter=lambda _field, value: bool(value))
+    text = str(shown) if shown else "ok"
+    return text if len(text) < 800 else text[:800] + "..."
+
+
+def _note(reached: Counter[str], outcome: Outcome) -> None:
+    if outcome.errno:
+        reached[f"errno {outcome.errno}"] += 1
+    if outcome.signal:
+        reached[f"signal {outcome.signal}"] += 1
+
+
+def _states(reached: Counter[str], look: Look) -> None:
+    """Count the sorts of pages seen."""
+    from pmcore.uapi import PageFlag, PagemapFlag
+
+    for task in look.tasks.values():
+        for flag in (PagemapFlag.SWAP, PagemapFlag.UFFD_WP, PagemapFlag.GUARD_REGION, PagemapFlag.SOFT_DIRTY):
+            reached[f"pages {flag.name}"] += int(((task.words & int(flag)) != 0).sum())
+    for kind in (PageFlag.THP, PageFlag.SWAPCACHE, PageFlag.UNEVICTABLE, PageFlag.ZERO_PAGE, PageFlag.KSM):
+        reached[f"frames {kind.name}"] += int(((look.kpageflags & int(kind)) != 0).sum())
