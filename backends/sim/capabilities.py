@@ -46,6 +46,8 @@ class Capabilities:
     mprotect_makes_writable: bool
     lazyfree_discards_pmd: bool
     collapse_needs_writable: bool
+    mprotect_unaccounts: bool
+    maybe_guard: bool
     mremap_dontunmap: bool
     mremap_checks_early: bool
     scan: bool
@@ -95,6 +97,8 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mprotect_makes_writable=has("mm.mprotect_makes_writable"),
         lazyfree_discards_pmd=has("mm.lazyfree_discards_pmd"),
         collapse_needs_writable=has("mm.collapse_needs_writable"),
+        mprotect_unaccounts=has("mm.mprotect_unaccounts"),
+        maybe_guard=has("mm.maybe_guard"),
         mremap_dontunmap=has("mm.mremap_dontunmap"),
         mremap_checks_early=has("mm.mremap_checks_early"),
         scan=has("scan"),
@@ -105,7 +109,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         folio_flags=has("kpageflags.folio_flags"),
         buddy_first_only=not has("kpageflags.buddy_all_pages"),
         advice=frozenset(int(a) for a in Madvise if a not in _ADVICE or has(_ADVICE[a])),
-        shown_flags=shown,
+        shown_flags=shown if has("kpageflags.anon_exclusive") else shown & ~(1 << 34),
         tail_flags=int(_TAIL_FLAGS),
         zero_flags=int(zero),
         huge_zero_flags=int(PageFlag.ZERO_PAGE | PageFlag.THP | PageFlag.UPTODATE),

@@ -27,7 +27,7 @@ from pmcore.errors import ArgumentError, syscall_error
 from pmcore.geometry import Geometry, parse_size
 from pmcore.profile import KernelProfile, preset
 from pmcore.protocols import FrameFile, Kernel, Workbench
-from pmcore.uapi import Errno
+from pmcore.uapi import Errno, PageFlag
 
 __all__ = ["Core", "Policy", "SimMachine"]
 
@@ -63,6 +63,7 @@ class Core:
         self.privileged = privileged
         self.memory = memory
         self.swap = SwapSpace(memory)
+        _boot(memory)
         self.zero_pfn = memory.block(0, kernel=True)
         memory.frames.flags_at[self.zero_pfn] = self.caps.zero_flags
         self.huge_zero_pfn = 0
@@ -223,6 +224,13 @@ def _min_watermark(memory: int) -> int:
     """The kernel's min_free_kbytes for that much memory, in bytes."""
     kilobytes = int((memory / 1024 * 16) ** 0.5)
     return min(max(kilobytes, 128), 262144) * 1024
+
+
+def _boot(memory: Memory) -> None:
+    """What the kernel keeps from the start: the first frames (frame 0 is never anybody's), and its slabs."""
+    for flags, count in ((PageFlag.RESERVED, 16), (PageFlag.SLAB, 16)):
+        for _ in range(count):
+            memory.frames.flags_at[memory.block(0, kernel=True)] = int(flags)
 
 
 def _zones(

@@ -131,9 +131,11 @@ class Comparer:
         differ = flags[0] ^ flags[1]
         for mask in FLAG_MASKS:
             hidden = (differ & np.uint64(mask.bits)) != 0
+            if mask.where:
+                hidden &= (flags[0] & flags[1] & np.uint64(mask.where)) != 0
             if hidden.any():
                 self.masked[mask.divergence] += int(hidden.sum())
-                differ = differ & ~np.uint64(mask.bits)
+                differ = np.where(hidden, differ & ~np.uint64(mask.bits), differ)
         for index in np.flatnonzero(differ).tolist():
             words = [str(FrameFlags(int(side[index]))) for side in flags]
             yield Difference("kpageflags", places(int(first[index])), *words)

@@ -14,12 +14,18 @@ __all__ = ["COUNTER_MASKS", "FLAG_MASKS", "FlagMask"]
 
 @attrs.frozen
 class FlagMask:
-    """These bits of kpageflags are not compared."""
+    """These bits of kpageflags are not compared, on frames that show one of the bits `where` (0: on all)."""
 
     divergence: str
     bits: int
+    where: int = 0
 
 
-FLAG_MASKS = (FlagMask("DV-018", int(PageFlag.IDLE)),)
+FLAG_MASKS = (
+    # Set and taken by whoever watches idle pages.
+    FlagMask("DV-018", int(PageFlag.IDLE)),
+    # The zero page is everybody's.
+    FlagMask("DV-019", int(PageFlag.REFERENCED | PageFlag.DIRTY | PageFlag.ACTIVE), int(PageFlag.ZERO_PAGE)),
+)
 #: Counters of smaps that are not compared: name to divergence.
 COUNTER_MASKS: dict[str, str] = {}

@@ -119,10 +119,14 @@ def _range(state: Run, step: Any) -> tuple[int, int]:
 def _map(state: Run, step: s.Map) -> None:
     size = state.workbench.kernel.profile.geometry.page_size
     length, flags, addr = step.pages * size, step.flags, 0
-    if not step.anywhere:
+    if step.within:
+        addr = state.area(step.within)[0] + step.page * size
+    elif not step.anywhere:
         addr = state.place(length, step.align)
         flags |= MapFlag.FIXED_NOREPLACE
     fd = state.fd(step.fd) if step.fd else -1
+    if addr:
+        state.areas[step.area] = (addr, length)  # also where the kernel refuses: later steps may name it
     start = state.task(step.task).mmap(
         length, addr=addr, prot=step.prot, flags=flags, fd=fd, offset=step.page_offset * size
     )
@@ -132,12 +136,19 @@ def _map(state: Run, step: s.Map) -> None:
 def _move(state: Run, step: s.Move) -> None:
     size = state.workbench.kernel.profile.geometry.page_size
     start, length = _range(state, step)
+    whole = state.area(step.area)
     new_length, flags, target = step.new_pages * size, step.flags, 0
     if step.to:
-        target = state.place(new_length, size)
+        target = state.place(new_length, max(step.align, size))
         flags |= MremapFlag.FIXED | MremapFlag.MAYMOVE
+        state.areas[step.to] = (target, new_length)
     moved = state.task(step.task).mremap(start, length, new_length, flags=flags, new_addr=target)
-    state.areas[step.to or step.area] = (moved, new_length)
+    if step.to:
+        state.areas[step.to] = (moved, new_length)
+    elif moved != start:
+        state.areas[step.area] = (moved, new_length)
+    else:
+        state.areas[step.area] = (whole[0], max(whole[1], start + new_length - whole[0]))
 
 
 def _memfd(state: Run, step: s.MemfdCreate) -> None:

@@ -84,6 +84,9 @@ class Map(Step):
     align: int = number(4096)
     #: Leave the place to the kernel, instead of the runner's arena.
     anywhere: bool = False
+    #: Map at page `page` of this area instead (`flags` say whether over what is there).
+    within: str = ""
+    page: int = number(0)
 
 
 @attrs.frozen(kw_only=True)
@@ -136,6 +139,8 @@ class Move(_Range):
     new_pages: int = number()
     flags: int = number(1)
     to: str = ""
+    #: Alignment in bytes of the place that the runner chooses.
+    align: int = number(4096)
 
 
 @attrs.frozen(kw_only=True)

@@ -10,7 +10,8 @@ import numpy as np
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import collapse, reclaim, swapping
-from pmcore.backends.sim.virtual import touch, zap
+from pmcore.backends.sim.virtual import zap
+from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.pte import FIELD, GUARD, GUARD_MARKER
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.errors import AddressSpaceFault, NotModelled
@@ -109,7 +110,7 @@ def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int, *, 
             refuse(Errno.EINVAL, call, "the mapping does not allow the access")
         stop = min(vma.end, end)
         try:
-            touch.touch(core, mm, position, stop, write=write)
+            fault_in(core, mm, position, stop, write=write)
         except AddressSpaceFault:
             refuse(Errno.EFAULT, call)
         except NoMemory:
@@ -172,7 +173,10 @@ def _guardable(core: Core, call: str, vma: VmArea, *, locked: bool) -> None:
 
 def _guard_install(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
     _guardable(core, call, vma, locked=False)
-    mm.prepare_anon(vma)
+    if core.caps.maybe_guard:
+        vma.flags |= VmFlag.MAYBE_GUARD
+    else:
+        mm.prepare_anon(vma)
     zap.zap(core, mm, vma, low, high, keep_guards=True)
     mm.tables.make(low, high)
     for extent in mm.tables.extents(low, high):

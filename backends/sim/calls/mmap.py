@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.calls.refuse import refuse
-from pmcore.backends.sim.virtual import protect, touch, zap
+from pmcore.backends.sim.virtual import protect, zap
+from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.errors import AddressSpaceFault, NotModelled
 from pmcore.geometry import align_up
@@ -114,7 +115,7 @@ def populate(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         if not vma.flags & VmFlag.ACCESS:
             return
         try:
-            touch.touch(core, mm, low, high, write=bool(vma.flags & VmFlag.WRITE))
+            fault_in(core, mm, low, high, write=bool(vma.flags & VmFlag.WRITE))
         except (AddressSpaceFault, core.NoMemory):
             return
 
@@ -195,6 +196,8 @@ def _fix(core: Core, mm: AddressSpace, vma: VmArea, prot: int) -> None:
         return
     if flags & VmFlag.WRITE and not flags & (VmFlag.ACCOUNT | VmFlag.NORESERVE):
         flags |= VmFlag.ACCOUNT
+    elif core.caps.mprotect_unaccounts and not flags & VmFlag.WRITE and vma.anon_vma is None:
+        flags &= ~VmFlag.ACCOUNT  # nothing was ever in it
     became_writable = flags & VmFlag.WRITE and not vma.flags & VmFlag.WRITE
     vma.flags = flags
     protect.change_protection(core, mm, vma, vma.start, vma.end)

@@ -139,14 +139,10 @@ def _move(
     remap.move_entries(core, mm, vma, addr, new_addr, old_length, drop_uffd=drop_uffd)
     locked = vma.flags & VmFlag.LOCKED
     if flags & _DONTUNMAP:
-        mm.vmas.split(addr)
-        mm.vmas.split(addr + old_length)
-        left = mm.vmas.at(addr)
-        assert left is not None
-        left.flags &= ~VmFlag.LOCKS
-        if left.start == addr and left.end == addr + old_length:
-            left.anon_vma, left.chain = None, 0
-        mm.vmas.merge(addr, addr + old_length)
+        # All of the old mapping is unlocked, also what was not moved; it is not merged with anything for it.
+        vma.flags &= ~VmFlag.LOCKS
+        if vma.start == addr and vma.end == addr + old_length:
+            vma.anon_vma, vma.chain = None, 0
     else:
         unmap(core, mm, addr, addr + old_length)
     mm.vmas.merge(new_addr, new_addr + new_length)

@@ -67,7 +67,8 @@ class Memory:
         self.lru_clock = 1
         #: Left for the kernel itself: requests of processes fail below (the min watermark).
         self.reserve = 0
-        self.swap_cached = 0
+        #: Counts evictions and activations: how far apart an eviction and a refault are.
+        self.age = 0
 
     # -- taking ----------------------------------------------------------------------------------------
 
@@ -133,6 +134,13 @@ class Memory:
         """Put single pages at the head of their LRU list, one after the other."""
         self.frames.lru[pfns] = np.arange(self.lru_clock, self.lru_clock + len(pfns), dtype=np.int64)
         self.lru_clock += len(pfns)
+
+    def recently(self, shadow: int) -> bool:
+        """Whether a page evicted at that time (plus 1; 0: never) would still be here in a memory twice as large."""
+        if not shadow:
+            return False
+        working_set = sum(zone.end - zone.start - zone.free_pages for zone in self.zones)
+        return self.age - (shadow - 1) <= working_set
 
     # -- giving back -----------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def collapse_range(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: i
         return Errno.EINVAL
     first, last = -(-start // size) * size, end // size * size
     low, high = -(-vma.start // size) * size, vma.end // size * size
-    if vma.anon_vma is None or low >= high or first < low and first < last:
+    if vma.anon_vma is None or low >= high or first > last:
         return Errno.EINVAL
     failed: Errno | None = None
     for addr in range(first, last, size):

@@ -268,6 +268,8 @@ def _write(core: Core, mm: AddressSpace, area: SwapArea, slots: np.ndarray, pfns
         _uncount(core, mm, pfns)
         return
     area.cached[slots] = 0
+    core.memory.age += len(pfns)
+    area.shadow[slots] = core.memory.age + 1
     area.content[slots] = frames.content[pfns]
     frames.content[pfns] = 0
     frames.swap[pfns] = 0

@@ -16,7 +16,8 @@ from pmcore.uapi import PageFlag
 
 __all__ = ["SwapArea", "SwapSpace", "field_of", "offset_of", "type_of"]
 
-_SWAPCACHE, _DIRTY = int(PageFlag.SWAPCACHE), int(PageFlag.DIRTY)
+#: In the swap cache; the kernel's bit for that is the one shown as OWNER_PRIVATE, too.
+_SWAPCACHE, _DIRTY = int(PageFlag.SWAPCACHE | PageFlag.OWNER_PRIVATE), int(PageFlag.DIRTY)
 
 
 def field_of(kind: int, offset: int) -> int:
@@ -48,6 +49,8 @@ class SwapArea:
     #: The page in the swap cache, plus 1.
     cached: NDArray[np.int64] = attrs.field(init=False)
     content: NDArray[np.int32] = attrs.field(init=False)
+    #: The clock of evictions when its page was reclaimed, plus 1: what refaults are measured with.
+    shadow: NDArray[np.int64] = attrs.field(init=False)
     used: int = 0
     #: No slot below this one is free.
     hint: int = 1
@@ -56,6 +59,7 @@ class SwapArea:
         self.counts = np.zeros(self.slots, dtype=np.int32)
         self.cached = np.zeros(self.slots, dtype=np.int64)
         self.content = np.zeros(self.slots, dtype=np.int32)
+        self.shadow = np.zeros(self.slots, dtype=np.int64)
 
     @property
     def free(self) -> int:

@@ -37,10 +37,15 @@ def bring_in(core: Core, field: int) -> int:
     if pfn >= 0:
         return pfn
     area = core.swap.area(field)
-    # Read from compressed memory the page is the only copy: dirty from the start.
-    pfn = core.memory.page(mapping.NEW_ANON | (_DIRTY if area.immediate else 0))
-    core.memory.on_lru(pfn)
     slot = field >> 5
+    flags = mapping.NEW_ANON
+    if area.immediate and not core.memory.contents.zero(area.content[slot : slot + 1])[0]:
+        flags |= _DIRTY  # read from compressed memory, which gives its copy away
+    if core.memory.recently(int(area.shadow[slot])):
+        flags |= int(PageFlag.ACTIVE)
+    pfn = core.memory.page(flags)
+    core.memory.on_lru(pfn)
+    area.shadow[slot] = 0
     core.memory.frames.content_at[pfn] = int(area.content[slot])
     area.content[slot] = 0
     core.swap.cache(np.array([pfn], dtype=np.int64), np.array([field], dtype=np.int64))

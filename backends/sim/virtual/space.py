@@ -81,7 +81,7 @@ class AddressSpace:
         vma.anon_vma, vma.chain = AnonVma(next(self.core.anon_numbers)), 1
 
     def _alike(self, left: VmArea, right: VmArea) -> bool:
-        if left.end != right.start or (left.flags ^ right.flags) & ~(VmFlag.ACCESS | VmFlag.SOFTDIRTY):
+        if left.end != right.start or (left.flags ^ right.flags) & ~(VmFlag.ACCESS | VmFlag.STICKY):
             return False
         return right.pgoff == left.pgoff + (left.length >> self.core.geometry.page_shift)
 

@@ -19,6 +19,7 @@ class VmFlag:
     GROWSDOWN = 0x100
     UFFD_MISSING = 0x200
     PFNMAP = 0x400
+    MAYBE_GUARD = 0x800
     UFFD_WP = 0x1000
     LOCKED = 0x2000
     IO = 0x4000
@@ -37,6 +38,8 @@ class VmFlag:
     ACCESS = READ | WRITE | EXEC
     UFFD = UFFD_MISSING | UFFD_WP | UFFD_MINOR
     LOCKS = LOCKED | LOCKONFAULT
+    #: Kept by whatever is merged, and no hindrance to it.
+    STICKY = SOFTDIRTY | MAYBE_GUARD
     MAY_ALL = MAYREAD | MAYWRITE | MAYEXEC
 
 
@@ -51,7 +54,10 @@ VM_FLAG_CODES = (
     (VmFlag.MAYEXEC, "me"),
     (VmFlag.MAYSHARE, "ms"),
     (VmFlag.GROWSDOWN, "gd"),
+    (VmFlag.UFFD_MISSING, "um"),
     (VmFlag.PFNMAP, "pf"),
+    (VmFlag.MAYBE_GUARD, "gu"),
+    (VmFlag.UFFD_WP, "uw"),
     (VmFlag.LOCKED, "lo"),
     (VmFlag.IO, "io"),
     (VmFlag.SEQ_READ, "sr"),
@@ -68,8 +74,6 @@ VM_FLAG_CODES = (
     (VmFlag.HUGEPAGE, "hg"),
     (VmFlag.NOHUGEPAGE, "nh"),
     (VmFlag.MERGEABLE, "mg"),
-    (VmFlag.UFFD_MISSING, "um"),
-    (VmFlag.UFFD_WP, "uw"),
     (VmFlag.UFFD_MINOR, "ui"),
 )
 
@@ -185,7 +189,7 @@ class VmaList:
 
     def _joins(self, left: VmArea, right: VmArea) -> bool:
         """Whether two neighbours can be one VMA."""
-        if left.end != right.start or (left.flags ^ right.flags) & ~VmFlag.SOFTDIRTY:
+        if left.end != right.start or (left.flags ^ right.flags) & ~VmFlag.STICKY:
             return False
         if left.uffd is not right.uffd or left.name != right.name:
             return False
@@ -204,7 +208,7 @@ class VmaList:
             left, right = self._vmas[index], self._vmas[index + 1]
             if left.end >= start and self._joins(left, right):
                 left.end = right.end
-                left.flags |= right.flags & VmFlag.SOFTDIRTY
+                left.flags |= right.flags & VmFlag.STICKY
                 if left.anon_vma is None:
                     left.anon_vma, left.chain = right.anon_vma, right.chain
                 del self._starts[index + 1], self._vmas[index + 1]
