@@ -48,6 +48,7 @@ class Capabilities:
     collapse_needs_writable: bool
     mprotect_unaccounts: bool
     maybe_guard: bool
+    mremap_many: bool
     mremap_dontunmap: bool
     mremap_checks_early: bool
     scan: bool
@@ -99,6 +100,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         collapse_needs_writable=has("mm.collapse_needs_writable"),
         mprotect_unaccounts=has("mm.mprotect_unaccounts"),
         maybe_guard=has("mm.maybe_guard"),
+        mremap_many=has("mm.mremap_many"),
         mremap_dontunmap=has("mm.mremap_dontunmap"),
         mremap_checks_early=has("mm.mremap_checks_early"),
         scan=has("scan"),

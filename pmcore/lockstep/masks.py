@@ -28,4 +28,7 @@ FLAG_MASKS = (
     FlagMask("DV-019", int(PageFlag.REFERENCED | PageFlag.DIRTY | PageFlag.ACTIVE), int(PageFlag.ZERO_PAGE)),
 )
 #: Counters of smaps that are not compared: name to divergence.
-COUNTER_MASKS: dict[str, str] = {}
+COUNTER_MASKS: dict[str, str] = {
+    # Who watches accesses through physical memory turns accessed bits of entries into one of the page.
+    "Referenced": "DV-020",
+}

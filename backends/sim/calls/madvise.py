@@ -68,7 +68,6 @@ def madvise(core: Core, mm: AddressSpace, start: int, length: int, advice: int) 
         return
     if known in _FLAGS:
         _walk(mm, call, start, end, lambda vma, low, high: _set_flags(mm, vma, low, high, *_FLAGS[known]))
-        mm.vmas.merge(start, end)
         return
     do = _DO[known]
     _walk(mm, call, start, end, lambda vma, low, high: do(core, mm, call, vma, low, high))
@@ -91,11 +90,8 @@ def _walk(
 def _set_flags(mm: AddressSpace, vma: VmArea, low: int, high: int, add: int, remove: int) -> None:
     if vma.flags & ~remove | add == vma.flags:
         return
-    mm.vmas.split(low)
-    mm.vmas.split(high)
-    part = mm.vmas.at(low)
-    assert part is not None
-    part.flags = part.flags & ~remove | add
+    mm.vmas.change(vma, low, high, vma.flags & ~remove | add)
+    mm.vmas.merge(low, high)
 
 
 def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int, *, write: bool) -> None:
@@ -175,8 +171,7 @@ def _guard_install(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: in
     _guardable(core, call, vma, locked=False)
     if core.caps.maybe_guard:
         vma.flags |= VmFlag.MAYBE_GUARD
-    else:
-        mm.prepare_anon(vma)
+    mm.prepare_anon(vma)
     zap.zap(core, mm, vma, low, high, keep_guards=True)
     mm.tables.make(low, high)
     for extent in mm.tables.extents(low, high):

@@ -55,27 +55,22 @@ def _apply(core: Core, mm: AddressSpace, call: str, start: int, length: int, fla
     while position < end:
         vma = mm.vmas.at(position)
         if vma is None:
-            mm.vmas.merge(start, position)
             refuse(Errno.ENOMEM, call, f"nothing is mapped at {position:#x}")
         stop = min(vma.end, end)
         set_lock(core, mm, vma, position, stop, flags)
         position = stop
-    mm.vmas.merge(start, end)
 
 
 def set_lock(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, flags: int) -> None:
     """Give a part of a VMA these lock flags, and its pages what follows from them."""
     if vma.flags & VmFlag.LOCKS == flags or vma.flags & (VmFlag.IO | VmFlag.PFNMAP):
         return
-    mm.vmas.split(start)
-    mm.vmas.split(end)
-    part = mm.vmas.at(start)
-    assert part is not None
-    was = part.flags & VmFlag.LOCKED
-    part.flags = part.flags & ~VmFlag.LOCKS | flags
+    was = vma.flags & VmFlag.LOCKED
+    mm.vmas.change(vma, start, end, vma.flags & ~VmFlag.LOCKS | flags)
+    mm.vmas.merge(start, end)
     if bool(was) == bool(flags & VmFlag.LOCKED):
         return
-    mm.locked += part.length if flags & VmFlag.LOCKED else -part.length
+    mm.locked += end - start if flags & VmFlag.LOCKED else start - end
     change = mapping.mlock if flags & VmFlag.LOCKED else mapping.munlock
     frames = core.memory.frames
     for extent in mm.tables.extents(start, end):
@@ -119,7 +114,6 @@ def mlockall(core: Core, mm: AddressSpace, flags: int) -> None:
     if flags & 1:
         for vma in list(mm.vmas):
             set_lock(core, mm, vma, vma.start, vma.end, locks)
-        mm.vmas.merge(0, core.geometry.task_size)
         if not flags & 4:
             for vma in list(mm.vmas):
                 populate(core, mm, vma.start, vma.end)
@@ -130,4 +124,3 @@ def munlockall(core: Core, mm: AddressSpace) -> None:
     mm.def_flags &= ~VmFlag.LOCKS
     for vma in list(mm.vmas):
         set_lock(core, mm, vma, vma.start, vma.end, 0)
-    mm.vmas.merge(0, core.geometry.task_size)

@@ -114,6 +114,8 @@ def populate(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         low, high = max(start, vma.start), min(end, vma.end)
         if not vma.flags & VmFlag.ACCESS:
             return
+        if vma.flags & VmFlag.LOCKONFAULT:
+            continue
         try:
             fault_in(core, mm, low, high, write=bool(vma.flags & VmFlag.WRITE))
         except (AddressSpaceFault, core.NoMemory):
@@ -174,23 +176,18 @@ def mprotect(core: Core, mm: AddressSpace, start: int, length: int, prot: int) -
     position = start
     while True:
         assert vma is not None
-        mm.vmas.split(position)
-        mm.vmas.split(end)
-        vma = mm.vmas.at(position)
-        assert vma is not None
         stop = min(vma.end, end)
-        _fix(core, mm, vma, prot & _PROT)
+        _fix(core, mm, vma, position, stop, prot & _PROT)
         position = stop
         if position >= end:
             break
         vma = mm.vmas.at(position)
         if vma is None:
-            mm.vmas.merge(start, position)
             refuse(Errno.ENOMEM, call, f"nothing is mapped at {position:#x}")
-    mm.vmas.merge(start, end)
 
 
-def _fix(core: Core, mm: AddressSpace, vma: VmArea, prot: int) -> None:
+def _fix(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, prot: int) -> None:
+    """Change the part of one VMA; neighbours that it then could be one with join it."""
     flags = vma.flags & ~VmFlag.ACCESS | prot
     if flags == vma.flags:
         return
@@ -199,11 +196,12 @@ def _fix(core: Core, mm: AddressSpace, vma: VmArea, prot: int) -> None:
     elif core.caps.mprotect_unaccounts and not flags & VmFlag.WRITE and vma.anon_vma is None:
         flags &= ~VmFlag.ACCOUNT  # nothing was ever in it
     became_writable = flags & VmFlag.WRITE and not vma.flags & VmFlag.WRITE
-    vma.flags = flags
-    protect.change_protection(core, mm, vma, vma.start, vma.end)
+    part = mm.vmas.change(vma, start, end, flags)
+    protect.change_protection(core, mm, part, start, end)
+    mm.vmas.merge(start, end)
     # Private, locked and writable now: what will be copied is copied at once.
     if became_writable and (flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
-        populate(core, mm, vma.start, vma.end)
+        populate(core, mm, start, end)
 
 
 def brk(core: Core, mm: AddressSpace, addr: int) -> int:

@@ -41,6 +41,8 @@ def mremap(
     moving = bool(flags & (_FIXED | _DONTUNMAP))
     if moving and core.caps.mremap_checks_early:
         _check_target(core, call, addr, old_length, new_addr, new_length, flags)
+    if core.caps.mremap_many and flags & _FIXED and old_length == new_length:
+        return _many(core, mm, call, addr, old_length, new_addr, flags)
     vma = mm.vmas.at(addr)
     if vma is None:
         refuse(Errno.EFAULT, call, "nothing is mapped there")
@@ -97,10 +99,35 @@ def _resizable(
         refuse(Errno.EAGAIN, call)
 
 
+def _many(core: Core, mm: AddressSpace, call: str, addr: int, length: int, new_addr: int, flags: int) -> int:
+    """Move all mappings of the range, one after the other (remap_move)."""
+    end, target, result, behind = addr + length, new_addr, -1, -1
+    for vma in mm.vmas.within(addr, end):
+        low, high = max(vma.start, addr), min(vma.end, end)
+        if behind < 0 and vma.start > addr:
+            refuse(Errno.EFAULT, call, "nothing is mapped there")
+        alone = vma.uffd is not None  # whoever watches it can be told of one move only
+        if alone and (behind >= 0 or vma.end < end):
+            refuse(Errno.EFAULT, call, "a mapping with a userfaultfd cannot be moved together with others")
+        target += vma.start - behind if behind >= 0 else 0
+        behind = vma.end
+        target = _to(core, mm, call, low, high - low, target, high - low, flags)
+        result = target if result < 0 else result
+        target += high - low
+    if result < 0:
+        refuse(Errno.EFAULT, call, "nothing is mapped there")
+    return result
+
+
 def _to(
     core: Core, mm: AddressSpace, call: str, addr: int, old_length: int, new_addr: int, new_length: int, flags: int
 ) -> int:
     """With MREMAP_FIXED or MREMAP_DONTUNMAP."""
+    if core.caps.mremap_checks_early:
+        first = mm.vmas.at(addr)
+        if first is None:
+            refuse(Errno.EFAULT, call, "nothing is mapped there")
+        _resizable(core, mm, call, first, addr, min(old_length, new_length), new_length)
     if flags & _FIXED:
         unmap(core, mm, new_addr, new_addr + new_length)
     if old_length > new_length:

@@ -63,6 +63,8 @@ def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mod
     _check_range(core, call, start, length)
     end = start + length
     mm = context.mm
+    if not mm.alive:
+        refuse(Errno.ENOMEM, call, "the process that it watched is gone")
     first = mm.vmas.first(start)
     if first is None or first.start >= end:
         refuse(Errno.EINVAL, call, "nothing is mapped there")
@@ -79,13 +81,9 @@ def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mod
         if vma.uffd is context and vma.flags & flags == flags:
             continue
         low, high = max(vma.start, start), min(vma.end, end)
-        mm.vmas.split(low)
-        mm.vmas.split(high)
-        part = mm.vmas.at(low)
-        assert part is not None
-        part.flags = part.flags & ~VmFlag.UFFD | flags
+        part = mm.vmas.change(vma, low, high, vma.flags & ~VmFlag.UFFD | flags)
         part.uffd = context
-    mm.vmas.merge(start, end)
+        mm.vmas.merge(low, high)
     ioctls = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8  # WAKE, COPY, ZEROPAGE, MOVE, POISON
     return ioctls | (1 << 6 if mode & _WP else 0)
 
@@ -96,6 +94,8 @@ def unregister(core: Core, mm: AddressSpace, fd: int, start: int, length: int) -
     context = _context(mm, fd, call)
     mm = context.mm
     _check_range(core, call, start, length)
+    if not mm.alive:
+        refuse(Errno.ENOMEM, call, "the process that it watched is gone")
     end = start + length
     first = mm.vmas.first(start)
     if first is None or first.start >= end:
@@ -106,15 +106,11 @@ def unregister(core: Core, mm: AddressSpace, fd: int, start: int, length: int) -
         if vma.uffd is None:
             continue
         low, high = max(vma.start, start), min(vma.end, end)
-        mm.vmas.split(low)
-        mm.vmas.split(high)
-        part = mm.vmas.at(low)
-        assert part is not None
-        if part.flags & VmFlag.UFFD_WP:
-            protect.uffd_wp(core, mm, part, low, high, protect=False)
-        part.flags &= ~VmFlag.UFFD
+        if vma.flags & VmFlag.UFFD_WP:
+            protect.uffd_wp(core, mm, vma, low, high, protect=False)
+        part = mm.vmas.change(vma, low, high, vma.flags & ~VmFlag.UFFD)
         part.uffd = None
-    mm.vmas.merge(start, end)
+        mm.vmas.merge(low, high)
 
 
 def writeprotect(core: Core, mm: AddressSpace, fd: int, start: int, length: int, *, protect_it: bool) -> None:
@@ -123,6 +119,8 @@ def writeprotect(core: Core, mm: AddressSpace, fd: int, start: int, length: int,
     context = _context(mm, fd, call)
     mm = context.mm
     _check_range(core, call, start, length)
+    if not mm.alive:
+        refuse(Errno.ESRCH, call, "the process that it watched is gone")
     end, position = start + length, start
     vmas = mm.vmas.within(start, end)
     if not vmas:
@@ -148,4 +146,4 @@ def close(core: Core, mm: AddressSpace, fd: int, tasks: Iterable[SimTask]) -> No
                     protect.uffd_wp(core, task.mm, vma, vma.start, vma.end, protect=False)
                 vma.flags &= ~VmFlag.UFFD
                 vma.uffd = None
-        task.mm.vmas.merge(0, core.geometry.task_size)
+                task.mm.vmas.merge(vma.start, vma.end)

@@ -44,6 +44,7 @@ def mlock(core: Core, head: int, pages: int) -> None:
     if frames.flags_at[head] & MLOCKED:
         core.mlocks[head] = core.mlocks.get(head, 1) + 1
     else:
+        frames.clear_bits(head, pages, int(PageFlag.ACTIVE))
         frames.set_bits(head, pages, MLOCKED)
 
 

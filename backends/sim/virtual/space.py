@@ -30,6 +30,8 @@ class AddressSpace:
         self.locked = 0
         #: Whether soft-dirty was ever cleared (before that old kernels show the page shift).
         self.soft_dirty_cleared = False
+        #: False once its task has exited.
+        self.alive = True
         #: Open descriptors.
         self.files: dict[int, object] = {}
 
@@ -60,6 +62,7 @@ class AddressSpace:
             zap.zap(self.core, self, vma, vma.start, vma.end)
             self.vmas.remove(vma)
         self.tables.destroy()
+        self.alive = False
         self.files.clear()
 
     def prepare_anon(self, vma: VmArea) -> None:

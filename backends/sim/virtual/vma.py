@@ -187,6 +187,15 @@ class VmaList:
         vma.end = addr
         self.add(upper)
 
+    def change(self, vma: VmArea, start: int, end: int, flags: int) -> VmArea:
+        """Give a part of a VMA these flags; that part, split off where need be. Merging is the caller's."""
+        self.split(start)
+        self.split(end)
+        part = self.at(start)
+        assert part is not None
+        part.flags = flags
+        return part
+
     def _joins(self, left: VmArea, right: VmArea) -> bool:
         """Whether two neighbours can be one VMA."""
         if left.end != right.start or (left.flags ^ right.flags) & ~VmFlag.STICKY:
