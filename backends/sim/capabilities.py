@@ -49,6 +49,7 @@ class Capabilities:
     mprotect_unaccounts: bool
     maybe_guard: bool
     mremap_many: bool
+    split_maps_zero: bool
     mremap_dontunmap: bool
     mremap_checks_early: bool
     scan: bool
@@ -101,6 +102,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mprotect_unaccounts=has("mm.mprotect_unaccounts"),
         maybe_guard=has("mm.maybe_guard"),
         mremap_many=has("mm.mremap_many"),
+        split_maps_zero=has("mm.split_maps_zero"),
         mremap_dontunmap=has("mm.mremap_dontunmap"),
         mremap_checks_early=has("mm.mremap_checks_early"),
         scan=has("scan"),

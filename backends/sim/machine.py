@@ -123,7 +123,12 @@ class SimMachine(Kernel, Workbench):
         self.core = Core(profile, store, policy, privileged=privileged)
         store.reserve = _min_watermark(memory) // size
         for area in swap:
-            self.core.swap.on(area.length // size, priority=area.priority, immediate=area.immediate)
+            self.core.swap.on(
+                area.length // size,
+                priority=area.priority,
+                immediate=area.immediate,
+                large_folios=area.large_folios,
+            )
         self._tasks: dict[int, SimTask] = {}
         self._pids = itertools.count(1)
         self._closed = False
@@ -217,7 +222,10 @@ class SwapSettings:
 
     length: int
     priority: int = -1
+    #: Whether a page is gone as soon as it is written, as with zswap; else it stays cached until it is reclaimed.
     immediate: bool = True
+    #: Whether large folios are swapped out whole, as on devices with clusters; else they are taken apart first.
+    large_folios: bool = False
 
 
 def _min_watermark(memory: int) -> int:

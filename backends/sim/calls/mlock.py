@@ -8,10 +8,12 @@ import numpy as np
 
 from pmcore.backends.sim.calls.mmap import populate
 from pmcore.backends.sim.calls.refuse import refuse
-from pmcore.backends.sim.physical.memory import COMPOUND
+from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.virtual import mapping
+from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
+from pmcore.errors import AddressSpaceFault
 from pmcore.geometry import align_up
 from pmcore.uapi import Errno
 
@@ -96,9 +98,17 @@ def set_lock(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, fl
 
 def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int) -> None:
     for vma in mm.vmas.within(start, end):
+        if vma.flags & VmFlag.LOCKONFAULT:
+            continue
         if not vma.flags & VmFlag.ACCESS:
             refuse(Errno.ENOMEM, call, "a mapping in it may not be accessed")
-        populate(core, mm, max(start, vma.start), min(end, vma.end))
+        low, high = max(start, vma.start), min(end, vma.end)
+        try:
+            fault_in(core, mm, low, high, write=bool(vma.flags & VmFlag.WRITE))
+        except AddressSpaceFault:
+            refuse(Errno.ENOMEM, call, "a page in it cannot be faulted in")
+        except NoMemory:
+            refuse(Errno.EAGAIN, call, "out of memory")
 
 
 def mlockall(core: Core, mm: AddressSpace, flags: int) -> None:

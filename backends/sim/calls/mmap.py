@@ -113,13 +113,13 @@ def populate(core: Core, mm: AddressSpace, start: int, end: int) -> None:
     for vma in mm.vmas.within(start, end):
         low, high = max(start, vma.start), min(end, vma.end)
         if not vma.flags & VmFlag.ACCESS:
-            return
+            continue
         if vma.flags & VmFlag.LOCKONFAULT:
             continue
         try:
             fault_in(core, mm, low, high, write=bool(vma.flags & VmFlag.WRITE))
         except (AddressSpaceFault, core.NoMemory):
-            return
+            continue
 
 
 def munmap(core: Core, mm: AddressSpace, start: int, length: int) -> None:

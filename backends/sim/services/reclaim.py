@@ -64,7 +64,7 @@ def _split_partial(core: Core, mm: AddressSpace, start: int, end: int) -> None:
                     vma = mm.vmas.at(addr)
                     assert vma is not None
                     thp.split_pmd(core, mm, vma, addr)
-                    thp.split_folio(core, folio)
+                    thp.split_folio(core, mm, folio, addr)
             continue
         if not core.memory.large:
             continue
@@ -77,7 +77,7 @@ def _split_partial(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
             folio = core.memory.large.get(head)
             if folio is not None and count < folio.pages and len(folio.by_mm) == 1:
-                thp.split_folio(core, folio)
+                thp.split_folio(core, mm, folio, extent.start)
 
 
 def _own_pages(core: Core, entries: U64Array) -> BoolArray:
@@ -183,7 +183,7 @@ def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
             continue
         chosen = _own_pages(core, extent.entries)
         if chosen.any():
-            _out(core, mm, vma, extent.entries, np.flatnonzero(chosen))
+            _out(core, mm, extent.start, extent.entries, np.flatnonzero(chosen))
 
 
 def _huge_out(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: LargeFolio) -> None:
@@ -198,17 +198,13 @@ def _huge_out(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: Large
             core.pool.at[slot] = 0
             thp.zap_pmd(core, mm, vma, entry)
             return
-    elif not core.swap.order:
-        frames.set_bits(folio.head, folio.pages, _ACTIVE)
-        return
     thp.split_pmd(core, mm, vma, addr)
     first = mm.tables.pte_slot(addr)
-    entries = core.pool.flat[first : first + folio.pages]
-    _out(core, mm, vma, entries, np.arange(folio.pages))
+    _out(core, mm, addr, core.pool.flat[first : first + folio.pages], np.arange(folio.pages))
 
 
-def _out(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, index: np.ndarray) -> None:
-    """Reclaim the pages that `entries[index]` map; each is mapped there alone."""
+def _out(core: Core, mm: AddressSpace, start: int, entries: U64Array, index: np.ndarray) -> None:
+    """Reclaim the pages that `entries[index]` map (`entries` from address `start` on); each is mapped there alone."""
     frames = core.memory.frames
     pfns = (entries[index] & _FIELD).view(np.int64)
     frames.flags[pfns] &= np.uint64(~_REFERENCED & _ALL)
@@ -224,7 +220,15 @@ def _out(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, index: np
         _drop(core, mm, pfns[gone])
     rest = np.flatnonzero(evictable & ~lazy)
     if len(rest):
-        _to_swap(core, mm, entries, index[rest], pfns[rest])
+        index, pfns = index[rest], pfns[rest]
+        compound = (frames.flags[pfns] & np.uint64(COMPOUND)) != 0
+        if compound.any() and not any(area.large_folios for area in core.swap.order):
+            for head in np.unique(pfns[compound] - frames.behind[pfns[compound]]).tolist():
+                thp.split_folio(core, mm, core.memory.large[head], start)
+            # What was nothing but zeros is the zero page now.
+            left = (entries[index] & _FIELD) != np.uint64(core.zero_pfn)
+            index, pfns = index[left], pfns[left]
+        _to_swap(core, mm, entries, index, pfns)
 
 
 def _to_swap(core: Core, mm: AddressSpace, entries: U64Array, index: np.ndarray, pfns: Pfns) -> None:

@@ -44,6 +44,8 @@ class SwapArea:
     priority: int
     #: Whether a page is gone as soon as it is written (compressed in memory), or stays until it is reclaimed (a disk).
     immediate: bool
+    #: Whether a large folio gets neighbouring slots and stays whole, or is taken apart first (no clusters, a file).
+    large_folios: bool = False
     #: Entries in page tables that name the slot.
     counts: NDArray[np.int32] = attrs.field(init=False)
     #: The page in the swap cache, plus 1.
@@ -116,10 +118,10 @@ class SwapSpace:
         """Whether slots are kept no longer than needed (vm_swap_full)."""
         return self.free * 2 < self.total
 
-    def on(self, slots: int, *, priority: int, immediate: bool) -> SwapArea:
+    def on(self, slots: int, *, priority: int, immediate: bool, large_folios: bool = False) -> SwapArea:
         """A new area, with the lowest number that is free."""
         number = next((i for i, area in enumerate(self.areas) if area is None), len(self.areas))
-        area = SwapArea(number, slots, priority, immediate)
+        area = SwapArea(number, slots, priority, immediate, large_folios)
         self.areas[number : number + 1] = [area]
         return area
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import LargeFolio, NoMemory
-from pmcore.backends.sim.virtual import mapping
+from pmcore.backends.sim.virtual import mapping, rmap
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
     FIELD,
@@ -151,16 +151,31 @@ def zap_pmd(core: Core, mm: AddressSpace, vma: VmArea, entry: int) -> None:
         mapping.remove_pmd(core, mm, vma, core.memory.large[entry & FIELD])
 
 
-def split_folio(core: Core, folio: LargeFolio) -> None:
-    """Take a folio apart into single pages; PTEs that map them stay, pages that none maps are freed."""
+def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> None:
+    """Take a folio that only `mm` maps, by PTEs, apart into single pages; what is not mapped of it is freed.
+
+    Pages of nothing but zeros become the zero page, on kernels that look.
+    """
     frames = core.memory.frames
     head, pages = folio.head, folio.pages
+    slots, addresses = rmap.pte_slots(core, mm, folio, near)
+    old = core.pool.flat[slots]
+    if (old & np.uint64(DIRTY)).any():
+        frames.set_bits(head, pages, int(PageFlag.DIRTY))
     mlocked = frames.flags_at[head] & mapping.MLOCKED
     core.memory.dissolve(folio)
     core.mlocks.pop(head, None)
-    counts = frames.mapcount[head : head + pages]
-    for index in np.flatnonzero(counts == 0).tolist():
+    for index in np.flatnonzero(frames.mapcount[head : head + pages] == 0).tolist():
         core.memory.free(head + index)
-    if mlocked:
-        pass
+    if core.caps.split_maps_zero and not mlocked:
+        pfns = (old & np.uint64(FIELD)).view(np.int64)
+        zero = core.memory.contents.zero(frames.content[pfns])
+        for vma in mm.vmas:
+            if vma.flags & VmFlag.LOCKED:
+                zero &= (addresses < vma.start) | (addresses >= vma.end)
+        core.pool.flat[slots[zero]] = (
+            old[zero] & np.uint64(UFFD_WP | SOFT_DIRTY) | np.uint64(PRESENT | YOUNG | core.zero_pfn)
+        )
+        frames.mapcount[pfns[zero]] = 0
+        core.memory.free_pages(pfns[zero])
     core.count("split_folio")
