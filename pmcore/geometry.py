@@ -27,7 +27,11 @@ def parse_size(text: int | str) -> int:
     """Bytes: a number, or text like "64 MiB", "512K", "1GB" (all powers of 1024). Raises ArgumentError."""
     if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return text
-    match = re.fullmatch(r"\s*(\d{1,18})\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE) if isinstance(text, str) else None
+    match = (
+        re.fullmatch(r"\s*(\d{1,18})\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+        if isinstance(text, str)
+        else None
+    )
     if match is None:
         raise ArgumentError(f"{text!r} is not a size", remedy='bytes, or a number and a unit, as "64 MiB"')
     return int(match[1]) * _UNITS[match[2].upper()]

@@ -17,7 +17,10 @@ ENTRY_POINT_GROUP = "pmcore.backends"
 WORKBENCH_GROUP = "pmcore.workbenches"
 #: The backends of this distribution, as its entry points declare them (a test holds the two equal).
 _OWN = {
-    ENTRY_POINT_GROUP: {"procfs": "pmcore.backends.procfs:open_kernel", "sim": "pmcore.backends.sim:open_machine"},
+    ENTRY_POINT_GROUP: {
+        "procfs": "pmcore.backends.procfs:open_kernel",
+        "sim": "pmcore.backends.sim:open_machine",
+    },
     WORKBENCH_GROUP: {
         "procfs": "pmcore.backends.procfs.workbench:open_workbench",
         "sim": "pmcore.backends.sim:open_machine",

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pmcore.arrays import U64Array
-from pmcore.backends.procfs.files import WordFile, read_smaps_range, failure, open_file, read_text
+from pmcore.backends.procfs.files import WordFile, failure, open_file, read_smaps_range, read_text
 from pmcore.backends.procfs.ioctl import MapsQuery, pagemap_scan
 from pmcore.backends.procfs.residency import data_pages, pages_in_core
 from pmcore.errors import SyscallError, syscall_error

@@ -10,7 +10,9 @@ from pmcore.uapi import Madvise, PageFlag, UffdFeature
 
 __all__ = ["Capabilities", "capabilities"]
 
-_TAIL_FLAGS = PageFlag.COMPOUND_TAIL | PageFlag.THP | PageFlag.HUGE | PageFlag.ANON | PageFlag.MMAP | PageFlag.KSM
+_TAIL_FLAGS = (
+    PageFlag.COMPOUND_TAIL | PageFlag.THP | PageFlag.HUGE | PageFlag.ANON | PageFlag.MMAP | PageFlag.KSM
+)
 _ADVICE = {
     Madvise.FREE: "madv.free",
     Madvise.HUGEPAGE: "madv.hugepage",

@@ -13,6 +13,7 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.capabilities import Capabilities, capabilities
+from pmcore.backends.sim.check import check
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.frames import Frames
@@ -45,7 +46,9 @@ class Policy:
     #: .../use_zero_page
     use_zero_page: bool = True
     #: /proc/sys/vm/overcommit_memory, as far as it matters: "never" makes MAP_NORESERVE void.
-    overcommit: str = attrs.field(default="guess", validator=attrs.validators.in_(("guess", "always", "never")))
+    overcommit: str = attrs.field(
+        default="guess", validator=attrs.validators.in_(("guess", "always", "never"))
+    )
     #: RLIMIT_MEMLOCK in bytes; None for a process with CAP_IPC_LOCK.
     memlock: int | None = None
 
@@ -185,7 +188,9 @@ class SimMachine(Kernel, Workbench):
 
     def _may_look(self, name: str) -> None:
         if not self.pfn_visible:
-            raise syscall_error(int(Errno.EACCES), f"open(/proc/{name})", remedy="open the machine with privileged=True")
+            raise syscall_error(
+                int(Errno.EACCES), f"open(/proc/{name})", remedy="open the machine with privileged=True"
+            )
         if not self.profile.has(name):
             raise syscall_error(int(Errno.ENOENT), f"open(/proc/{name})")
 
@@ -203,6 +208,10 @@ class SimMachine(Kernel, Workbench):
         if pid not in self._tasks:
             raise syscall_error(int(Errno.ESRCH), f"process({pid})", remedy="see pids() for those there are")
         return self._tasks[pid].process
+
+    def check(self) -> None:
+        """Verify every invariant of the state. Raises BrokenInvariant that names what does not hold."""
+        check(self.core, [task.mm for task in self._tasks.values()])
 
     # -- the administrator -----------------------------------------------------------------------------
 
@@ -254,7 +263,9 @@ def _zones(
     gaps = []
     for low, high in holes:
         if low % (_BLOCK * size) or high % (_BLOCK * size) or not 0 <= low < high <= memory:
-            raise ArgumentError(f"hole {low:#x}-{high:#x}", remedy=f"whole blocks of {_BLOCK * size} bytes inside memory")
+            raise ArgumentError(
+                f"hole {low:#x}-{high:#x}", remedy=f"whole blocks of {_BLOCK * size} bytes inside memory"
+            )
         gaps.append((low // size, high // size))
         cuts |= {low // size, high // size}
     zones = []
@@ -298,5 +309,3 @@ def make_machine(
         holes=[(parse_size(low), parse_size(high)) for low, high in holes],
         privileged=privileged,
     )
-
-

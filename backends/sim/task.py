@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pmcore.arrays import BoolArray
 from pmcore.backends.sim.calls import madvise as madvise_call
 from pmcore.backends.sim.calls import mlock as mlock_call

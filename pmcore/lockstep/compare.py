@@ -120,13 +120,17 @@ class Comparer:
             if what == "frame" and len(pairs[0]):
                 yield from self._flags(left, right, pairs, places)
 
-    def _flags(self, left: Look, right: Look, pairs: tuple[U64Array, U64Array], places: _Places) -> Iterator[Difference]:
+    def _flags(
+        self, left: Look, right: Look, pairs: tuple[U64Array, U64Array], places: _Places
+    ) -> Iterator[Difference]:
         first = np.unique(pairs[0], return_index=True)[1]
         a, b = pairs[0][first], pairs[1][first]
         ia, ib = np.searchsorted(left.pfns, a), np.searchsorted(right.pfns, b)
         counts = left.kpagecount[ia], right.kpagecount[ib]
         for index in np.flatnonzero(counts[0] != counts[1]).tolist():
-            yield Difference("kpagecount", places(int(first[index])), str(counts[0][index]), str(counts[1][index]))
+            yield Difference(
+                "kpagecount", places(int(first[index])), str(counts[0][index]), str(counts[1][index])
+            )
         flags = left.kpageflags[ia], right.kpageflags[ib]
         differ = flags[0] ^ flags[1]
         for mask in FLAG_MASKS:
@@ -144,7 +148,9 @@ class Comparer:
         tail = np.flatnonzero((flags[0] & np.uint64(PageFlag.COMPOUND_TAIL)) != 0)
         follows = tail[(tail > 0) & compound[tail - 1] & (a[tail] == a[tail - 1] + np.uint64(1))]
         for index in follows[b[follows] != b[follows - 1] + np.uint64(1)].tolist():
-            yield Difference("frames of a compound page", places(int(first[index])), "in order", "not in order")
+            yield Difference(
+                "frames of a compound page", places(int(first[index])), "in order", "not in order"
+            )
 
     def _kept(self, left: Look, right: Look) -> Iterator[Difference]:
         """A frame that stayed at its place on one side has to stay on the other."""
@@ -181,7 +187,9 @@ class _Places:
         return f"{name} {int(self._addresses[index]):#x}"
 
 
-def _pairs(left: Look, right: Look, chosen: Callable[[U64Array], BoolArray]) -> tuple[tuple[U64Array, U64Array], _Places]:
+def _pairs(
+    left: Look, right: Look, chosen: Callable[[U64Array], BoolArray]
+) -> tuple[tuple[U64Array, U64Array], _Places]:
     """The fields at the places where both sides have an entry of that sort."""
     empty = np.zeros(0, dtype=np.uint64)
     a, b, addresses, lengths = [empty], [empty], [empty], []
@@ -197,11 +205,13 @@ def _pairs(left: Look, right: Look, chosen: Callable[[U64Array], BoolArray]) -> 
 
 
 def _present(words: U64Array) -> BoolArray:
-    return (words & _PRESENT) != 0
+    found: BoolArray = (words & _PRESENT) != 0
+    return found
 
 
 def _swapped(words: U64Array) -> BoolArray:
-    return (words & (_PRESENT | _SWAP)) == _SWAP
+    found: BoolArray = (words & (_PRESENT | _SWAP)) == _SWAP
+    return found
 
 
 def _slots(words: U64Array) -> BoolArray:
@@ -210,7 +220,11 @@ def _slots(words: U64Array) -> BoolArray:
 
 def _entry(word: np.uint64) -> str:
     entry = PagemapEntry(int(word))
-    names = [n for n in ("present", "swapped", "file", "exclusive", "soft_dirty", "uffd_wp", "guard") if getattr(entry, n)]
+    names = [
+        n
+        for n in ("present", "swapped", "file", "exclusive", "soft_dirty", "uffd_wp", "guard")
+        if getattr(entry, n)
+    ]
     return f"{int(word):#x} ({','.join(names)})"
 
 
@@ -218,6 +232,3 @@ def _bits(array: NDArray[np.bool_] | None) -> str:
     if array is None:
         return "refused"
     return "".join("1" if bit else "0" for bit in array[:64].tolist()) + ("..." if len(array) > 64 else "")
-
-
-

@@ -70,7 +70,8 @@ def _spans(run: Run) -> tuple[tuple[int, int], ...]:
 def _task(task: Task, spans: tuple[tuple[int, int], ...]) -> TaskLook:
     process = task.process
     empty = np.zeros(0, dtype=np.uint64)
-    words, addresses, in_core = [empty], [empty], []
+    words, addresses = [empty], [empty]
+    in_core: list[BoolArray | None] = []
     size = process.kernel.profile.geometry.page_size
     for start, end in spans:
         words.append(process.pagemap(start, end).values)

@@ -5,6 +5,7 @@ Needs the `test` extra (Hypothesis).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -77,7 +78,9 @@ class _State:
 def programs(draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps: int = 40) -> Program:
     """A program of up to `max_steps` steps that the kernel of `profile` could be asked to run."""
     state = _State()
-    steps: list[s.Step] = [_map(draw, state)]
+    first = _map(draw, state)
+    assert first is not None
+    steps: list[s.Step] = [first]
     length = draw(st.sampled_from([n for n in (6, 12, 20, 28, 36, 40) if n <= max_steps] or [max_steps]))
     while len(steps) < length:
         kind = draw(st.sampled_from(_KINDS))
@@ -85,6 +88,9 @@ def programs(draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps
         if step is not None:
             steps.append(step)
     return Program(name="random", steps=tuple(steps))
+
+
+_Maker = Callable[[st.DrawFn, _State], s.Step | None]
 
 
 def _pick_area(draw: st.DrawFn, state: _State) -> str:
@@ -99,7 +105,9 @@ def _range(draw: st.DrawFn, state: _State) -> tuple[str, int, int]:
     """An area, and a range in it that likes edges."""
     area = _pick_area(draw, state)
     pages = state.areas[area]
-    edges = sorted({e for e in (0, 1, pages // 2, pages - 1, _HUGE - 1, _HUGE, _HUGE + 1, 2 * _HUGE) if 0 <= e < pages})
+    edges = sorted(
+        {e for e in (0, 1, pages // 2, pages - 1, _HUGE - 1, _HUGE, _HUGE + 1, 2 * _HUGE) if 0 <= e < pages}
+    )
     page = draw(st.one_of(st.sampled_from(edges), st.integers(0, pages - 1)))
     left = pages - page
     spans = sorted({n for n in (1, 2, left, left - 1, left // 2, _HUGE, _HUGE - 1, 8) if 1 <= n <= left})
@@ -128,18 +136,24 @@ def _map_over(draw: st.DrawFn, state: _State) -> s.Step | None:
     state.areas[name] = pages
     flags = _FLAGS | draw(st.sampled_from((MapFlag.FIXED, MapFlag.FIXED, MapFlag.FIXED_NOREPLACE)))
     return s.Map(
-        task=_task(draw, state), area=name, pages=pages, within=area, page=page, prot=draw(st.sampled_from((3, 3, 3, 1))),
+        task=_task(draw, state),
+        area=name,
+        pages=pages,
+        within=area,
+        page=page,
+        prot=draw(st.sampled_from((3, 3, 3, 1))),
         flags=int(flags),
     )
 
 
-def _ranged(kind: type[s.Step], **fields: Any) -> Any:
+def _ranged(kind: Any, **fields: Any) -> _Maker:
     """A step over a range, with these fields drawn."""
 
     def make(draw: st.DrawFn, state: _State) -> s.Step | None:
         area, page, pages = _range(draw, state)
         drawn = {name: draw(strategy) for name, strategy in fields.items()}
-        return kind(task=_task(draw, state), area=area, page=page, pages=pages, **drawn)
+        step: s.Step = kind(task=_task(draw, state), area=area, page=page, pages=pages, **drawn)
+        return step
 
     return make
 
@@ -149,13 +163,17 @@ def _write(draw: st.DrawFn, state: _State) -> s.Step | None:
     offset = page * 4096 + draw(st.sampled_from((0, 1, 100, 4090, 4095)))
     text = draw(st.sampled_from(("x", "hello", "0123456789")))
     if draw(st.booleans()):
-        return s.Read(task=_task(draw, state), area=area, offset=offset, length=min(len(text) * 700, pages * 4096))
+        return s.Read(
+            task=_task(draw, state), area=area, offset=offset, length=min(len(text) * 700, pages * 4096)
+        )
     return s.Write(task=_task(draw, state), area=area, offset=offset, text=text)
 
 
 def _move(draw: st.DrawFn, state: _State) -> s.Step | None:
     area, page, pages = _range(draw, state)
-    new = draw(st.sampled_from(sorted({pages, max(1, pages - 1), pages + 1, pages + _HUGE, max(1, pages // 2)})))
+    new = draw(
+        st.sampled_from(sorted({pages, max(1, pages - 1), pages + 1, pages + _HUGE, max(1, pages // 2)}))
+    )
     way = draw(st.sampled_from(("grow", "to", "to", "dontunmap")))
     task = _task(draw, state)
     if way == "grow":
@@ -171,7 +189,9 @@ def _move(draw: st.DrawFn, state: _State) -> s.Step | None:
         new = pages
     state.areas[to] = new
     align = draw(st.sampled_from((4096, _HUGE * 4096)))
-    return s.Move(task=task, area=area, page=page, pages=pages, new_pages=new, flags=flags, to=to, align=align)
+    return s.Move(
+        task=task, area=area, page=page, pages=pages, new_pages=new, flags=flags, to=to, align=align
+    )
 
 
 def _fork(draw: st.DrawFn, state: _State) -> s.Step | None:
@@ -203,7 +223,7 @@ def _uffd(draw: st.DrawFn, state: _State) -> s.Step | None:
         return _uffd_open(draw, state)
     area, page, pages = _range(draw, state)
     fd = draw(st.sampled_from(state.fds))
-    common = {"task": state.tasks[0], "area": area, "page": page, "pages": pages, "fd": fd}
+    common: dict[str, Any] = {"task": state.tasks[0], "area": area, "page": page, "pages": pages, "fd": fd}
     what = draw(st.sampled_from(("register",) * 4 + ("protect",) * 5 + ("unregister", "close")))
     if what == "register":
         return s.UffdRegister(**common, mode=draw(st.sampled_from((2,) * 6 + (0, 8))))
@@ -233,8 +253,12 @@ def _scan(draw: st.DrawFn, state: _State) -> s.Step | None:
     )
 
 
+def _clear_refs(draw: st.DrawFn, state: _State) -> s.Step | None:
+    return s.ClearRefs(task=_task(draw, state), what=draw(st.sampled_from((1, 2, 3, 5, 9))))
+
+
 _advise = _ranged(s.Advise, advice=st.sampled_from([int(advice) for advice in _ADVICE]))
-_KINDS = (
+_KINDS: tuple[_Maker, ...] = (
     *(_map,) * 2,
     _map_over,
     _ranged(s.Unmap),
@@ -250,5 +274,5 @@ _KINDS = (
     _ranged(s.Lock, onfault=st.booleans()),
     _ranged(s.Unlock),
     _ranged(s.Mincore),
-    lambda draw, state: s.ClearRefs(task=_task(draw, state), what=draw(st.sampled_from((1, 2, 3, 5, 9)))),
+    _clear_refs,
 )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import pmcore
 from pmcore import errors, registry, spec
 from pmcore.explain import explain_categories
-from pmcore.geometry import Geometry, align_down, align_up
+from pmcore.geometry import Geometry, align_down, align_up, parse_size
 from pmcore.pagemap import PagemapEntry
 from pmcore.profile import preset
 from pmcore.protocols import FrameFile
@@ -206,7 +206,15 @@ def test_our_backends_are_those_that_we_declare(group):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(0, 0), (4096, 4096), ("64 MiB", 64 << 20), ("1g", 1 << 30), ("12KB", 12 << 10), ("7", 7), ("1 TiB", 1 << 40)],
+    [
+        (0, 0),
+        (4096, 4096),
+        ("64 MiB", 64 << 20),
+        ("1g", 1 << 30),
+        ("12KB", 12 << 10),
+        ("7", 7),
+        ("1 TiB", 1 << 40),
+    ],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size

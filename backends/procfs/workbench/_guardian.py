@@ -1,4 +1,4 @@
-"""Puts the machine back when its parent is done with it, or dead: whatever ended the parent, its end of the pipe closes.
+"""Puts the machine back when its parent is done with it, or dead: its end of the pipe closes in any case.
 
 Run as `python -I -S -B _guardian.py JSON` with a pipe as standard input; JSON names the swap files to switch off, the
 knobs with the values that they had, and the files to remove.

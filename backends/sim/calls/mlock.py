@@ -72,7 +72,6 @@ def set_lock(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, fl
     mm.vmas.merge(start, end)
     if bool(was) == bool(flags & VmFlag.LOCKED):
         return
-    mm.locked += end - start if flags & VmFlag.LOCKED else start - end
     change = mapping.mlock if flags & VmFlag.LOCKED else mapping.munlock
     frames = core.memory.frames
     for extent in mm.tables.extents(start, end):

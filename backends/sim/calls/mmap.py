@@ -34,7 +34,9 @@ _KNOWN = int(
 _IGNORED = 0x0800 | 0x1000 | 0x10000  # MAP_DENYWRITE, MAP_EXECUTABLE, MAP_NONBLOCK
 
 
-def mmap(core: Core, mm: AddressSpace, addr: int, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
+def mmap(
+    core: Core, mm: AddressSpace, addr: int, length: int, prot: int, flags: int, fd: int, offset: int
+) -> int:
     """mmap(2) of private anonymous memory; the address."""
     geometry = core.geometry
     size, call = geometry.page_size, f"mmap({addr:#x}, {length:#x}, {prot:#x}, {flags:#x}, {fd}, {offset:#x})"
@@ -85,8 +87,6 @@ def mmap(core: Core, mm: AddressSpace, addr: int, length: int, prot: int, flags:
     _unmap(core, mm, addr, addr + length)
     mm.vmas.add(VmArea(addr, addr + length, vm_flags, addr >> geometry.page_shift))
     mm.vmas.merge(addr, addr + length)
-    if vm_flags & VmFlag.LOCKED:
-        mm.locked += length
     if flags & MapFlag.POPULATE or (vm_flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
         populate(core, mm, addr, addr + length)
     return addr
@@ -100,7 +100,12 @@ def _place(core: Core, mm: AddressSpace, hint: int, length: int) -> int:
         if core.mmap_min <= hint <= geometry.task_size - length and not mm.vmas.within(hint, hint + length):
             return hint
     align = 1
-    if core.caps.thp and core.caps.thp_aligned_mmap and length >= geometry.pmd_size and not length % geometry.pmd_size:
+    if (
+        core.caps.thp
+        and core.caps.thp_aligned_mmap
+        and length >= geometry.pmd_size
+        and not length % geometry.pmd_size
+    ):
         align = geometry.pmd_size
     found = mm.vmas.gap_below(length, core.mmap_min, core.mmap_base, align=align)
     if found < 0 and align > 1:
@@ -144,8 +149,6 @@ def _unmap(core: Core, mm: AddressSpace, start: int, end: int) -> None:
     floor, ceiling = mm.boundaries(gone[0])[0], mm.boundaries(gone[-1])[1]
     for vma in gone:
         zap.zap(core, mm, vma, vma.start, vma.end)
-        if vma.flags & VmFlag.LOCKED:
-            mm.locked -= vma.length
         mm.vmas.remove(vma)
     mm.tables.free_range(floor, ceiling)
 
@@ -223,7 +226,6 @@ def brk(core: Core, mm: AddressSpace, addr: int) -> int:
         mm.vmas.add(VmArea(old, new, flags, old >> core.geometry.page_shift, name="[heap]"))
         mm.vmas.merge(old, new)
         if flags & VmFlag.LOCKED:
-            mm.locked += new - old
             populate(core, mm, old, new)
     mm.brk = addr
     return addr

@@ -56,12 +56,15 @@ def mremap(
         return addr
     _resizable(core, mm, call, vma, addr, old_length, new_length)
     delta = new_length - old_length
-    if old_length == vma.end - addr and vma.end + delta <= task_size and not mm.vmas.within(vma.end, vma.end + delta):
+    if (
+        old_length == vma.end - addr
+        and vma.end + delta <= task_size
+        and not mm.vmas.within(vma.end, vma.end + delta)
+    ):
         old_end = vma.end
         vma.end += delta
         mm.vmas.merge(vma.start, vma.end)
         if vma.flags & VmFlag.LOCKED:
-            mm.locked += delta
             populate(core, mm, old_end, old_end + delta)
         return addr
     if not flags & _MAYMOVE:
@@ -77,7 +80,11 @@ def _check_target(
 ) -> None:
     task_size = core.geometry.task_size
     if flags & _FIXED or not core.caps.mremap_checks_early:
-        if new_addr & core.geometry.page_size - 1 or new_length > task_size or new_addr > task_size - new_length:
+        if (
+            new_addr & core.geometry.page_size - 1
+            or new_length > task_size
+            or new_addr > task_size - new_length
+        ):
             refuse(Errno.EINVAL, call)
         if addr + old_length > new_addr and new_addr + new_length > addr:
             refuse(Errno.EINVAL, call, "source and target overlap")
@@ -120,7 +127,14 @@ def _many(core: Core, mm: AddressSpace, call: str, addr: int, length: int, new_a
 
 
 def _to(
-    core: Core, mm: AddressSpace, call: str, addr: int, old_length: int, new_addr: int, new_length: int, flags: int
+    core: Core,
+    mm: AddressSpace,
+    call: str,
+    addr: int,
+    old_length: int,
+    new_addr: int,
+    new_length: int,
+    flags: int,
 ) -> int:
     """With MREMAP_FIXED or MREMAP_DONTUNMAP."""
     if core.caps.mremap_checks_early:
@@ -139,7 +153,11 @@ def _to(
     _resizable(core, mm, call, vma, addr, old_length, new_length)
     if not flags & _FIXED:
         hint = align_up(new_addr, core.geometry.page_size)
-        free = hint and hint + new_length <= core.geometry.task_size and not mm.vmas.within(hint, hint + new_length)
+        free = (
+            hint
+            and hint + new_length <= core.geometry.task_size
+            and not mm.vmas.within(hint, hint + new_length)
+        )
         new_addr = hint if free else mm.vmas.gap_below(new_length, core.mmap_min, core.mmap_base)
         if new_addr < 0:
             refuse(Errno.ENOMEM, call)
@@ -147,7 +165,14 @@ def _to(
 
 
 def _move(
-    core: Core, mm: AddressSpace, call: str, addr: int, old_length: int, new_addr: int, new_length: int, flags: int
+    core: Core,
+    mm: AddressSpace,
+    call: str,
+    addr: int,
+    old_length: int,
+    new_addr: int,
+    new_length: int,
+    flags: int,
 ) -> int:
     vma = mm.vmas.at(addr)
     assert vma is not None
@@ -174,6 +199,5 @@ def _move(
         unmap(core, mm, addr, addr + old_length)
     mm.vmas.merge(new_addr, new_addr + new_length)
     if locked:
-        mm.locked += new_length if not flags & _DONTUNMAP else 0
         populate(core, mm, new_addr + old_length, new_addr + new_length)
     return new_addr

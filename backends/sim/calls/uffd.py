@@ -100,7 +100,9 @@ def unregister(core: Core, mm: AddressSpace, fd: int, start: int, length: int) -
     first = mm.vmas.first(start)
     if first is None or first.start >= end:
         refuse(Errno.EINVAL, call, "nothing is mapped there")
-    if core.caps.uffd_unregister_own and any(v.uffd not in (None, context) for v in mm.vmas.within(start, end)):
+    if core.caps.uffd_unregister_own and any(
+        v.uffd not in (None, context) for v in mm.vmas.within(start, end)
+    ):
         refuse(Errno.EINVAL, call, "another userfaultfd has it")
     for vma in mm.vmas.within(start, end):
         if vma.uffd is None:

@@ -100,7 +100,7 @@ class Zone:
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
 
     def _smallest_order(self, limit: int) -> int:
-        """The order of the smallest free block, no more than `limit` pages are wanted of; -1 if only untouched is left."""
+        """The order of the smallest free block, of no more than `limit` pages; -1 if only untouched is left."""
         free_order = self.frames.free_order_at
         for order in range(MAX_ORDER + 1):
             heap = self._heaps[order]

@@ -66,7 +66,7 @@ class Contents:
 
     def zero(self, rows: Rows) -> NDArray[np.bool_]:
         """Which pages hold nothing but zeros."""
-        result = rows == 0
+        result: NDArray[np.bool_] = rows == 0
         index = np.flatnonzero(~result)
         result[index] = ~self._pool[rows[index]].any(axis=1)
         return result

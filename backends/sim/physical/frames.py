@@ -67,7 +67,7 @@ class Frames:
 
     def _set(self, name: str, column: NDArray[Any]) -> None:
         setattr(self, name, column)
-        setattr(self, f"{name}_at", memoryview(column))
+        setattr(self, f"{name}_at", column.data)
 
     def reach(self, end: int) -> None:
         """Have rows for all frames below `end`."""

@@ -49,7 +49,9 @@ def _accessed(core: Core, mm: AddressSpace) -> None:
     for vma in mm.vmas:
         for extent in mm.tables.extents(vma.start, vma.end):
             entries = extent.entries
-            present = ((entries & np.uint64(PRESENT)) != 0) & ((entries & np.uint64(FIELD)) != np.uint64(core.zero_pfn))
+            present = ((entries & np.uint64(PRESENT)) != 0) & (
+                (entries & np.uint64(FIELD)) != np.uint64(core.zero_pfn)
+            )
             if core.huge_zero_pfn:
                 present &= (entries & np.uint64(FIELD)) != np.uint64(core.huge_zero_pfn)
             entries[present] &= np.uint64(~YOUNG & _ALL)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
-from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
+from pmcore.backends.sim.physical.memory import COMPOUND, LargeFolio, NoMemory
 from pmcore.backends.sim.services import swapping, thp
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import FIELD, GUARD, LEAF, PRESENT, UFFD_WP, WRITE
@@ -77,7 +77,7 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | 
     return None, False
 
 
-def _copy(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: thp.LargeFolio) -> None:
+def _copy(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: LargeFolio) -> None:
     frames, pages = core.memory.frames, core.geometry.pmd_pages
     first = mm.tables.pte_slot(addr)
     entries = core.pool.flat[first : first + pages]
@@ -100,5 +100,3 @@ def _copy(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: thp.Large
     mapping.remove_pages(core, mm, vma, pfns)
     thp.map_huge(core, mm, vma, folio, slot, write=True)
     core.count("collapse")
-
-

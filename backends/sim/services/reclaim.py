@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
@@ -75,14 +76,14 @@ def _split_partial(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         compound = compound[compound != core.huge_zero_pfn]
         heads, counts = np.unique(compound - frames.behind[compound], return_counts=True)
         for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
-            folio = core.memory.large.get(head)
-            if folio is not None and count < folio.pages and len(folio.by_mm) == 1:
-                thp.split_folio(core, mm, folio, extent.start)
+            part = core.memory.large.get(head)
+            if part is not None and count < part.pages and len(part.by_mm) == 1:
+                thp.split_folio(core, mm, part, extent.start)
 
 
 def _own_pages(core: Core, entries: U64Array) -> BoolArray:
     """Which present entries map a page that is mapped nowhere else, on an LRU list, not the zero page."""
-    chosen = (entries & _PRESENT) != 0
+    chosen: BoolArray = (entries & _PRESENT) != 0
     pfns = (entries[chosen] & _FIELD).view(np.int64)
     frames = core.memory.frames
     good = (frames.mapcount[pfns] == 1) & ((frames.flags[pfns] & np.uint64(_LRU)) != 0)
@@ -203,7 +204,7 @@ def _huge_out(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: Large
     _out(core, mm, addr, core.pool.flat[first : first + folio.pages], np.arange(folio.pages))
 
 
-def _out(core: Core, mm: AddressSpace, start: int, entries: U64Array, index: np.ndarray) -> None:
+def _out(core: Core, mm: AddressSpace, start: int, entries: U64Array, index: NDArray[np.intp]) -> None:
     """Reclaim the pages that `entries[index]` map (`entries` from address `start` on); each is mapped there alone."""
     frames = core.memory.frames
     pfns = (entries[index] & _FIELD).view(np.int64)
@@ -231,7 +232,7 @@ def _out(core: Core, mm: AddressSpace, start: int, entries: U64Array, index: np.
         _to_swap(core, mm, entries, index, pfns)
 
 
-def _to_swap(core: Core, mm: AddressSpace, entries: U64Array, index: np.ndarray, pfns: Pfns) -> None:
+def _to_swap(core: Core, mm: AddressSpace, entries: U64Array, index: NDArray[np.intp], pfns: Pfns) -> None:
     frames = core.memory.frames
     fields = frames.swap[pfns] - 1
     missing = np.flatnonzero(fields < 0)
@@ -262,7 +263,7 @@ def _to_swap(core: Core, mm: AddressSpace, entries: U64Array, index: np.ndarray,
     core.count("swap_out", len(pfns))
 
 
-def _write(core: Core, mm: AddressSpace, area: SwapArea, slots: np.ndarray, pfns: Pfns) -> None:
+def _write(core: Core, mm: AddressSpace, area: SwapArea, slots: NDArray[np.int64], pfns: Pfns) -> None:
     """The pages' entries name the slots now; the pages go, or stay in the swap cache until they are reclaimed."""
     frames = core.memory.frames
     area.counts[slots] += 1
@@ -302,5 +303,3 @@ def _drop(core: Core, mm: AddressSpace, pfns: Pfns) -> None:
         core.memory.free_folio(folio)
     if small.any():
         core.memory.free_pages(pfns[small])
-
-

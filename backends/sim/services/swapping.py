@@ -80,5 +80,3 @@ def swap_in(core: Core, mm: AddressSpace, vma: VmArea, slot: int, pte: int, *, w
     if vma.flags & VmFlag.LOCKED:
         mapping.mlock(core, pfn, 1)
     core.pool.at[slot] = entry
-
-

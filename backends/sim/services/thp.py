@@ -84,7 +84,7 @@ def map_huge(core: Core, mm: AddressSpace, vma: VmArea, folio: LargeFolio, slot:
 
 
 def wp_fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int) -> bool:
-    """A write to a huge page that may not be written: whether it may now (else it is mapped by PTEs, and asked again)."""
+    """A write to a huge page that may not be written: whether it may now (else PTEs map it, and it is asked again)."""
     entry = core.pool.at[slot]
     frames, head = core.memory.frames, entry & FIELD
     if head == core.huge_zero_pfn:
@@ -173,8 +173,8 @@ def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> N
         for vma in mm.vmas:
             if vma.flags & VmFlag.LOCKED:
                 zero &= (addresses < vma.start) | (addresses >= vma.end)
-        core.pool.flat[slots[zero]] = (
-            old[zero] & np.uint64(UFFD_WP | SOFT_DIRTY) | np.uint64(PRESENT | YOUNG | core.zero_pfn)
+        core.pool.flat[slots[zero]] = old[zero] & np.uint64(UFFD_WP | SOFT_DIRTY) | np.uint64(
+            PRESENT | YOUNG | core.zero_pfn
         )
         frames.mapcount[pfns[zero]] = 0
         core.memory.free_pages(pfns[zero])

@@ -148,5 +148,3 @@ def _present(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
     private = counts == 1
     for index, chosen in enumerate((~private & ~dirty, ~private & dirty, private & ~dirty, private & dirty)):
         sums.kinds[index] += int(chosen.sum()) * size
-
-

@@ -82,14 +82,17 @@ class SimTables:
         first = np.arange(start, start + len(entries) * size, size, dtype=np.uint64)
         kind = np.where(entries == 0, np.uint8(LeafKind.EMPTY), np.uint8(LeafKind.PTE))
         return LeafBatch(
-            start=first, end=first + np.uint64(size), kind=kind, categories=self._categories(entries, self._core.zero_pfn)
+            start=first,
+            end=first + np.uint64(size),
+            kind=kind,
+            categories=self._categories(entries, self._core.zero_pfn),
         )
 
     def _categories(self, entries: U64Array, zero: int) -> U64Array:
         present = (entries & _PRESENT) != 0
         swap = ((entries & _SWAP) != 0) & ~present
         written = (present | swap) & ((entries & _UFFD_WP) == 0)
-        words = present.astype(np.uint64) * np.uint64(PageCategory.PRESENT)
+        words: U64Array = present.astype(np.uint64) * np.uint64(PageCategory.PRESENT)
         words |= swap.astype(np.uint64) * np.uint64(PageCategory.SWAPPED)
         words |= written.astype(np.uint64) * np.uint64(PageCategory.WRITTEN)
         words[present & ((entries & _FIELD) == np.uint64(zero))] |= np.uint64(PageCategory.PFNZERO)

@@ -99,7 +99,9 @@ def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
             swapping.swap_in(core, mm, vma, slot, pte, write=write)
 
 
-def _missing(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: int, *, write: bool) -> None:
+def _missing(
+    core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: int, *, write: bool
+) -> None:
     if pte & GUARD:
         raise segfault(addr, "a guard region")
     if pte and not vma.flags & VmFlag.UFFD_WP:
@@ -136,11 +138,10 @@ def _write_protected(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot:
         core.count("wp_async")
     pfn = pte & FIELD
     frames = core.memory.frames
-    if pfn != core.zero_pfn:
-        if frames.flags_at[pfn] & ANON_EXCLUSIVE or _reusable(core, mm, pfn):
-            frames.flags_at[pfn] |= ANON_EXCLUSIVE
-            core.pool.at[slot] = pte | WRITE | DIRTY | YOUNG | core.soft_dirty
-            return
+    if pfn != core.zero_pfn and (frames.flags_at[pfn] & ANON_EXCLUSIVE or _reusable(core, mm, pfn)):
+        frames.flags_at[pfn] |= ANON_EXCLUSIVE
+        core.pool.at[slot] = pte | WRITE | DIRTY | YOUNG | core.soft_dirty
+        return
     mm.prepare_anon(vma)
     copy = take_page(core, vma)
     frames = core.memory.frames

@@ -48,7 +48,9 @@ def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
             # The parent's chain and one of its own, which new pages of the child belong to.
             copy.anon_vma, copy.chain = AnonVma(next(core.anon_numbers)), vma.chain + 1
         child.vmas.add(copy)
-        if not vma.flags & VmFlag.WIPEONFORK and (vma.anon_vma is not None or copy.flags & (VmFlag.UFFD_WP | VmFlag.MAYBE_GUARD)):
+        if not vma.flags & VmFlag.WIPEONFORK and (
+            vma.anon_vma is not None or copy.flags & (VmFlag.UFFD_WP | VmFlag.MAYBE_GUARD)
+        ):
             _copy_entries(core, parent, child, vma, copy)
 
 
@@ -109,5 +111,3 @@ def _copy_pmds(core: Core, child: AddressSpace, start: int, entries: U64Array, d
         slot = child.tables.make_pmd_slot(start + index * core.geometry.pmd_size)
         core.pool.at[slot] = entry & ~(WRITE | YOUNG | drop)
     entries &= _without(WRITE)
-
-

@@ -120,7 +120,9 @@ def remove_pmd(core: Core, mm: AddressSpace, vma: VmArea, folio: LargeFolio) -> 
 def discard_folio(core: Core, folio: LargeFolio) -> None:
     """A large folio that nobody maps: freed, unless the swap cache needs it."""
     core.mlocks.pop(folio.head, None)
-    if core.memory.frames.flags_at[folio.head] & _SWAPCACHE and not core.swap.uncache(folio.head, folio.order):
+    if core.memory.frames.flags_at[folio.head] & _SWAPCACHE and not core.swap.uncache(
+        folio.head, folio.order
+    ):
         return
     core.memory.free_folio(folio)
 

@@ -32,7 +32,8 @@ _UNEVICTABLE, _DIRTY = int(PageFlag.UNEVICTABLE), int(PageFlag.DIRTY)
 def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) -> None:
     """Fault in the pages of one VMA. Raises AddressSpaceFault at the first that cannot be."""
     before = [
-        (extent.start, extent.huge, extent.size, extent.entries.copy()) for extent in mm.tables.extents(start, end)
+        (extent.start, extent.huge, extent.size, extent.entries.copy())
+        for extent in mm.tables.extents(start, end)
     ]
     try:
         touch.touch(core, mm, start, end, write=write)
@@ -66,7 +67,9 @@ def _put_back(
                 clean = chosen & ((old[part] & np.uint64(DIRTY)) == 0)
                 pfns = (extent.entries[clean] & _FIELD).view(np.int64)
                 core.memory.frames.flags[pfns] |= np.uint64(_DIRTY)
-            extent.entries[chosen] = extent.entries[chosen] & np.uint64(~bits & _ALL) | old[part][chosen] & np.uint64(bits)
+            extent.entries[chosen] = extent.entries[chosen] & np.uint64(~bits & _ALL) | old[part][
+                chosen
+            ] & np.uint64(bits)
             position = part.stop
 
 

@@ -27,7 +27,7 @@ _ALL = (1 << 64) - 1
 
 def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
     """Which present entries may be written at once, without a fault (can_change_pte_writable)."""
-    may = (entries & np.uint64(DIRTY)) != 0
+    may: BoolArray = (entries & np.uint64(DIRTY)) != 0
     if core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY:
         may &= (entries & np.uint64(SOFT_DIRTY)) != 0
     if vma.flags & VmFlag.UFFD_WP:
@@ -49,7 +49,11 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
             # What is dirty and exclusive may be written from here on; the rest finds out by a fault.
             index = np.flatnonzero(present & ((entries & np.uint64(WRITE)) == 0))
             chosen = entries[index]
-            may = _may_write(core, vma, chosen) if core.caps.mprotect_makes_writable else np.zeros(len(index), np.bool_)
+            may = (
+                _may_write(core, vma, chosen)
+                if core.caps.mprotect_makes_writable
+                else np.zeros(len(index), np.bool_)
+            )
             entries[index[may]] |= np.uint64(WRITE)
         else:
             entries[present] &= np.uint64(~WRITE & _ALL)
@@ -78,5 +82,3 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
                 index = np.flatnonzero(present & ((entries & np.uint64(WRITE)) == 0))
                 may = _may_write(core, vma, entries[index])
                 entries[index[may]] |= np.uint64(WRITE)
-
-

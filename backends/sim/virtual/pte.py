@@ -18,8 +18,21 @@ from pmcore.uapi import (
 )
 
 __all__ = [
-    "DIRTY", "FIELD", "GUARD_MARKER", "LEAF", "PRESENT", "SHOWN", "SOFT_DIRTY", "SWAP", "SWAP_EXCLUSIVE", "TABLE",
-    "UFFD_MARKER", "UFFD_WP", "WRITE", "YOUNG", "is_marker",
+    "DIRTY",
+    "FIELD",
+    "GUARD_MARKER",
+    "LEAF",
+    "PRESENT",
+    "SHOWN",
+    "SOFT_DIRTY",
+    "SWAP",
+    "SWAP_EXCLUSIVE",
+    "TABLE",
+    "UFFD_MARKER",
+    "UFFD_WP",
+    "WRITE",
+    "YOUNG",
+    "is_marker",
 ]
 
 #: Frame number, or swap type (bits 0-4) and offset.

@@ -26,8 +26,6 @@ class AddressSpace:
         #: Flags that every new mapping gets (mlockall).
         self.def_flags = 0
         self.brk_start = self.brk = 0
-        #: Bytes that VM_LOCKED mappings cover.
-        self.locked = 0
         #: Whether soft-dirty was ever cleared (before that old kernels show the page shift).
         self.soft_dirty_cleared = False
         #: False once its task has exited.
@@ -64,6 +62,11 @@ class AddressSpace:
         self.tables.destroy()
         self.alive = False
         self.files.clear()
+
+    @property
+    def locked(self) -> int:
+        """Bytes that VM_LOCKED mappings cover."""
+        return sum(vma.length for vma in self.vmas if vma.flags & VmFlag.LOCKED)
 
     def prepare_anon(self, vma: VmArea) -> None:
         """Have an anon_vma: a neighbour's that the VMA could merge with, or a new one."""

@@ -7,6 +7,7 @@ tables that an operation needs are there.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import attrs
@@ -38,7 +39,7 @@ class TablePool:
     def _set(self, rows: U64Array) -> None:
         self.rows = rows
         self.flat = rows.reshape(-1)
-        self.at = memoryview(self.flat)
+        self.at: memoryview[int] = self.flat.data
 
     @property
     def in_use(self) -> int:
@@ -173,7 +174,7 @@ class PageTables:
             yield base + (first << shift), row, first, last
             return
         if make:
-            indexes = range(first, last)
+            indexes = list(range(first, last))
         else:
             indexes = (np.flatnonzero(self.pool.rows[row, first:last]) + first).tolist()
         for index in indexes:
@@ -185,7 +186,9 @@ class PageTables:
             else:
                 below = entry & FIELD
             low = base + (index << shift)
-            yield from self._tables(below, level - 1, low, max(start, low), min(end, low + (1 << shift)), make)
+            yield from self._tables(
+                below, level - 1, low, max(start, low), min(end, low + (1 << shift)), make
+            )
 
     def extents(self, start: int, end: int) -> Iterator[Extent]:
         """All tables' entries in the range, ascending: views that may be written to. Holes are left out."""
@@ -203,7 +206,7 @@ class PageTables:
                 rows = (found & _FIELD).view(np.int64)
                 breaks = (np.diff(there) != 1) | (leaf[1:] != leaf[:-1]) | (~leaf[1:] & (np.diff(rows) != 1))
                 cuts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(there)]
-            for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+            for low, high in itertools.pairwise(cuts):
                 index, count = int(there[low]), high - low
                 addr = base + (index << self.pmd_shift)
                 entry = int(found[low])
@@ -246,7 +249,9 @@ class PageTables:
                 continue
             low = base + (index << shift)
             if level > 1:
-                self._free_below(entry & FIELD, level - 1, low, max(floor, low), min(ceiling, low + (1 << shift)))
+                self._free_below(
+                    entry & FIELD, level - 1, low, max(floor, low), min(ceiling, low + (1 << shift))
+                )
             if floor <= low and low + (1 << shift) <= ceiling:
                 entries[index] = 0
                 gone.append(entry & FIELD)

@@ -11,7 +11,7 @@ from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import thp
 from pmcore.backends.sim.virtual import fault, mapping
-from pmcore.backends.sim.virtual.pte import DIRTY, PRESENT, WRITE, YOUNG
+from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _FEW = 6
 
 
 def touch(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) -> None:
-    """Access one byte of every page from `start` (inside a page) to `end`. Raises AddressSpaceFault as `access` does."""
+    """Access one byte of every page from `start` (inside a page) to `end`. Raises as `access` does."""
     size = core.geometry.page_size
     while start < end:
         vma = fault.find(mm, start, write=write)
@@ -40,20 +40,22 @@ def touch(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) ->
         start = (stop + size - 1 & -size) + (start & size - 1)
 
 
-def _in_vma(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, lead: int, *, write: bool) -> None:
+def _in_vma(
+    core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, lead: int, *, write: bool
+) -> None:
     """Whole pages of one VMA that allows the access; `lead` is where in each page."""
-    size, pmd_size = core.geometry.page_size, core.geometry.pmd_size
+    pmd_size = core.geometry.pmd_size
     huge = core.caps.thp and thp.order_allowed(core, vma, -(-vma.start // pmd_size) * pmd_size)
     while start < end:
         # Blocks that may become huge pages, or are, go one by one; the rest in one piece of up to 1 GiB of PTEs.
         slot = mm.tables.pmd_slot(start)
         pmd = core.pool.at[slot] if slot >= 0 else 0
         block_end = (start & -pmd_size) + pmd_size
-        if pmd & thp.LEAF or (huge and not pmd and thp.order_allowed(core, vma, start)):
+        if pmd & LEAF or (huge and not pmd and thp.order_allowed(core, vma, start)):
             fault.access(core, mm, start + lead, write=write)
             slot = mm.tables.pmd_slot(start)
             pmd = core.pool.at[slot]
-            if pmd & thp.LEAF and (not write or pmd & WRITE):
+            if pmd & LEAF and (not write or pmd & WRITE):
                 core.pool.at[slot] = pmd | (YOUNG | DIRTY if write else YOUNG)
                 start = min(block_end, end)
                 continue
@@ -74,7 +76,9 @@ def _before_leaf(core: Core, mm: AddressSpace, start: int, end: int) -> int:
     return end
 
 
-def _ptes(core: Core, mm: AddressSpace, vma: VmArea, start: int, count: int, lead: int, *, write: bool) -> None:
+def _ptes(
+    core: Core, mm: AddressSpace, vma: VmArea, start: int, count: int, lead: int, *, write: bool
+) -> None:
     """PTEs of one extent. Fresh and writable ones as arrays; the others one by one, in their place in the order."""
     size = core.geometry.page_size
     slot = mm.tables.pte_slot(start)
@@ -100,7 +104,9 @@ def _ptes(core: Core, mm: AddressSpace, vma: VmArea, start: int, count: int, lea
         position = index + 1
 
 
-def _easy(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, fresh: np.ndarray, *, write: bool) -> None:
+def _easy(
+    core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, fresh: np.ndarray, *, write: bool
+) -> None:
     bits = np.uint64(YOUNG | DIRTY if write else YOUNG)
     missing = int(np.count_nonzero(fresh))
     if missing == 0:
@@ -117,7 +123,9 @@ def _easy(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, fresh: n
     frames = core.memory.frames
     frames.mapcount[pfns] = 1
     core.memory.on_lru_pages(pfns)
-    new = pfns.view(np.uint64) | np.uint64(PRESENT | YOUNG | DIRTY | core.soft_dirty | (WRITE if vma.flags & VmFlag.WRITE else 0))
+    new = pfns.view(np.uint64) | np.uint64(
+        PRESENT | YOUNG | DIRTY | core.soft_dirty | (WRITE if vma.flags & VmFlag.WRITE else 0)
+    )
     if missing == len(entries) == got:
         entries[:] = new
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import attrs
 
-__all__ = ["AnonVma", "VmFlag", "VmaList", "VmArea"]
+__all__ = ["AnonVma", "VmArea", "VmFlag", "VmaList"]
 
 
 class VmFlag:
@@ -202,7 +202,9 @@ class VmaList:
             return False
         if left.uffd is not right.uffd or left.name != right.name:
             return False
-        if right.pgoff != left.pgoff + (left.length >> self._page_shift) or left.flags & (VmFlag.IO | VmFlag.PFNMAP):
+        if right.pgoff != left.pgoff + (left.length >> self._page_shift) or left.flags & (
+            VmFlag.IO | VmFlag.PFNMAP
+        ):
             return False
         if left.anon_vma is right.anon_vma:
             return True

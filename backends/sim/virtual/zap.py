@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmcore.arrays import U64Array
+from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.services import thp
-from pmcore.backends.sim.virtual.mapping import remove_page, remove_pages, remove_pmd
+from pmcore.backends.sim.virtual.mapping import remove_page, remove_pages
 from pmcore.backends.sim.virtual.pte import FIELD, GUARD, PRESENT, SWAP
 from pmcore.uapi import SWP_PTE_MARKER
 
@@ -23,18 +23,20 @@ _FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
 _STATE = _PRESENT | _SWAP
 
 
-def swap_entries(entries: U64Array) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def swap_entries(entries: U64Array) -> BoolArray:
     """Which entries name a slot of a swap area (markers do not)."""
-    swap = (entries & _STATE) == _SWAP
+    swap: BoolArray = (entries & _STATE) == _SWAP
     if swap.any():
         swap &= (entries & np.uint64(0x1F)) != SWP_PTE_MARKER
     return swap
 
 
-def zap(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, keep_guards: bool = False) -> None:
+def zap(
+    core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, keep_guards: bool = False
+) -> None:
     """Empty all entries of the range; pages that nobody maps any more are freed.
 
-    A huge page that the range covers in part is mapped by PTEs first. `keep_guards`: guard markers stay (MADV_DONTNEED).
+    A huge page that the range covers in part is mapped by PTEs first. `keep_guards`: guard markers stay.
     """
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
@@ -77,12 +79,3 @@ def _zap_one(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, keep_
             remove_page(core, mm, vma, entry & FIELD)
     elif entry & 0x1F != SWP_PTE_MARKER:
         core.swap.release(np.array([entry & FIELD], dtype=np.uint64))
-
-
-def free_tables(core: Core, mm: AddressSpace, floor: int, ceiling: int) -> None:
-    """Free page tables that hold nothing between two VMAs."""
-    if floor < ceiling:
-        mm.tables.free_range(floor, ceiling)
-
-
-__all__ += ["free_tables", "remove_pmd"]
