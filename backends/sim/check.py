@@ -73,10 +73,16 @@ def _vmas(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     for mm in spaces:
         position = 0
         for vma in mm.vmas:
-            if vma.start < position or vma.end <= vma.start or (vma.start | vma.end) & core.geometry.page_size - 1:
+            if (
+                vma.start < position
+                or vma.end <= vma.start
+                or (vma.start | vma.end) & core.geometry.page_size - 1
+            ):
                 yield Finding("VMAs are ascending, disjoint and page-aligned", f"{vma.start:#x}-{vma.end:#x}")
             if bool(vma.flags & VmFlag.UFFD) != (vma.uffd is not None):
-                yield Finding("a VMA has userfaultfd flags if and only if it has a context", f"{vma.start:#x}")
+                yield Finding(
+                    "a VMA has userfaultfd flags if and only if it has a context", f"{vma.start:#x}"
+                )
             position = vma.end
 
 
@@ -122,7 +128,9 @@ class _Mappings:
                 total += int(np.count_nonzero(entries))
                 present = entries[(entries & _PRESENT) != 0]
                 if (present & np.uint64(WRITE | UFFD_WP) == np.uint64(WRITE | UFFD_WP)).any():
-                    self.bad.append(Finding("a write-protected entry may not be written", f"{extent.start:#x}"))
+                    self.bad.append(
+                        Finding("a write-protected entry may not be written", f"{extent.start:#x}")
+                    )
                 if not vma.flags & VmFlag.WRITE and (present & np.uint64(WRITE)).any():
                     self.bad.append(Finding("an entry allows no more than its VMA", f"{extent.start:#x}"))
                 pfns = (present & _FIELD).astype(np.int64)
@@ -143,7 +151,9 @@ class _Mappings:
                     self._of(mm, head, count)
                 swap = entries[swap_entries(entries)] & _FIELD
                 self.slots.update(swap.tolist())
-        everywhere = sum(int(np.count_nonzero(e.entries)) for e in mm.tables.extents(0, core.geometry.task_size))
+        everywhere = sum(
+            int(np.count_nonzero(e.entries)) for e in mm.tables.extents(0, core.geometry.task_size)
+        )
         if everywhere != total:
             self.bad.append(Finding("entries lie inside VMAs", f"{everywhere - total} do not"))
 
@@ -184,7 +194,11 @@ def _compound(core: Core, maps: _Mappings) -> Iterator[Finding]:
         yield Finding("tails follow their head", _some(wrong))
     for head, folio in core.memory.large.items():
         counted = maps.by_mm.get(head, Counter())
-        if dict(counted) != folio.by_mm or folio.mapped != sum(counted.values()) or folio.entire != maps.entire[head]:
+        if (
+            dict(counted) != folio.by_mm
+            or folio.mapped != sum(counted.values())
+            or folio.entire != maps.entire[head]
+        ):
             yield Finding("a large folio counts its mappings by address space", f"{head:#x}")
 
 

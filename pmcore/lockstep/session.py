@@ -1,0 +1,117 @@
+"""A session: many random programs in lockstep, the first that differs shrunk to the smallest that still does.
+
+Needs the `lockstep` extra (Hypothesis).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as hypothesis_seed
+
+from pmcore.errors import NotModelled
+from pmcore.lockstep.programs import programs as random_programs
+from pmcore.lockstep.run import Result, lockstep
+from pmcore.program import Program
+from pmcore.protocols import Workbench
+
+__all__ = ["Report", "session"]
+
+
+@attrs.define(kw_only=True)
+class Report:
+    """What a session came to."""
+
+    seed: int
+    programs: int = 0
+    steps: int = 0
+    scans: int = 0
+    seconds: float = 0.0
+    #: Programs that were not compared to their end, because of a step that a side does not model; what, and how often.
+    not_modelled: Counter[str] = attrs.field(factory=Counter)
+    masked: Counter[str] = attrs.field(factory=Counter)
+    reached: Counter[str] = attrs.field(factory=Counter)
+    #: The smallest program that differs, if any does.
+    difference: Result | None = None
+
+    def add(self, result: Result) -> None:
+        """Count a program that was compared."""
+        self.programs += 1
+        self.steps += result.steps
+        self.scans += result.scans
+        self.masked.update(result.masked)
+        self.reached.update(result.reached)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain values, for JSON."""
+        found = self.difference
+        return {
+            "seed": self.seed,
+            "programs": self.programs,
+            "steps": self.steps,
+            "scans": self.scans,
+            "seconds": round(self.seconds, 3),
+            "differences": 0 if found is None else 1,
+            "masks": dict(sorted(self.masked.items())),
+            "not_modelled": dict(sorted(self.not_modelled.items())),
+            "reached": {key: count for key, count in sorted(self.reached.items()) if count},
+        }
+
+
+class _Differs(Exception):
+    """Thrown to Hypothesis, which looks for a smaller program that throws it."""
+
+
+def session(
+    left: Callable[[], Workbench],
+    right: Callable[[], Workbench],
+    *,
+    programs: int,
+    steps: int = 40,
+    seed: int = 0,
+    progress: Callable[[Report], object] | None = None,
+) -> Report:
+    """Compare `programs` random programs of up to `steps` steps; ends early at one that differs, shrunk.
+
+    `left` and `right` give the workbench for a program: a fresh one, or always the same. The same seed gives the same
+    programs, with the same version of Hypothesis.
+    """
+    report = Report(seed=seed)
+    began = time.monotonic()
+
+    def compare(program: Program) -> None:
+        try:
+            result = lockstep(program, left(), right())
+        except NotModelled as error:
+            if report.difference is None:
+                report.not_modelled[error.what] += 1
+            return
+        if report.difference is None:
+            report.add(result)
+            report.seconds = time.monotonic() - began
+            if progress is not None:
+                progress(report)
+        if not result.agrees:
+            report.difference = result
+            raise _Differs
+
+    run = settings(
+        max_examples=programs,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink),
+        print_blob=False,
+    )(given(random_programs(max_steps=steps))(compare))
+    try:
+        hypothesis_seed(seed)(run)()
+    except _Differs as difference:
+        difference.__traceback__ = None
+    report.seconds = time.monotonic() - began
+    return report
