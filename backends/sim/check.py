@@ -177,8 +177,7 @@ def _compound(core: Core, maps: _Mappings) -> Iterator[Finding]:
     frames = core.memory.frames
     expected = np.zeros(frames.rows, dtype=np.int32)
     folios = [(f.head, f.pages) for f in core.memory.large.values()]
-    if core.huge_zero_pfn:
-        folios.append((core.huge_zero_pfn, core.geometry.pmd_pages))
+    folios += [(head, 1 << order) for head, order in core.memory.kernel_folios.items()]
     for head, pages in folios:
         if head % pages:
             yield Finding("a compound page is aligned to its size", f"{head:#x}")

@@ -245,9 +245,10 @@ def _min_watermark(memory: int) -> int:
 
 def _boot(memory: Memory) -> None:
     """What the kernel keeps from the start: the first frames (frame 0 is never anybody's), and its slabs."""
-    for flags, count in ((PageFlag.RESERVED, 16), (PageFlag.SLAB, 16)):
-        for _ in range(count):
-            memory.frames.flags_at[memory.block(0, kernel=True)] = int(flags)
+    for _ in range(16):
+        memory.frames.flags_at[memory.block(0, kernel=True)] = int(PageFlag.RESERVED)
+    for _ in range(2):
+        memory.kernel_folio(3, int(PageFlag.SLAB))
 
 
 def _zones(

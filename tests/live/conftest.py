@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pmcore.errors import NotModelled
+from pmcore.registry import open_workbench
+
 PAGE = 4096
 PMD = 1 << 21
 _places = itertools.count(0x1000_0000_0000, 1 << 30)
@@ -22,18 +25,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("live"))  # they turn the machine's knobs: one at a time
 
 
-@pytest.fixture(scope="session")
-def bench() -> Iterator[Any]:
+@pytest.fixture(scope="session", params=["procfs", "sim"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Each rule is tried on the running kernel and on the simulated machine."""
+    if request.param == "sim":
+        with open_workbench("sim", memory="256 MiB", swap="64 MiB", kernel="6.18", config=["!CONFIG_MEM_SOFT_DIRTY"]) as machine:
+            yield machine
+        return
     if not sys.platform.startswith("linux"):
         pytest.skip("needs a running Linux kernel")
-    from pmcore.backends.procfs.workbench import open_workbench
-
-    with open_workbench() as workbench:
+    with open_workbench("procfs") as workbench:
         if not workbench.kernel.pfn_visible:
             pytest.skip("needs CAP_SYS_ADMIN: frame numbers are hidden")
         if workbench.kernel.profile.geometry.page_size != PAGE:
             pytest.skip("written for pages of 4 KiB")
         yield workbench
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    except NotModelled as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def _where_it_makes_sense(request: pytest.FixtureRequest) -> None:
+    """`procfs_only` tests look at what only a running kernel has."""
+    if request.node.get_closest_marker("procfs_only") and "bench" in request.fixturenames:
+        if request.getfixturevalue("bench").kernel.name != "procfs":
+            pytest.skip("about a running kernel")
 
 
 @pytest.fixture(scope="session")
@@ -75,14 +97,13 @@ def needs(kernel: Any) -> Callable[..., None]:
 
 
 @pytest.fixture
-def look(kernel: Any) -> Callable[..., tuple[Any, Any, np.ndarray]]:
+def look(bench: Any, kernel: Any) -> Callable[..., tuple[Any, Any, np.ndarray]]:
     """(entries, flags, counts) of pages of a task; batches of pages on their way to the LRU lists are drained first."""
-    from pmcore.backends.procfs.workbench import drain_lru
     from pmcore.pageflags import PageFlagsArray
     from pmcore.protocols import FrameFile
 
     def see(task: Any, start: int, pages: int) -> tuple[Any, Any, np.ndarray]:
-        drain_lru()
+        bench.settle()
         entries = task.process.pagemap(start, start + pages * PAGE)
         flags = kernel.frames_at(FrameFile.KPAGEFLAGS, entries.pfn)
         counts = kernel.frames_at(FrameFile.KPAGECOUNT, entries.pfn)

@@ -114,6 +114,7 @@ def test_file_pages_are_dirty_until_written_out(task, area, look):
 
 
 @pytest.mark.rule("KG-001", "KG-003")
+@pytest.mark.procfs_only
 def test_cgroup_of_a_frame(task, area, kernel, needs):
     needs("kpagecgroup")
     lines = Path(f"/proc/{task.pid}/cgroup").read_text().splitlines()

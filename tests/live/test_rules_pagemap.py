@@ -292,6 +292,7 @@ def test_reads_are_whole_words(task, area):
 
 
 @pytest.mark.rule("PM-025", "AC-009")
+@pytest.mark.procfs_only
 def test_dead_process_reads_as_nothing(bench):
     task = bench.spawn()
     process = bench.kernel.process(task.pid)
@@ -306,6 +307,7 @@ def test_dead_process_reads_as_nothing(bench):
 
 
 @pytest.mark.rule("PM-021", "PM-022")
+@pytest.mark.procfs_only
 def test_only_what_maps_says_is_populated(task, kernel):
     shown = sum(v.length // PAGE for v in task.process.maps() if v.end <= kernel.profile.geometry.task_size)
     present = sum(
@@ -350,6 +352,7 @@ for path in ("/proc/kpageflags", "/proc/kpagecount", "/proc/1/pagemap"):
 
 
 @pytest.mark.rule("AC-001", "AC-003", "AC-004", "AC-007")
+@pytest.mark.procfs_only
 def test_unprivileged_user(kernel):
     """Without privilege: own pagemap without frame numbers, no frame files, nobody else's pagemap."""
     if os.getuid() != 0:
@@ -364,6 +367,7 @@ def test_unprivileged_user(kernel):
 
 
 @pytest.mark.rule("AC-003")
+@pytest.mark.procfs_only
 def test_it_is_the_openers_privilege_that_counts(task, area):
     """A descriptor opened by root shows frame numbers also to one who has dropped his privilege since."""
     if os.getuid() != 0:
@@ -411,6 +415,7 @@ def test_clear_refs(task, area, kernel):
 
 
 @pytest.mark.rule("AC-008", "AC-013")
+@pytest.mark.procfs_only
 def test_vsyscall_is_in_maps_and_not_in_pagemap(task, kernel, needs):
     from pmcore.backends.procfs import open_kernel
 
@@ -426,6 +431,7 @@ def test_vsyscall_is_in_maps_and_not_in_pagemap(task, kernel, needs):
 
 
 @pytest.mark.rule("AC-001", "AC-006")
+@pytest.mark.procfs_only
 def test_another_users_process(kernel):
     if os.getuid() != 0:
         pytest.skip("needs root, to become nobody")
@@ -445,6 +451,7 @@ def test_another_users_process(kernel):
 
 
 @pytest.mark.rule("AC-011")
+@pytest.mark.procfs_only
 def test_threads_share_a_descriptor(kernel):
     import threading
 

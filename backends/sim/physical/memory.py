@@ -61,6 +61,8 @@ class Memory:
         self.contents = contents
         #: Large folios by their head.
         self.large: dict[int, LargeFolio] = {}
+        #: Order of the compound pages that the kernel keeps for itself, by head.
+        self.kernel_folios: dict[int, int] = {}
         #: Asked for that many frames when memory runs out; says whether trying again makes sense.
         self.reclaim: Callable[[int], bool] = lambda _pages: False
         #: Counts upwards with every page that goes on an LRU list.
@@ -121,6 +123,13 @@ class Memory:
         frames.behind[head : head + pages] = np.arange(pages, dtype=np.int32)
         folio = self.large[head] = LargeFolio(head, order)
         return folio
+
+    def kernel_folio(self, order: int, flags: int) -> int:
+        """The head of a compound page that the kernel keeps for itself."""
+        folio = self.folio(order, flags)
+        del self.large[folio.head]  # processes do not map it
+        self.kernel_folios[folio.head] = order
+        return folio.head
 
     def on_lru(self, first: int, pages: int = 1) -> None:
         """Put a folio at the head of its LRU list."""

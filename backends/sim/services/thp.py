@@ -47,10 +47,7 @@ def order_allowed(core: Core, vma: VmArea, addr: int) -> bool:
 def huge_zero(core: Core) -> int:
     """The first frame of the huge zero page. Raises NoMemory."""
     if not core.huge_zero_pfn:
-        order = core.geometry.pmd_order
-        folio = core.memory.folio(order, core.caps.huge_zero_flags)
-        del core.memory.large[folio.head]  # nobody counts who maps it
-        core.huge_zero_pfn = folio.head
+        core.huge_zero_pfn = core.memory.kernel_folio(core.geometry.pmd_order, core.caps.huge_zero_flags)
     return core.huge_zero_pfn
 
 
