@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,6 +15,7 @@ from pmcore.arrays import U64Array
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.capabilities import Capabilities, capabilities
 from pmcore.backends.sim.check import check
+from pmcore.backends.sim.checkpoint import State, capture, load, rebuild, save
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.frames import Frames
@@ -22,15 +24,15 @@ from pmcore.backends.sim.process import SimProcess
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
 from pmcore.backends.sim.task import SimTask
 from pmcore.backends.sim.views import frames as frame_view
-from pmcore.backends.sim.virtual.space import AddressSpace, anon_numbers
+from pmcore.backends.sim.virtual.space import AddressSpace
 from pmcore.backends.sim.virtual.tables import TablePool
-from pmcore.errors import ArgumentError, syscall_error
+from pmcore.errors import ArgumentError, FormatError, syscall_error
 from pmcore.geometry import Geometry, parse_size
 from pmcore.profile import KernelProfile, preset
 from pmcore.protocols import FrameFile, Kernel, Workbench
 from pmcore.uapi import Errno, PageFlag
 
-__all__ = ["Core", "Policy", "SimMachine"]
+__all__ = ["Core", "Policy", "SimMachine", "SwapSettings", "load_machine", "make_machine"]
 
 #: Below 4 GiB lies ZONE_DMA32.
 _DMA32_END = 4 << 30
@@ -71,8 +73,8 @@ class Core:
         memory.frames.flags_at[self.zero_pfn] = self.caps.zero_flags
         self.huge_zero_pfn = 0
         self.pool = TablePool(memory, profile.geometry)
-        self.anon_numbers = anon_numbers()
-        self.space_numbers = itertools.count(1)
+        #: The last number given, by what was numbered.
+        self.numbers: dict[str, int] = {}
         #: Locked mappings of a folio by its first frame, where there is more than one.
         self.mlocks: dict[int, int] = {}
         #: Bit that a written entry gets, 0 where soft-dirty is not tracked.
@@ -86,6 +88,11 @@ class Core:
     def count(self, event: str, times: int = 1) -> None:
         """Count something that happened."""
         self.counters[event] += times
+
+    def number(self, what: str) -> int:
+        """A number that nothing of that sort had before."""
+        self.numbers[what] = self.numbers.get(what, 0) + 1
+        return self.numbers[what]
 
     def may_lock(self, mm: AddressSpace, length: int) -> bool:
         """Whether RLIMIT_MEMLOCK lets so many bytes more be locked."""
@@ -133,7 +140,19 @@ class SimMachine(Kernel, Workbench):
                 large_folios=area.large_folios,
             )
         self._tasks: dict[int, SimTask] = {}
-        self._pids = itertools.count(1)
+        #: Every task there ever was: who holds one finds it alive again after `restore`.
+        self._known: dict[int, SimTask] = {}
+        self._settings = {
+            "memory": memory,
+            "profile": {
+                "name": profile.name,
+                "capabilities": sorted(profile.capabilities),
+                "config": sorted(profile.config),
+                "arch": profile.arch,
+                "geometry": attrs.asdict(profile.geometry),
+            },
+            "privileged": privileged,
+        }
         self._closed = False
 
     # -- the workbench ---------------------------------------------------------------------------------
@@ -145,12 +164,12 @@ class SimMachine(Kernel, Workbench):
 
     def spawn(self) -> SimTask:
         """A fresh task with an empty address space."""
-        return self.adopt(AddressSpace(self.core, next(self.core.space_numbers)))
+        return self.adopt(AddressSpace(self.core, self.core.number("space")))
 
     def adopt(self, mm: AddressSpace) -> SimTask:
         """A task for an address space."""
-        task = SimTask(self, next(self._pids), mm)
-        self._tasks[task.pid] = task
+        task = SimTask(self, self.core.number("pid"), mm)
+        self._tasks[task.pid] = self._known[task.pid] = task
         return task
 
     def tasks(self) -> Iterable[SimTask]:
@@ -209,6 +228,33 @@ class SimMachine(Kernel, Workbench):
             raise syscall_error(int(Errno.ESRCH), f"process({pid})", remedy="see pids() for those there are")
         return self._tasks[pid].process
 
+    # -- going back ------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> State:
+        """The whole state now, to go back to."""
+        return capture(self.core, {pid: task.mm for pid, task in self._tasks.items()})
+
+    def restore(self, state: State) -> None:
+        """Go back to a checkpoint of this machine; tasks that ended since live again, younger ones are gone."""
+        spaces = rebuild(self.core, state)
+        for pid, task in list(self._tasks.items()):
+            if pid not in spaces:
+                task.alive = False
+                self.forget(task)
+        for pid, mm in spaces.items():
+            task = self._known.get(pid) or SimTask(self, pid, mm)
+            task.mm, task.alive = mm, True
+            self._known[pid] = self._tasks[pid] = task
+        self._tasks = dict(sorted(self._tasks.items()))
+
+    def digest(self) -> str:
+        """SHA-256 of the whole state, the same on every platform for the same history."""
+        return self.checkpoint().digest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the machine to a file that `load_machine` reads."""
+        save(self.checkpoint(), self._settings, path)
+
     def check(self) -> None:
         """Verify every invariant of the state. Raises BrokenInvariant that names what does not hold."""
         check(self.core, [task.mm for task in self._tasks.values()])
@@ -246,7 +292,8 @@ def _min_watermark(memory: int) -> int:
 def _boot(memory: Memory) -> None:
     """What the kernel keeps from the start: the first frames (frame 0 is never anybody's), and its slabs."""
     for _ in range(16):
-        memory.frames.flags_at[memory.block(0, kernel=True)] = int(PageFlag.RESERVED)
+        pfn = memory.block(0, kernel=True)
+        memory.frames.flags_at[pfn] = int(PageFlag.RESERVED)
     for _ in range(2):
         memory.kernel_folio(3, int(PageFlag.SLAB))
 
@@ -310,3 +357,25 @@ def make_machine(
         holes=[(parse_size(low), parse_size(high)) for low, high in holes],
         privileged=privileged,
     )
+
+
+def load_machine(path: str | Path) -> SimMachine:
+    """The machine that `SimMachine.save` wrote, with its tasks. Raises FormatError, OSError."""
+    state, settings = load(path)
+    try:
+        shape = settings["profile"]
+        profile = KernelProfile(
+            name=shape["name"],
+            capabilities=frozenset(shape["capabilities"]),
+            config=frozenset(shape["config"]),
+            arch=shape["arch"],
+            geometry=Geometry(**shape["geometry"]),
+        )
+        machine = make_machine(
+            memory=settings["memory"], swap=0, kernel=profile, privileged=settings["privileged"]
+        )
+        machine.restore(state)
+        machine.check()
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        raise FormatError(f"not a saved machine: {type(error).__name__}: {error}", source=str(path)) from None
+    return machine

@@ -246,7 +246,7 @@ class SimTask(Task):
     def fork(self) -> SimTask:
         """fork(2)."""
         self._ready("fork")
-        child = AddressSpace(self._core, next(self._core.space_numbers))
+        child = AddressSpace(self._core, self._core.number("space"))
         child.files = dict(self.mm.files)
         try:
             forking.fork(self._core, self.mm, child)

@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def bench(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each rule is tried on the running kernel and on the simulated machine."""
     if request.param == "sim":
-        with open_workbench("sim", memory="256 MiB", swap="64 MiB", kernel="6.18", config=["!CONFIG_MEM_SOFT_DIRTY"]) as machine:
+        with open_workbench(
+            "sim", memory="256 MiB", swap="64 MiB", kernel="6.18", config=["!CONFIG_MEM_SOFT_DIRTY"]
+        ) as machine:
             yield machine
         return
     if not sys.platform.startswith("linux"):
@@ -53,9 +55,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _where_it_makes_sense(request: pytest.FixtureRequest) -> None:
     """`procfs_only` tests look at what only a running kernel has."""
-    if request.node.get_closest_marker("procfs_only") and "bench" in request.fixturenames:
-        if request.getfixturevalue("bench").kernel.name != "procfs":
-            pytest.skip("about a running kernel")
+    about = request.node.get_closest_marker("procfs_only") and "bench" in request.fixturenames
+    if about and request.getfixturevalue("bench").kernel.name != "procfs":
+        pytest.skip("about a running kernel")
 
 
 @pytest.fixture(scope="session")

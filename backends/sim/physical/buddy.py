@@ -183,6 +183,12 @@ class Zone:
             heap += blocks.tolist()
             heapq.heapify(heap)
 
+    def find_blocks(self) -> None:
+        """Make the heaps anew from the frame table."""
+        orders = self.frames.free_order[self.start : min(self.frontier, len(self.frames.free_order))]
+        for order in range(MAX_ORDER + 1):
+            self._heaps[order] = (np.flatnonzero(orders == order + 1) + self.start).tolist()
+
     # -- looking ---------------------------------------------------------------------------------------
 
     def free_counts(self) -> list[int]:

@@ -24,6 +24,19 @@ class Contents:
         """Rows that somebody owns."""
         return self._used - 1 - len(self._free)
 
+    @property
+    def free_rows(self) -> list[int]:
+        """Rows to be used again, the last first."""
+        return self._free
+
+    def capture(self) -> NDArray[np.uint8]:
+        """All rows ever used."""
+        return self._pool[: self._used].copy()
+
+    def restore(self, rows: NDArray[np.uint8], free: list[int]) -> None:
+        """What `capture` and `free_rows` gave."""
+        self._pool, self._used, self._free = rows.copy(), len(rows), list(free)
+
     def take(self, count: int) -> Rows:
         """`count` rows of zeros."""
         recycled = [self._free.pop() for _ in range(min(count, len(self._free)))]

@@ -80,6 +80,12 @@ class Frames:
             self._set(name, grown)
         self.rows = rows
 
+    def replace(self, columns: dict[str, NDArray[Any]], rows: int) -> None:
+        """Put other columns in the place of all."""
+        for name, column in columns.items():
+            self._set(name, column)
+        self.rows = rows
+
     def head(self, pfn: int) -> int:
         """The head of the compound page of `pfn`, or `pfn` itself."""
         return pfn - self.behind_at[pfn]

@@ -46,7 +46,7 @@ def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
             copy.anon_vma, copy.chain = None, 0
         elif vma.anon_vma is not None:
             # The parent's chain and one of its own, which new pages of the child belong to.
-            copy.anon_vma, copy.chain = AnonVma(next(core.anon_numbers)), vma.chain + 1
+            copy.anon_vma, copy.chain = AnonVma(core.number("anon_vma")), vma.chain + 1
         child.vmas.add(copy)
         if not vma.flags & VmFlag.WIPEONFORK and (
             vma.anon_vma is not None or copy.flags & (VmFlag.UFFD_WP | VmFlag.MAYBE_GUARD)

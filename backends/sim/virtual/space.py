@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.virtual.tables import PageTables
@@ -17,12 +16,12 @@ __all__ = ["AddressSpace"]
 class AddressSpace:
     """What the kernel calls an mm."""
 
-    def __init__(self, core: Core, number: int) -> None:
+    def __init__(self, core: Core, number: int, *, root: int | None = None) -> None:
         self.core = core
         #: Its identity in the counts of large folios.
         self.number = number
-        self.vmas = VmaList(core.geometry.page_shift)
-        self.tables = PageTables(core.pool, core.geometry)
+        self.vmas = VmaList(core.geometry.page_shift, self._cut)
+        self.tables = PageTables(core.pool, core.geometry, root=root)
         #: Flags that every new mapping gets (mlockall).
         self.def_flags = 0
         self.brk_start = self.brk = 0
@@ -63,6 +62,23 @@ class AddressSpace:
         self.alive = False
         self.files.clear()
 
+    def _cut(self, vma: VmArea, addr: int) -> None:
+        from pmcore.backends.sim.services import thp
+
+        thp.split_at(self.core, self, vma, addr)
+
+    @classmethod
+    def bare(cls, core: Core, number: int) -> AddressSpace:
+        """One whose tables are to be named yet."""
+        return cls(core, number, root=0)
+
+    @classmethod
+    def gone(cls, core: Core, number: int) -> AddressSpace:
+        """One that has exited, for the userfaultfds that still name it."""
+        space = cls.bare(core, number)
+        space.alive = False
+        return space
+
     @property
     def locked(self) -> int:
         """Bytes that VM_LOCKED mappings cover."""
@@ -84,7 +100,7 @@ class AddressSpace:
             ):
                 vma.anon_vma, vma.chain = owner.anon_vma, 1
                 return
-        vma.anon_vma, vma.chain = AnonVma(next(self.core.anon_numbers)), 1
+        vma.anon_vma, vma.chain = AnonVma(self.core.number("anon_vma")), 1
 
     def _alike(self, left: VmArea, right: VmArea) -> bool:
         if left.end != right.start or (left.flags ^ right.flags) & ~(VmFlag.ACCESS | VmFlag.STICKY):
@@ -95,8 +111,3 @@ class AddressSpace:
         """How far page tables may be freed when the VMA goes: up to its neighbours."""
         before, after = self.vmas.before(vma), self.vmas.after(vma)
         return before.end if before else 0, after.start if after else self.core.geometry.task_size
-
-
-def anon_numbers() -> itertools.count[int]:
-    """Numbers for anon_vmas."""
-    return itertools.count(1)

@@ -46,6 +46,20 @@ class TablePool:
         """Tables that there are."""
         return self._used - 1 - len(self._free)
 
+    @property
+    def free_rows(self) -> list[int]:
+        """Rows to be used again, the last first."""
+        return self._free
+
+    def capture(self) -> tuple[U64Array, NDArray[np.int64]]:
+        """All rows ever used, and the frames that they lie on."""
+        return self.rows[: self._used].copy(), self.pfns[: self._used].copy()
+
+    def restore(self, rows: U64Array, pfns: NDArray[np.int64], free: list[int]) -> None:
+        """What `capture` and `free_rows` gave."""
+        self._set(rows.copy())
+        self.pfns, self._used, self._free = pfns.copy(), len(rows), list(free)
+
     def take(self, count: int) -> list[int]:
         """`count` empty tables; neighbouring rows where there are no freed ones to use again. Raises NoMemory."""
         pfns = self.memory.table_pages(count)
@@ -90,7 +104,7 @@ class Extent:
 class PageTables:
     """One address space's tree. Levels count from the PTEs: level 0 tables hold PTEs, level 1 tables PMDs."""
 
-    def __init__(self, pool: TablePool, geometry: Geometry) -> None:
+    def __init__(self, pool: TablePool, geometry: Geometry, *, root: int | None = None) -> None:
         self.pool = pool
         self.geometry = geometry
         self.page_shift = geometry.page_shift
@@ -99,7 +113,7 @@ class PageTables:
         self._mask = pool.entries - 1
         self._order = pool.order
         self._top = geometry.levels - 1
-        self.root = pool.take(1)[0]
+        self.root = pool.take(1)[0] if root is None else root
         #: Tables by level, for /proc/PID/status (VmPTE) and check().
         self.tables = [0] * geometry.levels
         self.tables[self._top] = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
 
@@ -109,8 +109,10 @@ class VmArea:
 class VmaList:
     """The VMAs of an address space, ascending, never overlapping."""
 
-    def __init__(self, page_shift: int) -> None:
+    def __init__(self, page_shift: int, before_split: Callable[[VmArea, int], object]) -> None:
         self._page_shift = page_shift
+        #: Told of a boundary that is about to be: a huge page that it cuts through has to be mapped by PTEs.
+        self._before_split = before_split
         self._starts: list[int] = []
         self._vmas: list[VmArea] = []
 
@@ -183,6 +185,7 @@ class VmaList:
         vma = self.at(addr)
         if vma is None or vma.start == addr:
             return
+        self._before_split(vma, addr)
         upper = attrs.evolve(vma, start=addr, pgoff=vma.pgoff + (addr - vma.start >> self._page_shift))
         vma.end = addr
         self.add(upper)

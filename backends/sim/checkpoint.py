@@ -1,0 +1,242 @@
+"""A machine's whole state as plain values and arrays: to go back to, to save in a file, to compare by one digest."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from pmcore.backends.sim.physical.buddy import Zone
+from pmcore.backends.sim.physical.memory import LargeFolio
+from pmcore.backends.sim.services.swap import SwapArea
+from pmcore.backends.sim.services.userfaultfd import Userfaultfd
+from pmcore.backends.sim.virtual.space import AddressSpace
+from pmcore.backends.sim.virtual.vma import AnonVma, VmArea
+from pmcore.errors import FormatError
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+
+__all__ = ["State", "capture", "load", "rebuild", "save"]
+
+_VERSION = 1
+_FRAMES = ("flags", "mapcount", "behind", "content", "swap", "lru", "free_order")
+_AREA = ("counts", "cached", "content", "shadow")
+_SCALARS = ("zero_pfn", "huge_zero_pfn", "mmap_min", "mmap_base", "stack_limit")
+
+
+@attrs.frozen(eq=False)
+class State:
+    """Words (plain values that JSON can hold) and arrays by name."""
+
+    words: dict[str, Any]
+    arrays: dict[str, NDArray[Any]]
+
+    def digest(self) -> str:
+        """SHA-256 of all of it: equal states, equal digests, on every platform."""
+        total = hashlib.sha256(json.dumps(self.words, sort_keys=True).encode())
+        for name, array in sorted(self.arrays.items()):
+            total.update(name.encode())
+            total.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+        return total.hexdigest()
+
+
+def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
+    """The state now; later changes do not touch it."""
+    memory, pool = core.memory, core.pool
+    frames, contents = memory.frames, memory.contents
+    rows = frames.rows
+    arrays: dict[str, NDArray[Any]] = {
+        f"frames.{name}": getattr(frames, name)[:rows].copy() for name in _FRAMES
+    }
+    arrays["pool.rows"], arrays["pool.pfns"] = pool.capture()
+    arrays["contents"] = contents.capture()
+    uffds: dict[int, tuple[int, Userfaultfd]] = {}
+
+    def uffd(context: object) -> int | None:
+        if not isinstance(context, Userfaultfd):
+            return None
+        return uffds.setdefault(id(context), (len(uffds), context))[0]
+
+    spaces = [_space(mm, uffd) for mm in tasks.values()]
+    for area in core.swap.areas:
+        if area is not None:
+            arrays |= {f"swap.{area.number}.{name}": getattr(area, name).copy() for name in _AREA}
+    words = {
+        "pmcore_sim_state": _VERSION,
+        "scalars": {name: getattr(core, name) for name in _SCALARS},
+        "numbers": dict(sorted(core.numbers.items())),
+        "counters": dict(sorted(core.counters.items())),
+        "mlocks": sorted(core.mlocks.items()),
+        "policy": attrs.asdict(core.policy),
+        "memory": {name: getattr(memory, name) for name in ("lru_clock", "age", "reserve")},
+        "frames": [frames.count, rows],
+        "zones": [_zone(zone) for zone in memory.zones],
+        "kernel_folios": sorted(memory.kernel_folios.items()),
+        "large": [
+            [f.head, f.order, f.entire, f.mapped, sorted(f.by_mm.items())]
+            for _, f in sorted(memory.large.items())
+        ],
+        "contents_free": list(contents.free_rows),
+        "pool_free": list(pool.free_rows),
+        "swap": [None if area is None else _area(area) for area in core.swap.areas],
+        "spaces": spaces,
+        "pids": list(tasks),
+        "uffds": [
+            [context.mm.number, context.features] for _, context in sorted(uffds.values(), key=lambda u: u[0])
+        ],
+    }
+    return State(words, arrays)
+
+
+def _folio(folio: LargeFolio) -> list[Any]:
+    return [folio.head, folio.order, folio.entire, folio.mapped, sorted(folio.by_mm.items())]
+
+
+def _zone(zone: Zone) -> list[Any]:
+    return [zone.start, zone.end, zone.name, zone.node, zone.frontier, zone.free_pages]
+
+
+def _area(area: SwapArea) -> list[Any]:
+    return [area.slots, area.priority, area.immediate, area.large_folios, area.used, area.hint]
+
+
+def _space(mm: AddressSpace, uffd: Any) -> dict[str, Any]:
+    vmas = [
+        [
+            v.start,
+            v.end,
+            v.flags,
+            v.pgoff,
+            v.anon_vma.number if v.anon_vma else None,
+            v.chain,
+            uffd(v.uffd),
+            v.name,
+        ]
+        for v in mm.vmas
+    ]
+    return {
+        "number": mm.number,
+        "vmas": vmas,
+        "root": mm.tables.root,
+        "tables": list(mm.tables.tables),
+        "def_flags": mm.def_flags,
+        "brk": [mm.brk_start, mm.brk],
+        "soft_dirty_cleared": mm.soft_dirty_cleared,
+        "files": [[fd, uffd(file)] for fd, file in sorted(mm.files.items())],
+    }
+
+
+def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
+    """Put a captured state into a core of the same settings; the address spaces by task number."""
+    words, arrays = state.words, state.arrays
+    memory = core.memory
+    count, rows = words["frames"]
+    frames = memory.frames
+    frames.count = count
+    frames.replace({name: arrays[f"frames.{name}"].copy() for name in _FRAMES}, rows)
+    memory.zones[:] = [_rebuild_zone(core, *zone) for zone in words["zones"]]
+    for name, value in words["memory"].items():
+        setattr(memory, name, value)
+    memory.kernel_folios = dict(map(tuple, words["kernel_folios"]))
+    memory.large = {
+        head: LargeFolio(head, order, entire, mapped, dict(map(tuple, by_mm)))
+        for head, order, entire, mapped, by_mm in words["large"]
+    }
+    memory.contents.restore(arrays["contents"], words["contents_free"])
+    core.pool.restore(arrays["pool.rows"], arrays["pool.pfns"], words["pool_free"])
+    for name, value in words["scalars"].items():
+        setattr(core, name, value)
+    core.numbers.clear()
+    core.numbers.update(words["numbers"])
+    core.counters.clear()
+    core.counters.update(words["counters"])
+    core.mlocks = dict(map(tuple, words["mlocks"]))
+    for name, value in words["policy"].items():
+        setattr(core.policy, name, value)
+    core.swap.areas = [
+        None if area is None else _rebuild_area(number, area, arrays)
+        for number, area in enumerate(words["swap"])
+    ]
+    anon: dict[int, AnonVma] = {}
+    spaces = {space["number"]: AddressSpace.bare(core, space["number"]) for space in words["spaces"]}
+    contexts = [
+        Userfaultfd(spaces.get(number) or AddressSpace.gone(core, number), f) for number, f in words["uffds"]
+    ]
+    for space in words["spaces"]:
+        _rebuild_space(spaces[space["number"]], space, anon, contexts)
+    return {pid: spaces[space["number"]] for pid, space in zip(words["pids"], words["spaces"], strict=True)}
+
+
+def _rebuild_zone(
+    core: Core, start: int, end: int, name: str, node: int, frontier: int, free_pages: int
+) -> Zone:
+    zone = Zone(core.memory.frames, start, end, name=name, node=node)
+    zone.frontier, zone.free_pages = frontier, free_pages
+    zone.find_blocks()
+    return zone
+
+
+def _rebuild_area(number: int, words: list[Any], arrays: dict[str, NDArray[Any]]) -> SwapArea:
+    slots, priority, immediate, large_folios, used, hint = words
+    area = SwapArea(number, slots, priority, immediate, large_folios)
+    area.used, area.hint = used, hint
+    for name in _AREA:
+        setattr(area, name, arrays[f"swap.{number}.{name}"].copy())
+    return area
+
+
+def _rebuild_space(
+    mm: AddressSpace, words: dict[str, Any], anon: dict[int, AnonVma], contexts: list[Userfaultfd]
+) -> None:
+    for start, end, flags, pgoff, number, chain, uffd, name in words["vmas"]:
+        owner = None if number is None else anon.setdefault(number, AnonVma(number))
+        context = None if uffd is None else contexts[uffd]
+        mm.vmas.add(VmArea(start, end, flags, pgoff, owner, chain, context, name))
+    mm.tables.root = words["root"]
+    mm.tables.tables = list(words["tables"])
+    mm.def_flags = words["def_flags"]
+    mm.brk_start, mm.brk = words["brk"]
+    mm.soft_dirty_cleared = words["soft_dirty_cleared"]
+    mm.files = {fd: contexts[uffd] for fd, uffd in words["files"]}
+
+
+def save(state: State, settings: dict[str, Any], path: str | Path) -> None:
+    """Write a state and its machine's settings to a file: a zip of JSON and plain arrays."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("state.json", json.dumps({"settings": settings, **state.words}))
+        for name, array in sorted(state.arrays.items()):
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, array, allow_pickle=False)
+            archive.writestr(f"{name}.npy", buffer.getvalue())
+
+
+def load(path: str | Path) -> tuple[State, dict[str, Any]]:
+    """Read a state and its settings. Raises FormatError for what is none, OSError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            words = json.loads(archive.read("state.json"))
+            if words.get("pmcore_sim_state") != _VERSION:
+                raise FormatError(f"not a state of version {_VERSION}", source=str(path))
+            arrays = {
+                name.removesuffix(".npy"): np.lib.format.read_array(
+                    io.BytesIO(archive.read(name)), allow_pickle=False
+                )
+                for name in archive.namelist()
+                if name.endswith(".npy")
+            }
+    except (zipfile.BadZipFile, KeyError, ValueError, AttributeError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"not a saved machine: {error}", source=str(path)) from None
+    settings = words.pop("settings", None)
+    if not isinstance(settings, dict):
+        raise FormatError("no settings", source=str(path))
+    return State(words, arrays), settings

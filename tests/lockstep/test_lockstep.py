@@ -1,0 +1,155 @@
+"""Lockstep: it agrees with itself, finds planted differences, and the live kernel and the model agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import attrs
+import numpy as np
+import pytest
+
+from pmcore.errors import BackendUnavailable, NotModelled
+from pmcore.lockstep import Comparer, lockstep, take
+from pmcore.lockstep.session import session
+from pmcore.profile import preset
+from pmcore.program import Program, Run
+from pmcore.program import steps as s
+from pmcore.registry import open_workbench
+
+PAGE = 4096
+
+
+def sim(**settings):
+    return open_workbench("sim", **{"memory": "64 MiB", "swap": "16 MiB", "kernel": "6.18", **settings})
+
+
+PROGRAM = Program(
+    name="a bit of everything",
+    steps=(
+        s.Map(area="a", pages=1024, align=2 << 20),
+        s.Advise(area="a", pages=512, advice=14),
+        s.Touch(area="a", pages=3),
+        s.Write(area="a", offset=600 * PAGE, text="hello"),
+        s.Fork(child="c"),
+        s.Write(task="c", area="a", offset=600 * PAGE, text="H"),
+        s.Advise(area="a", page=600, pages=8, advice=21),
+        s.Scan(area="a", pages=1024),
+        s.Read(area="a", offset=600 * PAGE, length=5),
+        s.Exit(task="c"),
+        s.Unmap(area="a", page=4, pages=4),
+    ),
+)
+
+
+def test_a_machine_agrees_with_another():
+    result = lockstep(PROGRAM, sim(), sim(memory="128 MiB"))
+    assert result.agrees
+    assert (result.steps, result.scans) == (11, 1)
+    assert result.reached["step fork"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda look, task: task.words.__setitem__(0, task.words[0] ^ np.uint64(1 << 56)), "pagemap"),
+        (lambda look, task: task.words.__setitem__(0, task.words[1]), "one frame, two over there"),
+        (lambda look, task: look.kpagecount.__setitem__(0, 7), "kpagecount"),
+        (lambda look, task: look.kpageflags.__setitem__(0, 0), "kpageflags"),
+        (lambda look, task: task.in_core[0].__setitem__(0, False), "mincore"),
+    ],
+)
+def test_planted_differences_are_found(change, kind):
+    looks = []
+    for _ in range(2):
+        run = Run(PROGRAM, sim())
+        run.advance(s.Map(area="a", pages=8))
+        run.advance(s.Touch(area="a", pages=4))
+        looks.append(take(run))
+    assert Comparer().compare(*looks) == []
+    change(looks[1], looks[1].tasks["main"])
+    assert kind in {difference.kind for difference in Comparer().compare(*looks)}
+
+
+def test_other_outcomes_maps_and_counters_are_found():
+    old = sim(kernel=preset("6.12", config=["!CONFIG_MEM_SOFT_DIRTY"]))
+    guard = Program(name="x", steps=(s.Map(area="a", pages=4), s.Advise(area="a", pages=1, advice=102)))
+    result = lockstep(guard, old, sim(kernel=preset("6.18", config=["!CONFIG_MEM_SOFT_DIRTY"])))
+    assert result.differs_at == 1
+    assert {"outcome", "pagemap"} <= {difference.kind for difference in result.differences}
+    assert "22" in str(result.differences[0])
+
+
+def test_a_session_shrinks_what_differs():
+    """Two kernels that differ in one thing: the smallest program shows just that."""
+    one, other = sim().profile, sim().profile.changed(remove=["mm.guard_regions"])
+    report = session(lambda: sim(kernel=one), lambda: sim(kernel=other), programs=400, seed=5)
+    assert report.difference is not None
+    steps = report.difference.program.steps
+    assert len(steps) <= 8
+    assert isinstance(steps[-1], s.Advise)
+    assert steps[-1].advice in (102, 103)
+    assert json.dumps(report.as_dict())
+
+
+def test_a_session_counts():
+    report = session(sim, sim, programs=12, steps=12, seed=1)
+    assert report.difference is None
+    assert report.programs == 12
+    assert report.steps > 60
+    assert report.as_dict()["differences"] == 0
+
+
+def test_what_a_side_does_not_model_is_counted_apart():
+    with pytest.raises(NotModelled):
+        lockstep(Program(name="x", steps=(s.MemfdCreate(fd="f"),)), sim(), sim())
+
+
+def test_workbenches_have_names():
+    with pytest.raises(BackendUnavailable, match="did you mean 'sim'"):
+        open_workbench("simm")
+
+
+# -- against the running kernel --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def live():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs a running Linux kernel")
+    try:
+        bench = open_workbench("procfs", still=True, swap="256 MiB")
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    with bench:
+        if not bench.kernel.pfn_visible:
+            pytest.skip("needs CAP_SYS_ADMIN: frame numbers are hidden")
+        yield bench
+
+
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+def test_the_model_agrees_with_the_running_kernel(live):
+    """Fixed seeds; PMCORE_LOCKSTEP names how many programs, PMCORE_LOCKSTEP_SEED where they begin."""
+    if not live.kernel.profile.has("mm.mremap_many"):
+        pytest.skip("the model is held against kernels of its own version: this one is older than 6.17")
+    report = session(
+        lambda: sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile),
+        lambda: live,
+        programs=int(os.environ.get("PMCORE_LOCKSTEP", "150")),
+        seed=int(os.environ.get("PMCORE_LOCKSTEP_SEED", "1")),
+    )
+    found = report.difference
+    assert found is None, "\n".join(
+        [*(str(attrs.asdict(step)) for step in found.program.steps), *map(str, found.differences)]
+    )
+    assert report.steps > 1000
+    assert report.masked.keys() <= {"DV-018", "DV-019", "DV-020"}
+
+
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+def test_a_program_written_by_hand_agrees(live):
+    result = lockstep(PROGRAM, sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile), live)
+    assert result.agrees, result.differences

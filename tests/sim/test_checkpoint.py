@@ -1,0 +1,117 @@
+"""Going back, saving, digests."""
+
+from __future__ import annotations
+
+import zipfile
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pmcore
+from pmcore.backends.sim.machine import load_machine
+from pmcore.errors import FormatError
+from pmcore.lockstep.programs import programs
+from pmcore.program import Program, Run, program_from_json
+from pmcore.uapi import Madvise
+
+PAGE = 4096
+SLOW = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@SLOW
+@given(programs(max_steps=20), st.integers(0, 19))
+def test_going_back_is_as_if_nothing_had_happened(program, cut):
+    """Run, go back to any step, run on again: the same outcomes and the same state."""
+    machine = pmcore.open("sim", memory="64 MiB", swap="8 MiB")
+    run = Run(program, machine)
+    for step in program.steps[:cut]:
+        run.advance(step)
+    state = machine.checkpoint()
+    before = dict(run.areas), dict(run.fds), dict(run.tasks), run._next
+    digest = machine.digest()
+    seen = []
+    for _ in range(2):
+        outcomes = [run.advance(step) for step in program.steps[cut:]]
+        machine.check()
+        seen.append((outcomes, machine.digest()))
+        machine.restore(state)
+        run.areas, run.fds, run.tasks, run._next = (
+            dict(before[0]),
+            dict(before[1]),
+            dict(before[2]),
+            before[3],
+        )
+        assert machine.digest() == digest
+        machine.check()
+    assert seen[0] == seen[1]
+
+
+@SLOW
+@given(programs(max_steps=20))
+def test_saved_and_loaded(tmp_path_factory, program):
+    path = tmp_path_factory.mktemp("saved") / "machine.zip"
+    machine = pmcore.open("sim", memory="64 MiB", swap="8 MiB", kernel="6.18")
+    run = Run(program, machine)
+    for step in program.steps:
+        run.advance(step)
+    machine.save(path)
+    again = load_machine(path)
+    assert again.digest() == machine.digest()
+    for task in machine.tasks():
+        assert again.process(task.pid).smaps() == task.process.smaps()
+        for vma in task.process.maps():
+            mine, theirs = (p.pagemap(vma.start, vma.end) for p in (task.process, again.process(task.pid)))
+            assert mine.values.tolist() == theirs.values.tolist()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"x" * 5000])
+def test_files_that_are_no_machine(tmp_path, content):
+    (tmp_path / "m").write_bytes(content)
+    with pytest.raises(FormatError):
+        load_machine(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "words", ["[]", "{}", '{"pmcore_sim_state": 1}', '{"pmcore_sim_state": 1, "settings": {}}']
+)
+def test_archives_that_are_no_machine(tmp_path, words):
+    with zipfile.ZipFile(tmp_path / "m", "w") as archive:
+        archive.writestr("state.json", words)
+    with pytest.raises(FormatError):
+        load_machine(tmp_path / "m")
+
+
+GOLDEN = """{"pmcore_program": 1, "name": "golden", "steps": [
+ {"step": "map", "area": "a", "pages": 1024, "align": 2097152},
+ {"step": "advise", "area": "a", "pages": 512, "advice": 14},
+ {"step": "touch", "area": "a", "pages": 700},
+ {"step": "write", "area": "a", "offset": 2500000, "text": "golden"},
+ {"step": "fork", "child": "c"},
+ {"step": "write", "task": "c", "area": "a", "offset": 5, "text": "child"},
+ {"step": "advise", "area": "a", "page": 600, "pages": 50, "advice": 21},
+ {"step": "protect", "area": "a", "page": 3, "pages": 9, "prot": 1},
+ {"step": "move", "area": "a", "page": 512, "pages": 40, "new_pages": 60, "to": "b"},
+ {"step": "unmap", "task": "c", "area": "a", "page": 1, "pages": 5}]}"""
+
+
+def test_golden_digest():
+    """The same bytes on every platform, Python and numpy; changed only together with the model."""
+    machine = pmcore.open("sim", memory="64 MiB", swap="8 MiB", kernel="6.12")
+    program = program_from_json(GOLDEN)
+    assert isinstance(program, Program)
+    run = Run(program, machine)
+    for step in program.steps:
+        run.advance(step)
+    machine.check()
+    assert machine.digest() == "3fe803d34f3273e2ac72d6ea69641709712f6dc3062b6e7a9b033de7f5fbc764"
+
+
+def test_policies_are_part_of_the_state():
+    machine = pmcore.open("sim")
+    state = machine.checkpoint()
+    machine.core.policy.pmd = "always"
+    assert machine.digest() != state.digest()
+    machine.restore(state)
+    assert machine.core.policy.pmd == "madvise"
+    assert Madvise.HUGEPAGE == 14
