@@ -52,6 +52,7 @@ class Capabilities:
     maybe_guard: bool
     mremap_many: bool
     split_maps_zero: bool
+    swapin_not_mlocked: bool
     mremap_dontunmap: bool
     mremap_checks_early: bool
     scan: bool
@@ -105,6 +106,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         maybe_guard=has("mm.maybe_guard"),
         mremap_many=has("mm.mremap_many"),
         split_maps_zero=has("mm.split_maps_zero"),
+        swapin_not_mlocked=has("quirk.swapin_not_mlocked"),
         mremap_dontunmap=has("mm.mremap_dontunmap"),
         mremap_checks_early=has("mm.mremap_checks_early"),
         scan=has("scan"),
@@ -119,6 +121,6 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         tail_flags=int(_TAIL_FLAGS),
         zero_flags=int(zero),
         huge_zero_flags=int(PageFlag.ZERO_PAGE | PageFlag.THP | PageFlag.UPTODATE),
-        hole_flags=0,
+        hole_flags=int(PageFlag.NOPAGE) if has("kpageflags.holes_show_nopage") else 0,
         unknown_vm_flags=frozenset(),
     )

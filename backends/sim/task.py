@@ -261,6 +261,8 @@ class SimTask(Task):
             return
         self.alive = False
         self._machine.forget(self)
+        for fd in list(self.mm.files):
+            uffd_call.close(self._core, self.mm, fd, self._machine.tasks())
         self.mm.tear_down()
 
 

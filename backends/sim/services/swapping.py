@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bring_in", "swap_in"]
 
+_ANON = int(PageFlag.ANON)
 _SWAPCACHE, _DIRTY = int(PageFlag.SWAPCACHE), int(PageFlag.DIRTY)
 
 
@@ -38,7 +39,8 @@ def bring_in(core: Core, field: int) -> int:
         return pfn
     area = core.swap.area(field)
     slot = field >> 5
-    flags = mapping.NEW_ANON
+    # It belongs to nobody before it is mapped.
+    flags = mapping.NEW_ANON & ~_ANON
     if area.immediate and not core.memory.contents.zero(area.content[slot : slot + 1])[0]:
         flags |= _DIRTY  # read from compressed memory, which gives its copy away
     if core.memory.recently(int(area.shadow[slot])):
@@ -77,6 +79,8 @@ def swap_in(core: Core, mm: AddressSpace, vma: VmArea, slot: int, pte: int, *, w
             if write:
                 entry |= DIRTY | core.soft_dirty
     frames.mapcount_at[pfn] += 1
-    if vma.flags & VmFlag.LOCKED:
+    fresh = not frames.flags_at[pfn] & _ANON
+    frames.flags_at[pfn] |= _ANON
+    if vma.flags & VmFlag.LOCKED and not (fresh and core.caps.swapin_not_mlocked):
         mapping.mlock(core, pfn, 1)
     core.pool.at[slot] = entry

@@ -52,7 +52,7 @@ def _untouched(core: Core, start: int, out: U64Array) -> None:
     """Memory that nobody has used yet is free; what belongs to no zone is a hole."""
     end = start + len(out)
     position = start
-    for zone in core.memory.zones:
+    for zone in sorted(core.memory.zones, key=lambda zone: zone.start):
         if zone.start > position:
             out[max(position, start) - start : max(min(zone.start, end) - start, 0)] = core.caps.hole_flags
         low, high = max(zone.frontier, start), min(zone.end, end)
