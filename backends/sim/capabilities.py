@@ -41,6 +41,7 @@ class Capabilities:
     soft_dirty: bool
     mmap_exclusive: bool
     pagemap_uffd_wp: bool
+    pagemap_file: bool
     thp: bool
     thp_aligned_mmap: bool
     large_folio_reuse: bool
@@ -53,6 +54,7 @@ class Capabilities:
     mremap_many: bool
     split_maps_zero: bool
     swapin_not_mlocked: bool
+    thp_exclusive_of_head: bool
     mremap_dontunmap: bool
     mremap_checks_early: bool
     scan: bool
@@ -95,6 +97,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         soft_dirty=has("pagemap.soft_dirty"),
         mmap_exclusive=has("pagemap.mmap_exclusive"),
         pagemap_uffd_wp=has("pagemap.uffd_wp"),
+        pagemap_file=has("pagemap.file"),
         thp=has("mm.thp"),
         thp_aligned_mmap=has("mm.thp_aligned_mmap"),
         large_folio_reuse=has("mm.large_folio_reuse"),
@@ -107,6 +110,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mremap_many=has("mm.mremap_many"),
         split_maps_zero=has("mm.split_maps_zero"),
         swapin_not_mlocked=has("quirk.swapin_not_mlocked"),
+        thp_exclusive_of_head=has("quirk.thp_exclusive_of_head"),
         mremap_dontunmap=has("mm.mremap_dontunmap"),
         mremap_checks_early=has("mm.mremap_checks_early"),
         scan=has("scan"),
@@ -120,7 +124,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         shown_flags=shown if has("kpageflags.anon_exclusive") else shown & ~(1 << 34),
         tail_flags=int(_TAIL_FLAGS),
         zero_flags=int(zero),
-        huge_zero_flags=int(PageFlag.ZERO_PAGE | PageFlag.THP | PageFlag.UPTODATE),
+        huge_zero_flags=int(PageFlag.ZERO_PAGE | PageFlag.THP),
         hole_flags=int(PageFlag.NOPAGE) if has("kpageflags.holes_show_nopage") else 0,
         unknown_vm_flags=frozenset(),
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, TABLE, UFFD_WP, WRITE
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
 from pmcore.errors import PmcoreError
@@ -137,6 +137,9 @@ class _Mappings:
                 zero = core.huge_zero_pfn if extent.huge else core.zero_pfn
                 if (present[pfns == zero] & np.uint64(WRITE)).any():
                     self.bad.append(Finding("the zero page is never writable", f"{extent.start:#x}"))
+                if ((pfns == zero) != ((present & np.uint64(SPECIAL)) != 0)).any():
+                    where = f"{extent.start:#x}"
+                    self.bad.append(Finding("entries of the zero page, and no others, are special", where))
                 pfns = pfns[pfns != zero]
                 if extent.huge:
                     for head in pfns.tolist():

@@ -79,14 +79,18 @@ def programs(draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps
     """A program of up to `max_steps` steps that the kernel of `profile` could be asked to run."""
     state = _State()
     first = _map(draw, state)
-    assert first is not None
+    assert isinstance(first, s.Map)
     steps: list[s.Step] = [first]
+    if first.pages >= _HUGE and draw(st.booleans()):
+        steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
     length = draw(st.sampled_from([n for n in (6, 12, 20, 28, 36, 40) if n <= max_steps] or [max_steps]))
     while len(steps) < length:
         kind = draw(st.sampled_from(_KINDS))
         step = kind(draw, state)
         if step is not None:
             steps.append(step)
+        if isinstance(step, s.Map) and step.pages >= _HUGE and draw(st.integers(0, 2)):
+            steps.append(s.Advise(area=step.area, pages=step.pages, advice=int(Madvise.HUGEPAGE)))
     return Program(name="random", steps=tuple(steps))
 
 

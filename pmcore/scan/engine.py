@@ -16,7 +16,7 @@ from pmcore.scan import match
 from pmcore.scan._output import Output
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import ScanResult
-from pmcore.scan.tables import LeafBatch, LeafKind, ScanTables, ScanVma
+from pmcore.scan.tables import CodedLeaves, LeafBatch, LeafKind, ScanTables, ScanVma
 from pmcore.scan.validate import normalise, refusal
 from pmcore.uapi import PageCategory, ScanFlag
 
@@ -83,25 +83,31 @@ class _Walk:
                 return False
         return False
 
-    def _batch(self, vma: ScanVma, batch: LeafBatch) -> tuple[int | None, bool]:
+    def _batch(self, vma: ScanVma, batch: LeafBatch | CodedLeaves) -> tuple[int | None, bool]:
         """Take one batch: (where to ask for the leaves anew, or None; whether the walk stops)."""
-        categories = match.leaf_categories(batch, vma, self.request, self.profile)
+        sorts = batch.palette if isinstance(batch, CodedLeaves) else batch
+        categories = match.leaf_categories(sorts, vma, self.request, self.profile)
         selected = match.matches(categories, self.request)
         if self.protecting and not self.output.wanted:
             # With no output the kernel arms every PTE that is not armed, whatever the masks say.
-            small = (batch.kind == LeafKind.PTE) | (batch.kind == LeafKind.EMPTY)
+            small = (sorts.kind == LeafKind.PTE) | (sorts.kind == LeafKind.EMPTY)
             selected[small] = (categories[small] & _WRITTEN) != 0
-        index = np.flatnonzero(selected)
-        start, end = batch.start[index], batch.end[index]
-        reported = categories[index] & np.uint64(self.request.return_mask)
+        if isinstance(batch, CodedLeaves):
+            index = np.flatnonzero(selected.take(batch.codes, mode="clip"))
+            categories = categories[batch.codes[index]]
+        else:
+            index = np.flatnonzero(selected)
+            categories = categories[index]
+        reported = categories & np.uint64(self.request.return_mask)
         if not self.protecting:
+            start, end = batch.places(index)
             taken = self.output.push_whole(start, end, reported)
             if taken < len(index):
                 # The limit strikes at this leaf; a region that no longer fits, or the part that still does.
                 _, stop = self.output.push_one(int(start[taken]), int(end[taken]), int(reported[taken]))
                 return None, stop
             return None, False
-        return self._protect_batch(vma, batch.take(index), categories[index], reported)
+        return self._protect_batch(vma, batch.take(index), categories, reported)
 
     def _protect_batch(
         self, vma: ScanVma, leaves: LeafBatch, categories: U64Array, reported: U64Array

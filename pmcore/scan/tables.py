@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LeafBatch", "LeafKind", "ScanTables", "ScanVma"]
+__all__ = ["CodedLeaves", "LeafBatch", "LeafKind", "ScanTables", "ScanVma"]
 
 
 class LeafKind(enum.IntEnum):
@@ -66,6 +66,10 @@ class LeafBatch:
     def __len__(self) -> int:
         return len(self.start)
 
+    def places(self, index: NDArray[np.intp]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Start and end of the leaves at `index`."""
+        return self.start[index], self.end[index]
+
     def take(self, index: NDArray[np.intp] | NDArray[np.bool_] | slice) -> LeafBatch:
         """The leaves at `index`."""
         return LeafBatch(
@@ -76,6 +80,37 @@ class LeafBatch:
         )
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class CodedLeaves:
+    """Neighbouring leaves of one size, each told by a code: for tables whose entries come in few sorts.
+
+    What a leaf with code `c` is stands in row `c` of `palette` (its addresses are not looked at), so that selection is
+    decided once a code instead of once a leaf.
+    """
+
+    #: Address of the first leaf, and bytes that each covers.
+    base: int
+    size: int
+    codes: NDArray[np.int64]
+    palette: LeafBatch
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def places(self, index: NDArray[np.intp]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Start and end of the leaves at `index`."""
+        start = index.astype(np.uint64) * np.uint64(self.size) + np.uint64(self.base)
+        return start, start + np.uint64(self.size)
+
+    def take(self, index: NDArray[np.intp]) -> LeafBatch:
+        """The leaves at `index` in full."""
+        start, end = self.places(index)
+        codes = self.codes[index]
+        return LeafBatch(
+            start=start, end=end, kind=self.palette.kind[codes], categories=self.palette.categories[codes]
+        )
+
+
 class ScanTables(Protocol):
     """The address space that is scanned."""
 
@@ -83,7 +118,7 @@ class ScanTables(Protocol):
         """The VMAs that overlap `start` to `end`, ascending."""
         ...
 
-    def leaves(self, vma: ScanVma, start: int, end: int) -> Iterator[LeafBatch]:
+    def leaves(self, vma: ScanVma, start: int, end: int) -> Iterator[LeafBatch | CodedLeaves]:
         """The leaves of `vma` from `start` to `end`, both inside it. Batches of any length, none empty.
 
         A batch describes the tables as they are when it is asked for.

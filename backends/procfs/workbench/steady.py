@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +27,8 @@ from pmcore.errors import BackendUnavailable, syscall_error
 __all__ = ["drain_lru", "steady"]
 
 _SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
+#: Seconds to wait for another process that keeps the machine still.
+_PATIENCE = 300
 _THP = "/sys/kernel/mm/transparent_hugepage"
 _KNOBS = {
     "/proc/sys/vm/page-cluster": "0",
@@ -69,12 +73,16 @@ def steady(
     `swap` bytes of compressed swap are switched on (BackendUnavailable where that cannot be), `knobs` are further files
     of /proc and /sys with what to write. Knobs that cannot be turned (no root, not there) are left alone.
     """
+    lock = _lock()
     allowed = os.sched_getaffinity(0)
     wanted = {**_KNOBS, **(_SWAP_KNOBS if swap else {}), **(knobs or {})}
     before = [(path, value) for path in wanted if (value := _read(path)) not in (None, wanted[path])]
-    area = _swap_file(swap) if swap else None
-    files = [area] if area else []
-    guardian = _guard({"swapoff": files, "knobs": before, "remove": files})
+    try:
+        area = _swap_file(swap) if swap else None
+        files = [area] if area else []
+        guardian = _guard({"swapoff": files, "knobs": before, "remove": files}, lock)
+    finally:
+        os.close(lock)  # the guardian's copy holds it from here on
     try:
         os.sched_setaffinity(0, {min(allowed) if cpu is None else cpu})
         for path, _ in before:
@@ -102,13 +110,33 @@ def _read(path: str) -> str | None:
     return chosen[1] if chosen else text
 
 
-def _guard(todo: dict[str, object]) -> subprocess.Popen[bytes]:
+def _lock() -> int:
+    """One at a time: who came second would take what the first has turned for what the machine had."""
+    fd = os.open(
+        Path(tempfile.gettempdir()) / "pmcore-steady.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
+    )
+    for _ in range(_PATIENCE * 10):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        else:
+            return fd
+    os.close(fd)
+    raise BackendUnavailable(
+        "another workbench keeps the machine still",
+        remedy=f"waited {_PATIENCE} s; try again when it has ended",
+    )
+
+
+def _guard(todo: dict[str, object], lock: int) -> subprocess.Popen[bytes]:
     script = Path(__file__).with_name("_guardian.py")
     guardian = subprocess.Popen(
         [sys.executable, "-I", "-S", "-B", str(script), json.dumps(todo)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
+        pass_fds=[lock],  # held until all is put back, also if we are dead by then
     )
     assert guardian.stdout is not None
     guardian.stdout.readline()  # from here on it ignores signals: nothing may be turned before

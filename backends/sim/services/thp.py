@@ -15,6 +15,7 @@ from pmcore.backends.sim.virtual.pte import (
     LEAF,
     PRESENT,
     SOFT_DIRTY,
+    SPECIAL,
     TABLE,
     UFFD_WP,
     WRITE,
@@ -56,7 +57,7 @@ def fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, *, wr
     mm.prepare_anon(vma)
     try:
         if not write and core.policy.use_zero_page:
-            core.pool.at[slot] = huge_zero(core) | PRESENT | LEAF | YOUNG
+            core.pool.at[slot] = huge_zero(core) | PRESENT | SPECIAL | LEAF | YOUNG
             return True
         folio = core.memory.folio(core.geometry.pmd_order, mapping.NEW_ANON | THP | ANON_EXCLUSIVE)
     except NoMemory:
@@ -126,7 +127,7 @@ def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int) -> None:
     pages, head = core.geometry.pmd_pages, entry & FIELD
     entries = core.pool.rows[row]
     if head == core.huge_zero_pfn:
-        entries[:] = core.zero_pfn | PRESENT | entry & (UFFD_WP | SOFT_DIRTY)
+        entries[:] = core.zero_pfn | PRESENT | SPECIAL | entry & (UFFD_WP | SOFT_DIRTY)
     else:
         keep = entry & (WRITE | DIRTY | YOUNG | UFFD_WP | SOFT_DIRTY) | PRESENT
         entries[:] = np.arange(head, head + pages, dtype=np.uint64) | np.uint64(keep)
@@ -135,9 +136,6 @@ def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int) -> None:
         folio.add(mm.number, pages - 1)
         if entry & DIRTY:
             core.memory.frames.set_bits(head, pages, int(PageFlag.DIRTY))
-        # A large folio that PTEs map is not kept on the list of locked ones.
-        if vma.flags & VmFlag.LOCKED:
-            mapping.munlock(core, head, pages)
     core.pool.at[slot] = TABLE | row
     core.count("split_pmd")
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.arrays import U64Array
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SHOWN, SOFT_DIRTY
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SHOWN, SOFT_DIRTY, SPECIAL
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.uapi import PM_MMAP_EXCLUSIVE, PM_PFRAME_MASK, PM_UFFD_WP
+from pmcore.uapi import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PFRAME_MASK, PM_UFFD_WP
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["fill"]
 
 _ALL = (1 << 64) - 1
+#: Where a PTE has no bit of its own for it: set on the way to the view.
+_FILE = PM_FILE
 _FIELD, _PRESENT, _SHOWN = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SHOWN)
 #: Entries converted at a time: as many as stay in a processor's cache.
 _PIECE = 1 << 15
@@ -33,18 +35,22 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
     hidden = 0 if visible else PM_PFRAME_MASK
     if not core.caps.pagemap_uffd_wp:
         hidden |= PM_UFFD_WP
-    shown = np.uint64(SHOWN & ~hidden & _ALL)
+    file = PM_FILE if core.caps.pagemap_file else 0
+    shown = np.uint64((SHOWN | file) & ~hidden & _ALL)
     for extent in mm.tables.extents(start, end):
-        entries = extent.entries
+        entries = counted = extent.entries
         if extent.huge:
-            entries = _as_ptes(core, entries)
             skip = max(start - extent.start, 0) >> shift
-            entries = entries[skip : skip + (min(end, extent.end) - max(start, extent.start) >> shift)]
+            span = slice(skip, skip + (min(end, extent.end) - max(start, extent.start) >> shift))
+            counted = np.repeat(entries, core.geometry.pmd_pages)[span]
+            entries = _as_ptes(core, entries)[span]
+            if not core.caps.thp_exclusive_of_head:
+                counted = entries
         first = (max(extent.start, start) >> shift) - start_vpn
         target = out[first : first + len(entries)]
         for position in range(0, len(entries), _PIECE):
             part = slice(position, position + _PIECE)
-            _convert(core, entries[part], target[part], shown)
+            _convert(core, entries[part], counted[part], target[part], shown)
     if core.caps.soft_dirty:
         bit = np.uint64(SOFT_DIRTY)
         for vma in mm.vmas.within(start, end):
@@ -57,16 +63,19 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
 def _as_ptes(core: Core, pmds: U64Array) -> U64Array:
     """PMDs that map huge pages, as the entries of their pages."""
     pages = core.geometry.pmd_pages
-    words: U64Array = (pmds[:, None] + np.arange(pages, dtype=np.uint64)[None, :]).reshape(-1)
+    # The huge zero page is nobody's anonymous page: it shows as a file's (rule VM-023).
+    file = np.where((pmds & np.uint64(SPECIAL)) != 0, np.uint64(_FILE), np.uint64(0))
+    words: U64Array = ((pmds | file)[:, None] + np.arange(pages, dtype=np.uint64)[None, :]).reshape(-1)
     return words
 
 
-def _convert(core: Core, entries: U64Array, out: U64Array, shown: np.uint64) -> None:
+def _convert(core: Core, entries: U64Array, counted: U64Array, out: U64Array, shown: np.uint64) -> None:
+    """Entries as pagemap shows them; whether one is exclusive is asked of the frame that `counted` names."""
     np.bitwise_and(entries, shown, out=out)
     if not core.caps.mmap_exclusive:
         return
     # A swap entry's field is no frame: clipped into range, then masked by the present bit.
-    pfns = (entries & _FIELD).view(np.int64)
+    pfns = (counted & _FIELD).view(np.int64)
     counts = core.memory.frames.mapcount.take(pfns, mode="clip")
     once = (counts == 1).view(np.uint8).astype(np.uint64)
     once &= entries >> np.uint64(63)

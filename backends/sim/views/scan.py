@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pmcore.backends.sim.services import thp, userfaultfd
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP, UFFD_MARKER, UFFD_WP, WRITE
+from pmcore.backends.sim.virtual.pte import PRESENT, SPECIAL, SWAP, UFFD_MARKER, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.scan.tables import LeafBatch, LeafKind, ScanVma
+from pmcore.scan.tables import CodedLeaves, LeafBatch, LeafKind, ScanVma
 from pmcore.uapi import PM_GUARD_REGION, PM_SOFT_DIRTY, PageCategory, UffdFeature
 
 if TYPE_CHECKING:
@@ -21,8 +22,32 @@ if TYPE_CHECKING:
 __all__ = ["SimTables"]
 
 _ALL = (1 << 64) - 1
-_FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
+_PRESENT, _SWAP = np.uint64(PRESENT), np.uint64(SWAP)
 _UFFD_WP = np.uint64(UFFD_WP)
+#: From here on bits say what an entry is.
+_CODE_SHIFT = np.uint64(55)
+#: Entries in a batch: as many as stay in a processor's cache.
+_PIECE = 1 << 14
+
+
+@functools.cache
+def _palette(soft_dirty: bool, guard: bool) -> LeafBatch:
+    """What an entry is by its upper bits, which say all but which frame or slot it names."""
+    codes = np.arange(512, dtype=np.uint64) << _CODE_SHIFT
+    present = (codes & _PRESENT) != 0
+    swap = ((codes & _SWAP) != 0) & ~present
+    written = (present | swap) & ((codes & _UFFD_WP) == 0)
+    words: U64Array = present.astype(np.uint64) * np.uint64(PageCategory.PRESENT)
+    words |= swap.astype(np.uint64) * np.uint64(PageCategory.SWAPPED)
+    words |= written.astype(np.uint64) * np.uint64(PageCategory.WRITTEN)
+    words[present & ((codes & np.uint64(SPECIAL)) != 0)] |= np.uint64(PageCategory.PFNZERO)
+    if soft_dirty:
+        words[(codes & np.uint64(PM_SOFT_DIRTY)) != 0] |= np.uint64(PageCategory.SOFT_DIRTY)
+    if guard:
+        words[(codes & np.uint64(PM_GUARD_REGION)) != 0] |= np.uint64(PageCategory.GUARD)
+    kind = np.where(codes == 0, np.uint8(LeafKind.EMPTY), np.uint8(LeafKind.PTE))
+    nowhere = np.zeros(512, dtype=np.uint64)
+    return LeafBatch(start=nowhere, end=nowhere, kind=kind, categories=words)
 
 
 class SimTables:
@@ -48,7 +73,7 @@ class SimTables:
                 soft_dirty=bool(vma.flags & VmFlag.SOFTDIRTY) and self._core.caps.soft_dirty,
             )
 
-    def leaves(self, vma: ScanVma, start: int, end: int) -> Iterator[LeafBatch]:
+    def leaves(self, vma: ScanVma, start: int, end: int) -> Iterator[LeafBatch | CodedLeaves]:
         """What the walk stops at, in order."""
         position = start
         core, shift = self._core, self._core.geometry.page_shift
@@ -59,9 +84,10 @@ class SimTables:
             if extent.huge:
                 yield self._huge(extent.start, extent.entries, start, end)
             else:
-                slot = self._mm.tables.pte_slot(low)
-                count = high - low >> shift
-                yield self._ptes(low, core.pool.flat[slot : slot + count])
+                for first in range(low, high, _PIECE << shift):
+                    slot = self._mm.tables.pte_slot(first)
+                    count = min(_PIECE, high - first >> shift)
+                    yield self._ptes(first, core.pool.flat[slot : slot + count])
             position = high
         if position < end:
             yield self._hole(position, end)
@@ -77,36 +103,20 @@ class SimTables:
             categories=np.zeros(len(edges) - 1, dtype=np.uint64),
         )
 
-    def _ptes(self, start: int, entries: U64Array) -> LeafBatch:
-        size = self._core.geometry.page_size
-        first = np.arange(start, start + len(entries) * size, size, dtype=np.uint64)
-        kind = np.where(entries == 0, np.uint8(LeafKind.EMPTY), np.uint8(LeafKind.PTE))
-        return LeafBatch(
-            start=first,
-            end=first + np.uint64(size),
-            kind=kind,
-            categories=self._categories(entries, self._core.zero_pfn),
+    def _ptes(self, start: int, entries: U64Array) -> CodedLeaves:
+        return CodedLeaves(
+            base=start,
+            size=self._core.geometry.page_size,
+            codes=(entries >> _CODE_SHIFT).view(np.int64),
+            palette=_palette(self._core.caps.soft_dirty, self._core.caps.scan_guard),
         )
-
-    def _categories(self, entries: U64Array, zero: int) -> U64Array:
-        present = (entries & _PRESENT) != 0
-        swap = ((entries & _SWAP) != 0) & ~present
-        written = (present | swap) & ((entries & _UFFD_WP) == 0)
-        words: U64Array = present.astype(np.uint64) * np.uint64(PageCategory.PRESENT)
-        words |= swap.astype(np.uint64) * np.uint64(PageCategory.SWAPPED)
-        words |= written.astype(np.uint64) * np.uint64(PageCategory.WRITTEN)
-        words[present & ((entries & _FIELD) == np.uint64(zero))] |= np.uint64(PageCategory.PFNZERO)
-        if self._core.caps.soft_dirty:
-            words[(entries & np.uint64(PM_SOFT_DIRTY)) != 0] |= np.uint64(PageCategory.SOFT_DIRTY)
-        if self._core.caps.scan_guard:
-            words[(entries & np.uint64(PM_GUARD_REGION)) != 0] |= np.uint64(PageCategory.GUARD)
-        return words
 
     def _huge(self, base: int, entries: U64Array, start: int, end: int) -> LeafBatch:
         size = self._core.geometry.pmd_size
         first = np.arange(base, base + len(entries) * size, size, dtype=np.uint64)
-        words = self._categories(entries, self._core.huge_zero_pfn or -1 & FIELD)
-        words |= np.uint64(PageCategory.HUGE)
+        caps = self._core.caps
+        codes = (entries >> _CODE_SHIFT).view(np.int64)
+        words = _palette(caps.soft_dirty, caps.scan_guard).categories[codes] | np.uint64(PageCategory.HUGE)
         return LeafBatch(
             start=np.maximum(first, np.uint64(start)),
             end=np.minimum(first + np.uint64(size), np.uint64(end)),

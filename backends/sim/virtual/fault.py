@@ -17,6 +17,7 @@ from pmcore.backends.sim.virtual.pte import (
     GUARD,
     LEAF,
     PRESENT,
+    SPECIAL,
     UFFD_WP,
     WRITE,
     YOUNG,
@@ -110,7 +111,7 @@ def _missing(
         raise userfaultfd.blocked(vma, addr)
     protected = pte & UFFD_WP
     if not write:
-        core.pool.at[slot] = core.zero_pfn | PRESENT | YOUNG | protected
+        core.pool.at[slot] = core.zero_pfn | PRESENT | SPECIAL | YOUNG | protected
         return
     mm.prepare_anon(vma)
     pfn = take_page(core, vma)

@@ -9,6 +9,7 @@ import numpy as np
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND, LargeFolio
+from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
@@ -66,10 +67,14 @@ def remove_page(core: Core, mm: AddressSpace, vma: VmArea, pfn: int) -> None:
     if flags & COMPOUND:
         folio = core.memory.large[pfn - frames.behind_at[pfn]]
         folio.add(mm.number, -1)
+        if vma.flags & VmFlag.LOCKED:
+            munlock(
+                core, folio.head, folio.pages
+            )  # all of it: that it is locked by its other pages is not looked at
         if not folio.mapped:
             discard_folio(core, folio)
         return
-    if flags & MLOCKED and vma.flags & 0x2000:
+    if flags & MLOCKED and vma.flags & VmFlag.LOCKED:
         munlock(core, pfn, 1)
     if not frames.mapcount_at[pfn]:
         if flags & _SWAPCACHE:
@@ -92,6 +97,8 @@ def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
             for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
                 folio = memory.large[head]
                 folio.add(mm.number, -count)
+                if vma.flags & VmFlag.LOCKED:
+                    munlock(core, head, folio.pages)
                 if not folio.mapped:
                     discard_folio(core, folio)
         for pfn in pfns[odd & ((flags & _COMPOUND) == 0)].tolist():
@@ -111,7 +118,7 @@ def remove_pmd(core: Core, mm: AddressSpace, vma: VmArea, folio: LargeFolio) -> 
     folio.entire -= 1
     frames.mapcount[folio.head : folio.head + folio.pages] -= 1
     folio.add(mm.number, -1)
-    if vma.flags & 0x2000:
+    if vma.flags & VmFlag.LOCKED:
         munlock(core, folio.head, folio.pages)
     if not folio.mapped:
         discard_folio(core, folio)

@@ -25,6 +25,7 @@ __all__ = [
     "PRESENT",
     "SHOWN",
     "SOFT_DIRTY",
+    "SPECIAL",
     "SWAP",
     "SWAP_EXCLUSIVE",
     "TABLE",
@@ -45,6 +46,8 @@ SWAP_EXCLUSIVE = 1 << 51
 SOFT_DIRTY = PM_SOFT_DIRTY
 UFFD_WP = PM_UFFD_WP
 GUARD = PM_GUARD_REGION
+#: The entry maps the zero page, or the huge one: nobody's page, nobody counts it.
+SPECIAL = 1 << 59
 #: On entries of upper levels: a table lies below; the field is its row.
 TABLE = 1 << 61
 #: On entries of PMDs: a huge page (the field is its first frame).

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
-import attrs
 import numpy as np
 from numpy.typing import NDArray
 
@@ -85,8 +85,7 @@ class TablePool:
         self._free += reversed(rows)
 
 
-@attrs.frozen(slots=True)
-class Extent:
+class Extent(NamedTuple):
     """Neighbouring entries as a view: PTEs, or (`huge`) PMDs that map huge pages."""
 
     start: int
@@ -206,6 +205,9 @@ class PageTables:
 
     def extents(self, start: int, end: int) -> Iterator[Extent]:
         """All tables' entries in the range, ascending: views that may be written to. Holes are left out."""
+        if start >> self.pmd_shift == end - 1 >> self.pmd_shift:
+            yield from self._within_one(start, end)
+            return
         for base, row, first, last in self.pmd_tables(start, end):
             pmds = self.pool.rows[row, first:last]
             there = np.flatnonzero(pmds)
@@ -238,8 +240,23 @@ class PageTables:
                     1 << self.page_shift,
                 )
 
+    def _within_one(self, start: int, end: int) -> tuple[Extent, ...]:
+        """The extent of a range below one PMD."""
+        slot = self.pmd_slot(start)
+        entry = self.pool.at[slot] if slot >= 0 else 0
+        if not entry:
+            return ()
+        if entry & LEAF:
+            return (Extent(start & -self.pmd_size, self.pool.flat[slot : slot + 1], True, self.pmd_size),)
+        first = ((entry & FIELD) << self._order) + (start >> self.page_shift & self._mask)
+        pages = end - start >> self.page_shift
+        return (Extent(start, self.pool.flat[first : first + pages], False, 1 << self.page_shift),)
+
     def make(self, start: int, end: int) -> None:
         """Have tables of PTEs for the whole range, huge pages excepted. Raises NoMemory (what was made stays)."""
+        if start >> self.pmd_shift == end - 1 >> self.pmd_shift:
+            self.make_pte_slot(start)
+            return
         for _, row, first, last in self.pmd_tables(start, end, make=True):
             missing = np.flatnonzero(self.pool.rows[row, first:last] == 0) + first
             if len(missing):
@@ -278,8 +295,3 @@ class PageTables:
         self.free_range(0, 1 << self.page_shift + self._order * (self._top + 1))
         self.pool.give_back([self.root])
         self.tables = [0] * len(self.tables)
-
-
-def rows_of(entries: U64Array) -> NDArray[np.int64]:
-    """The rows that table entries name."""
-    return (entries & _FIELD).view(np.int64)

@@ -11,7 +11,7 @@ from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import thp
 from pmcore.backends.sim.virtual import fault, mapping
-from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, WRITE, YOUNG
+from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _easy(
         entries |= bits
         return
     if not write:
-        entries[fresh] = core.zero_pfn | PRESENT
+        entries[fresh] = core.zero_pfn | PRESENT | SPECIAL
         entries |= bits
         return
     mm.prepare_anon(vma)
