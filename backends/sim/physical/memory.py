@@ -148,8 +148,12 @@ class Memory:
         """Whether a page evicted at that time (plus 1; 0: never) would still be here in a memory twice as large."""
         if not shadow:
             return False
-        working_set = sum(zone.end - zone.start - zone.free_pages for zone in self.zones)
-        return self.age - (shadow - 1) <= working_set
+        return self.age - (shadow - 1) <= self.in_use
+
+    @property
+    def in_use(self) -> int:
+        """Frames that are not free."""
+        return sum(zone.end - zone.start - zone.free_pages for zone in self.zones)
 
     # -- giving back -----------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
@@ -22,11 +23,12 @@ from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
+    from pmcore.arrays import BoolArray, U64Array
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["bring_in", "swap_in"]
+__all__ = ["bring_in", "simple", "swap_in", "swap_in_many"]
 
 _ANON = int(PageFlag.ANON)
 _SWAPCACHE, _DIRTY = int(PageFlag.SWAPCACHE), int(PageFlag.DIRTY)
@@ -84,3 +86,67 @@ def swap_in(core: Core, mm: AddressSpace, vma: VmArea, slot: int, pte: int, *, w
     if vma.flags & VmFlag.LOCKED and not (fresh and core.caps.swapin_not_mlocked):
         mapping.mlock(core, pfn, 1)
     core.pool.at[slot] = entry
+
+
+def simple(core: Core, vma: VmArea, entries: U64Array, swap: BoolArray) -> BoolArray:
+    """Which swap entries `swap_in_many` can take: slots that one entry names and no page caches."""
+    chosen = swap.copy()
+    if vma.flags & VmFlag.LOCKED or not swap.any():
+        chosen[:] = False
+        return chosen
+    fields = (entries[swap] & np.uint64(FIELD)).view(np.int64)
+    good = np.zeros(len(fields), dtype=np.bool_)
+    for area in core.swap.order:
+        mine = (fields & 0x1F) == area.number
+        slots = fields[mine] >> 5
+        good[mine] = (area.counts[slots] == 1) & (area.cached[slots] == 0)
+    chosen[swap] = good
+    return chosen
+
+
+def swap_in_many(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *, write: bool) -> None:
+    """`swap_in` for a run of entries that `simple` allows, all of one area, in their order.
+
+    Raises NoMemory with those before it done.
+    """
+    memory, frames = core.memory, core.memory.frames
+    fields = (entries & np.uint64(FIELD)).view(np.int64)
+    area, slots = core.swap.area(int(fields[0])), fields >> 5
+    mm.prepare_anon(vma)
+    # How many of them find more than half of the slots in use, and so give theirs back; a write always does.
+    total, free = core.swap.total, core.swap.free
+    kept_from = len(fields) if write else min(len(fields), max(0, -(-total // 2) - free))
+    pfns = memory.pages(len(fields), mapping.NEW_ANON)
+    got = len(pfns)
+    fields, slots, done = fields[:got], slots[:got], entries[:got]
+    rows = area.content[slots]
+    flags = np.full(got, mapping.NEW_ANON, dtype=np.uint64)
+    if area.immediate:
+        flags[~memory.contents.zero(rows)] |= np.uint64(_DIRTY)
+    working_set = memory.in_use - got + np.arange(got)
+    shadow = area.shadow[slots]
+    flags[(shadow != 0) & (memory.age - (shadow - 1) <= working_set)] |= np.uint64(PageFlag.ACTIVE)
+    flags[:kept_from] |= np.uint64(_DIRTY)
+    frames.content[pfns] = rows
+    area.content[slots] = area.shadow[slots] = area.counts[slots] = 0
+    exclusive = (done & np.uint64(SWAP_EXCLUSIVE)) != 0
+    exclusive[:kept_from] = True
+    flags[exclusive] |= np.uint64(ANON_EXCLUSIVE)
+    frames.flags[pfns] = flags
+    memory.on_lru_pages(pfns)
+    if kept_from < got:
+        core.swap.cache(pfns[kept_from:], fields[kept_from:])
+    area.give_back(slots[:kept_from])
+    new = pfns.view(np.uint64) | np.uint64(PRESENT | YOUNG) | done & np.uint64(SOFT_DIRTY | UFFD_WP)
+    if vma.flags & VmFlag.WRITE:
+        may = exclusive
+        if vma.flags & VmFlag.UFFD_WP:
+            may = may & ((done & np.uint64(UFFD_WP)) == 0)
+        if core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY:
+            may = may & ((done & np.uint64(SOFT_DIRTY)) != 0)
+        new[may] |= np.uint64(WRITE | (DIRTY | core.soft_dirty if write else 0))
+    frames.mapcount[pfns] = 1
+    entries[:got] = new
+    core.count("swap_in", got)
+    if got < len(entries):
+        raise NoMemory

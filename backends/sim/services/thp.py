@@ -169,7 +169,7 @@ def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> N
             if vma.flags & VmFlag.LOCKED:
                 zero &= (addresses < vma.start) | (addresses >= vma.end)
         core.pool.flat[slots[zero]] = old[zero] & np.uint64(UFFD_WP | SOFT_DIRTY) | np.uint64(
-            PRESENT | YOUNG | core.zero_pfn
+            PRESENT | SPECIAL | YOUNG | core.zero_pfn
         )
         frames.mapcount[pfns[zero]] = 0
         core.memory.free_pages(pfns[zero])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,8 +10,8 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import thp
-from pmcore.backends.sim.virtual import fault, mapping
+from pmcore.backends.sim.services import swapping, thp
+from pmcore.backends.sim.virtual import fault, mapping, zap
 from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 
@@ -91,17 +92,26 @@ def _ptes(
     if easy.all():
         _easy(core, mm, vma, entries, fresh, write=write)
         return
-    # A run of easy ones, one that is not, and so on: in the order of the addresses.
-    hard = np.flatnonzero(~easy).tolist()
-    position = 0
-    for index in [*hard, count]:
-        if index > position:
-            slot = mm.tables.pte_slot(start + position * size)
-            part = core.pool.flat[slot : slot + index - position]
-            _easy(core, mm, vma, part, fresh[position:index], write=write)
-        if index < count:
-            fault.access(core, mm, start + index * size + lead, write=write)
-        position = index + 1
+    # Runs of one sort, in the order of the addresses: easy, swapped out (by area), anything else one by one.
+    sort = easy.astype(np.int8)
+    swapped = zap.swap_entries(entries)
+    if swapped.any() and not (write and vma.flags & VmFlag.UFFD_WP):
+        chosen = swapping.simple(core, vma, entries, swapped)
+        sort[chosen] = 2 + (entries[chosen] & np.uint64(0x1F)).astype(np.int8)
+    bounds = [0, *(np.flatnonzero(np.diff(sort)) + 1).tolist(), count]
+    for low, high in itertools.pairwise(bounds):
+        slot = mm.tables.pte_slot(start + low * size)
+        part = core.pool.flat[slot : slot + high - low]
+        if sort[low] == 1:
+            _easy(core, mm, vma, part, fresh[low:high], write=write)
+        elif sort[low] and high - low > _FEW:
+            swapping.swap_in_many(core, mm, vma, part, write=write)
+            if write:  # what the mapping's flags kept from being writable at once is asked again
+                for index in np.flatnonzero((part & _WRITE) == 0).tolist():
+                    fault.access(core, mm, start + (low + index) * size + lead, write=True)
+        else:
+            for index in range(low, high):
+                fault.access(core, mm, start + index * size + lead, write=write)
 
 
 def _easy(
