@@ -67,6 +67,8 @@ class Capabilities:
     advice: frozenset[int]
     #: kpageflags bits that this kernel knows, and of those the ones that a tail page shows.
     shown_flags: int
+    #: Whether OWNER_2 says that an anonymous page is exclusive.
+    anon_exclusive: bool
     tail_flags: int
     #: What the zero page, the huge zero page and a hole in memory show.
     zero_flags: int
@@ -121,7 +123,8 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         folio_flags=has("kpageflags.folio_flags"),
         buddy_first_only=not has("kpageflags.buddy_all_pages"),
         advice=frozenset(int(a) for a in Madvise if a not in _ADVICE or has(_ADVICE[a])),
-        shown_flags=shown if has("kpageflags.anon_exclusive") else shown & ~(1 << 34),
+        anon_exclusive=has("kpageflags.anon_exclusive"),
+        shown_flags=shown,
         tail_flags=int(_TAIL_FLAGS),
         zero_flags=int(zero),
         huge_zero_flags=int(PageFlag.ZERO_PAGE | PageFlag.THP),

@@ -83,7 +83,7 @@ def programs(draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps
     steps: list[s.Step] = [first]
     if first.pages >= _HUGE and draw(st.booleans()):
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
-    length = draw(st.sampled_from([n for n in (6, 12, 20, 28, 36, 40) if n <= max_steps] or [max_steps]))
+    length = draw(st.sampled_from([n for n in (1, 12, 20, 28, 36, 40, 40) if n <= max_steps] or [max_steps]))
     while len(steps) < length:
         kind = draw(st.sampled_from(_KINDS))
         step = kind(draw, state)

@@ -14,7 +14,7 @@ import attrs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 
-from pmcore.errors import NotModelled
+from pmcore.errors import ArgumentError, NotModelled
 from pmcore.lockstep.programs import programs as random_programs
 from pmcore.lockstep.run import Result, lockstep
 from pmcore.program import Program
@@ -113,5 +113,28 @@ def session(
         hypothesis_seed(seed)(run)()
     except _Differs as difference:
         difference.__traceback__ = None
+        assert report.difference is not None
+        report.difference = _without_idle_steps(report.difference, left, right)
     report.seconds = time.monotonic() - began
     return report
+
+
+def _without_idle_steps(
+    found: Result, left: Callable[[], Workbench], right: Callable[[], Workbench]
+) -> Result:
+    """Leave out every step, one after the other, without which the sides still differ in the same sort of thing."""
+    assert found.differs_at is not None
+    kind = found.differences[0].kind
+    steps = list(found.program.steps[: found.differs_at + 1])
+    index = len(steps) - 2
+    while index >= 0:
+        fewer = steps[:index] + steps[index + 1 :]
+        try:
+            result = lockstep(attrs.evolve(found.program, steps=tuple(fewer)), left(), right())
+        except (ArgumentError, NotModelled):
+            result = None
+        if result is not None and result.differs_at is not None and result.differences[0].kind == kind:
+            found, steps = result, fewer[: result.differs_at + 1]
+            index = min(index, len(steps) - 1)
+        index -= 1
+    return attrs.evolve(found, program=attrs.evolve(found.program, steps=tuple(steps)))

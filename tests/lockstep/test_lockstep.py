@@ -88,7 +88,7 @@ def test_a_session_shrinks_what_differs():
     report = session(lambda: sim(kernel=one), lambda: sim(kernel=other), programs=400, seed=5)
     assert report.difference is not None
     steps = report.difference.program.steps
-    assert len(steps) <= 8
+    assert len(steps) <= 3
     assert isinstance(steps[-1], s.Advise)
     assert steps[-1].advice in (102, 103)
     assert json.dumps(report.as_dict())
@@ -159,6 +159,7 @@ def test_a_program_written_by_hand_agrees(live):
 KEPT = sorted((Path(__file__).parent / "kept").glob("*.json"))
 
 
+@pytest.mark.rule("VM-021", "VM-022", "VM-023", "VM-024", "VM-026", "VM-027", "VM-028", "VM-029")
 @pytest.mark.live
 @pytest.mark.xdist_group("live")
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)

@@ -104,7 +104,7 @@ def test_golden_digest():
     for step in program.steps:
         run.advance(step)
     machine.check()
-    assert machine.digest() == "3fe803d34f3273e2ac72d6ea69641709712f6dc3062b6e7a9b033de7f5fbc764"
+    assert machine.digest() == "5a23582314f8f1572db85246a2c6baea32c631f01c448928e9e8df5e34297b8b"
 
 
 def test_policies_are_part_of_the_state():

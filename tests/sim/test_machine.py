@@ -350,3 +350,27 @@ def test_other_geometries(shift, levels):
         FrameFile.KPAGECOUNT, task.process.pagemap(start, start + size).pfn
     ).tolist() in ([0], [1])
     machine.check()
+
+
+@pytest.mark.rule("VM-025")
+def test_places(machine):
+    """A hint that is free is taken; else the highest place, huge mappings aligned."""
+    task = machine.spawn()
+    assert task.mmap(PAGE, addr=1 << 40) == 1 << 40
+    first, second = task.mmap(PAGE), task.mmap(PAGE, addr=1 << 40)
+    assert first > second == first - PAGE
+    huge = task.mmap(2 * PMD)
+    assert huge % PMD == 0
+    assert huge < second
+    task.munmap(first, PAGE)
+    assert task.mmap(PAGE) == first
+
+
+def test_stack_and_break_grow(machine):
+    task = machine.spawn()
+    top = 1 << 40
+    task.mmap(4 * PAGE, addr=top - 4 * PAGE, flags=0x100 | 0x32)
+    task.write(top - 20 * PAGE, b"deep")
+    assert [v.start for v in task.process.maps()] == [top - 20 * PAGE]
+    with pytest.raises(AddressSpaceFault):
+        task.write(top - (9 << 20), b"too deep")

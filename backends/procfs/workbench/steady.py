@@ -27,6 +27,7 @@ from pmcore.errors import BackendUnavailable, syscall_error
 __all__ = ["drain_lru", "steady"]
 
 _SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
+_MADV_HUGEPAGE = 14
 #: Seconds to wait for another process that keeps the machine still.
 _PATIENCE = 300
 _THP = "/sys/kernel/mm/transparent_hugepage"
@@ -74,6 +75,7 @@ def steady(
     of /proc and /sys with what to write. Knobs that cannot be turned (no root, not there) are left alone.
     """
     lock = _lock()
+    watched = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     allowed = os.sched_getaffinity(0)
     wanted = {**_KNOBS, **(_SWAP_KNOBS if swap else {}), **(knobs or {})}
     before = [(path, value) for path in wanted if (value := _read(path)) not in (None, wanted[path])]
@@ -90,8 +92,14 @@ def steady(
                 Path(path).write_text(wanted[path])
         if area:
             _swapon(area)
+        # khugepaged sleeps without end while it has nothing to look at, and begins at once with the first mapping that
+        # asks for huge pages. Ours comes first; then it sleeps for the hour that the knob says.
+        with suppress(OSError):  # a kernel without huge pages has no khugepaged either
+            watched.madvise(_MADV_HUGEPAGE)
+        time.sleep(0.2)
         yield
     finally:
+        watched.close()
         os.sched_setaffinity(0, allowed)
         assert guardian.stdin is not None
         guardian.stdin.close()

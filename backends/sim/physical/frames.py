@@ -15,9 +15,9 @@ from pmcore.arrays import U64Array
 
 __all__ = ["ANON_EXCLUSIVE", "SHOWN", "Frames"]
 
-#: The page belongs to one process alone, and may be written without copying (PG_anon_exclusive). Per page; the kernel
-#: shows it where OWNER_2 is.
-ANON_EXCLUSIVE = 1 << 34
+#: The page belongs to one process alone, and may be written without copying (PG_anon_exclusive). Per page; shown where
+#: OWNER_2 is, by kernels whose tail pages report their folio's flags for the head alone.
+ANON_EXCLUSIVE = 1 << 60
 #: The bits that kpageflags may show.
 SHOWN = (1 << 48) - 1
 _FIRST = 1 << 12

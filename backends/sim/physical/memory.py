@@ -215,11 +215,20 @@ class Memory:
 
     def table_pages(self, count: int) -> list[int]:
         """Frames for page tables."""
-        pfns = []
-        for _ in range(count):
-            pfn = self.block(0, kernel=True)
-            self.frames.flags_at[pfn] = _PGTABLE
-            pfns.append(pfn)
+        if count > 8 and self.zones[0].free_pages >= count:
+            found = self.zones[0].take_pages(count)
+            self.frames.flags[found] = _PGTABLE
+            return found.tolist()
+        pfns: list[int] = []
+        try:
+            for _ in range(count):
+                pfn = self.block(0, kernel=True)
+                self.frames.flags_at[pfn] = _PGTABLE
+                pfns.append(pfn)
+        except NoMemory:
+            for pfn in pfns:
+                self.free(pfn)
+            raise
         return pfns
 
     def fits(self, order: int) -> bool:

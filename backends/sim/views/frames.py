@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.arrays import U64Array
-from pmcore.backends.sim.physical.frames import SHOWN
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, SHOWN
 from pmcore.protocols import FrameFile
 from pmcore.uapi import PageFlag
 
@@ -32,7 +32,16 @@ def fill(core: Core, file: FrameFile, start: int, out: U64Array) -> int:
         touched[:] = frames.mapcount[span]
         rest[:] = 0
     elif file is FrameFile.KPAGEFLAGS:
-        np.bitwise_and(frames.flags[span], np.uint64(SHOWN & core.caps.shown_flags), out=touched)
+        flags = frames.flags[span]
+        np.bitwise_and(flags, np.uint64(SHOWN & core.caps.shown_flags), out=touched)
+        if core.caps.anon_exclusive:
+            exclusive = flags & np.uint64(ANON_EXCLUSIVE)
+            if core.memory.large and core.caps.folio_flags:
+                tails = np.flatnonzero(touched & _TAIL)
+                heads = tails + start - frames.behind[span][tails]
+                exclusive[tails] = frames.flags[heads] & np.uint64(ANON_EXCLUSIVE)
+            exclusive >>= np.uint64(26)
+            touched |= exclusive
         mapped = (frames.mapcount[span] > 0).view(np.uint8).astype(np.uint64)
         mapped <<= np.uint64(_MMAP)
         touched |= mapped
