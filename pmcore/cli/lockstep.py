@@ -221,17 +221,17 @@ def _show(result: Result, model: Workbench) -> None:
         say(f"  {difference}")
     if result.looks is not None:
         profile = model.kernel.profile
-        for name, look in zip(("left", "right"), result.looks, strict=True):
+        for side, look in zip(("left", "right"), result.looks, strict=True):
             say()
-            say(f"Tables, {name}:")
+            say(f"Tables, {side}:")
             for line in describe(look, profile, FrameNames()):
                 say(line)
     rules = _rules(result)
     if rules:
         say()
         say("Rules in question:")
-        for number in rules:
-            rule = spec.rule(number)
+        for name in rules:
+            rule = spec.rule(name)
             say(f"  {rule.id} {rule.title}: {rule.text}")
 
 

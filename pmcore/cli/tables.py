@@ -65,6 +65,6 @@ def _task(look: Look, seen: TaskLook, profile: KernelProfile, names: FrameNames)
         bits = ",".join(name for name in _FLAGS if getattr(entry, name))
         text = f"    {int(seen.addresses[index]):#x} {pages:5d} page{'s' if pages > 1 else ' '} {bits}"
         if inside[index]:
-            words = FrameFlags(int(flags[index]), profile=profile)
-            text += f"  {names.name(int(pfns[index]))} x{int(counts[index])} {words}"
+            shows = FrameFlags(int(flags[index]), profile=profile)
+            text += f"  {names.name(int(pfns[index]))} x{int(counts[index])} {shows}"
         yield text

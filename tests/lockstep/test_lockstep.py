@@ -95,7 +95,7 @@ def test_a_session_shrinks_what_differs():
 
 
 def test_a_session_counts():
-    report = session(sim, sim, programs=12, steps=12, seed=1)
+    report = session(sim, sim, programs=12, steps=28, seed=1)
     assert report.difference is None
     assert report.programs == 12
     assert report.steps > 60

@@ -218,7 +218,7 @@ class Memory:
         if count > 8 and self.zones[0].free_pages >= count:
             found = self.zones[0].take_pages(count)
             self.frames.flags[found] = _PGTABLE
-            return found.tolist()
+            return [int(pfn) for pfn in found]
         pfns: list[int] = []
         try:
             for _ in range(count):
