@@ -23,6 +23,7 @@ __all__ = ["COMMANDS", "main"]
 
 #: Command -> one line of help. Its module is pmcore.cli.<command>, its click command is called `command`.
 COMMANDS = {
+    "tour": "See page tables change, step by step, on a simulated machine.",
     "doctor": "What this kernel and this user can see, and how to get the rest.",
     "types": "Count or list page frames by their flags, as page-types does.",
     "map": "A process's memory: per VMA, per page, or one page explained.",

@@ -94,9 +94,13 @@ def steady(
             _swapon(area)
         # khugepaged sleeps without end while it has nothing to look at, and begins at once with the first mapping that
         # asks for huge pages. Ours comes first; then it sleeps for the hour that the knob says.
+        scans = _read(f"{_THP}/khugepaged/full_scans")
         with suppress(OSError):  # a kernel without huge pages has no khugepaged either
             watched.madvise(_MADV_HUGEPAGE)
-        time.sleep(0.2)
+        for _ in range(60):  # the least important thread of the machine: it may take a while to get a turn
+            if scans is None or _read(f"{_THP}/khugepaged/full_scans") != scans:
+                break
+            time.sleep(0.05)
         yield
     finally:
         watched.close()
