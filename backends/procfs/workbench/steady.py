@@ -94,6 +94,7 @@ def steady(
             _swapon(area)
         # khugepaged sleeps without end while it has nothing to look at, and begins at once with the first mapping that
         # asks for huge pages. Ours comes first; then it sleeps for the hour that the knob says.
+        watched[0] = 1  # a mapping that never held a page is not looked at
         scans = _read(f"{_THP}/khugepaged/full_scans")
         with suppress(OSError):  # a kernel without huge pages has no khugepaged either
             watched.madvise(_MADV_HUGEPAGE)
