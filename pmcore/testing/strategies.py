@@ -14,7 +14,7 @@ __all__ = ["machines", "programs"]
 
 
 @st.composite
-def machines(draw: st.DrawFn, *, max_steps: int = 20, **settings: Any) -> Any:
+def machines(draw: st.DrawFn, /, *, max_steps: int = 20, **settings: Any) -> Any:
     """A simulated machine of these settings in a state that a random program has left; its tasks are alive."""
     machine: Any = registry.open_workbench("sim", **settings)
     run(draw(programs(max_steps=max_steps)), machine)
