@@ -1,16 +1,28 @@
-"""Tests that turn the machine's knobs stay together on one worker."""
+"""Tests that turn the machine's knobs take turns, on whichever worker they run."""
 
 from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Name the group in the test's id, as xdist's loadgroup wants it: xdist 3.8 forgets to with pytest 9.2."""
-    if not hasattr(config, "workerinput"):
+@pytest.fixture(scope="module", autouse=True)
+def _one_module_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A module with live tests runs on one worker at a time, and alone among such modules."""
+    items = [item for item in request.session.items if item.path == request.node.path]
+    if not any(item.get_closest_marker("xdist_group") for item in items):
+        yield
         return
-    for item in items:
-        mark = item.get_closest_marker("xdist_group")
-        if mark is not None and "@" not in item.nodeid:
-            item._nodeid = f"{item.nodeid}@{mark.args[0]}"
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        lock = held.enter_context(open(Path(tempfile.gettempdir()) / "pmcore-live-tests.lock", "w"))  # noqa: PTH123
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
