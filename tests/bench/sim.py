@@ -1,0 +1,163 @@
+"""How fast the simulated machine is: nanoseconds a page, microseconds a step, and ratios to the running kernel.
+
+Run as `python tests/bench/sim.py [--repeat N]`, or `tox -e bench-sim`. The live figures need Linux and root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pmcore import FrameFile, ScanRequest
+from pmcore.registry import open_workbench
+from pmcore.uapi import Madvise, PageCategory
+
+GIB, PAGE = 1 << 30, 4096
+PAGES = GIB // PAGE
+START = 1 << 40
+
+
+def timed(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def median(repeat: int, function: Callable[[], float]) -> float:
+    return statistics.median(function() for _ in range(repeat))
+
+
+def row(name: str, figure: float, unit: str, bar: float, *, more: bool = False) -> None:
+    met = figure >= bar if more else figure <= bar
+    print(
+        f"{name:36s} {figure:9.2f} {unit:10s} bar {'>=' if more else '<='} {bar:<8g} {'' if met else 'MISSED'}"
+    )
+
+
+def ranges(repeat: int) -> None:
+    """Whole GiBs."""
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, function: Callable[[], Any]) -> None:
+        found.setdefault(name, []).append(timed(function) / PAGES * 1e9)
+
+    for _ in range(repeat):
+        machine = open_workbench("sim", memory="3 GiB", swap="2 GiB", kernel="6.18")
+        task = machine.spawn()
+        task.mmap(GIB, addr=START, flags=0x32)
+        note("touch", lambda task=task: task.touch(START, GIB))
+        children: list[Any] = []
+        note("fork", lambda task=task, children=children: children.append(task.fork()))
+        children[0].exit()
+        note("swap out", lambda task=task: task.madvise(START, GIB, Madvise.PAGEOUT))
+        note("swap in", lambda task=task: task.touch(START, GIB))
+        note("munmap", lambda task=task: task.munmap(START, GIB))
+        machine.close()
+    for name, bar in (("touch", 100), ("fork", 30), ("swap out", 200), ("swap in", 200), ("munmap", 30)):
+        row(f"{name} 1 GiB", statistics.median(found[name]), "ns/page", bar)
+
+
+def looking(repeat: int) -> None:
+    """Reading and scanning, beside the running kernel."""
+    sides = [("sim", open_workbench("sim", memory="3 GiB", kernel="6.18"))]
+    if sys.platform.startswith("linux"):
+        live = open_workbench("procfs")
+        if live.kernel.pfn_visible:
+            sides.append(("live", live))
+    figures: dict[str, dict[str, float]] = {}
+    for name, bench in sides:
+        task = bench.spawn()
+        task.mmap(GIB, addr=START, flags=0x100022)
+        task.madvise(START, GIB, Madvise.NOHUGEPAGE)
+        task.touch(START, GIB)
+        out = np.zeros(PAGES, dtype=np.uint64)
+        read = median(
+            repeat, lambda task=task, out=out: timed(lambda: task.process.read_pagemap(START // PAGE, out))
+        )
+        task.madvise(START, GIB, Madvise.DONTNEED)
+        task.touch(START, GIB, step=2 * PAGE)
+        present = int(PageCategory.PRESENT)
+        request = ScanRequest(
+            start=START, end=START + GIB, vec_len=PAGES, category_mask=present, return_mask=present
+        )
+        scan = median(
+            repeat, lambda task=task, request=request: timed(lambda: task.process.pagemap_scan(request))
+        )
+        count = bench.kernel.frame_count()
+        words = np.zeros(count, dtype=np.uint64)
+        flags = median(
+            min(repeat, 3),
+            lambda bench=bench, words=words: timed(
+                lambda: bench.kernel.read_frames(FrameFile.KPAGEFLAGS, 0, words)
+            ),
+        )
+        figures[name] = {"pagemap": read / PAGES, "scan": scan / PAGES, "kpageflags": flags / count}
+        bench.close()
+    for what, bar in (("pagemap", 3.0), ("scan", 2.0), ("kpageflags", 10.0)):
+        ours = figures["sim"][what]
+        print(f"{what:36s} {ours * 1e9:9.2f} ns/page")
+        if "live" in figures:
+            row(
+                f"  times as fast as live ({figures['live'][what] * 1e9:.1f} ns)",
+                figures["live"][what] / ours,
+                "x",
+                bar,
+                more=True,
+            )
+
+
+def steps(repeat: int) -> None:
+    """Single pages."""
+    machine = open_workbench("sim", memory="64 MiB", swap="16 MiB", kernel="6.18")
+    task = machine.spawn()
+    start = task.mmap(64 * PAGE)
+    task.touch(start, 64 * PAGE)
+    one = ScanRequest(start=start, end=start + PAGE, vec_len=1, return_mask=8)
+    for name, function, calls in (
+        ("touch", lambda: task.touch(start, PAGE), 1),
+        ("write", lambda: task.write(start, b"x"), 1),
+        ("read", lambda: task.read(start, 8), 1),
+        ("MADV_DONTNEED, touch", lambda: (task.madvise(start, PAGE, 4), task.touch(start, PAGE)), 2),
+        ("MADV_PAGEOUT, touch", lambda: (task.madvise(start, PAGE, 21), task.touch(start, PAGE)), 2),
+        ("mprotect, and back", lambda: (task.mprotect(start, PAGE, 1), task.mprotect(start, PAGE, 3)), 2),
+        ("mmap, munmap", lambda: task.munmap(task.mmap(PAGE), PAGE), 2),
+        ("mincore", lambda: task.mincore(start, PAGE), 1),
+        ("pagemap", lambda: task.process.pagemap(start, start + PAGE), 1),
+        ("PAGEMAP_SCAN", lambda: task.process.pagemap_scan(one), 1),
+    ):
+        took = median(repeat, lambda function=function: timed(lambda: [function() for _ in range(500)]))
+        row(f"one page: {name}", took / 500 / calls * 1e6, "us", 15)
+
+    def mixed() -> None:
+        task = machine.spawn()
+        start = task.mmap(64 * PAGE)
+        for page in range(8):
+            place = start + page * PAGE
+            task.touch(place, PAGE)
+            task.write(place, b"hi")
+            task.madvise(place, PAGE, Madvise.DONTNEED)
+            task.mprotect(place + 8 * PAGE, PAGE, 1)
+            task.read(place, 4)
+        task.exit()
+
+    took = median(repeat, lambda: timed(lambda: [mixed() for _ in range(20)]))
+    row("spawn and 40 mixed steps", took / 20 * 1e3, "ms", 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeat", type=int, default=5)
+    repeat = parser.parse_args().repeat
+    ranges(repeat)
+    looking(repeat)
+    steps(repeat)
+
+
+if __name__ == "__main__":
+    main()
