@@ -285,6 +285,8 @@ def _uncount(core: Core, mm: AddressSpace, pfns: Pfns) -> list[LargeFolio]:
     """Uncount the one mapping of each page; large folios of which nothing is mapped any more."""
     frames = core.memory.frames
     frames.mapcount[pfns] -= 1
+    if not core.memory.large:
+        return []
     compound = pfns[(frames.flags[pfns] & np.uint64(COMPOUND)) != 0]
     done = []
     heads, counts = np.unique(compound - frames.behind[compound], return_counts=True)

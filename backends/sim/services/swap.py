@@ -70,6 +70,15 @@ class SwapArea:
 
     def take(self, count: int) -> NDArray[np.int64]:
         """Up to `count` free slots, the lowest; each is to be given a count or a page at once."""
+        if (
+            count == 1
+            and self.hint < self.slots
+            and not self.counts.item(self.hint)
+            and not self.cached.item(self.hint)
+        ):
+            self.used += 1
+            self.hint += 1
+            return np.array([self.hint - 1], dtype=np.int64)
         found: list[NDArray[np.int64]] = []
         position = self.hint
         while count and position < self.slots:
@@ -101,7 +110,8 @@ class SwapSpace:
     @property
     def order(self) -> list[SwapArea]:
         """The areas in the order in which they are filled."""
-        return sorted((a for a in self.areas if a is not None), key=lambda a: (-a.priority, a.number))
+        there = [area for area in self.areas if area is not None]
+        return there if len(there) < 2 else sorted(there, key=lambda area: (-area.priority, area.number))
 
     @property
     def total(self) -> int:
@@ -165,8 +175,10 @@ class SwapSpace:
                 memory.free(pfn)
 
     def _by_area(self, fields: U64Array) -> list[tuple[SwapArea, NDArray[np.int64]]]:
+        offsets = (fields >> np.uint64(5)).view(np.int64)
+        if len(self.areas) == 1 and self.areas[0] is not None:
+            return [(self.areas[0], offsets)]
         types = (fields & np.uint64(0x1F)).astype(np.int64)
-        offsets = (fields >> np.uint64(5)).astype(np.int64)
         found = []
         for kind in np.unique(types).tolist():
             area = self.areas[kind]
@@ -192,6 +204,8 @@ class SwapSpace:
     def uncache(self, head: int, order: int = 0) -> bool:
         """Take a folio out of the swap cache unless entries name its slots (folio_free_swap); it is dirty then."""
         frames, pages = self.memory.frames, 1 << order
+        if not order:
+            return self._uncache_one(head)
         fields = frames.swap[head : head + pages] - 1
         area = self.area(int(fields[0]))
         slots = fields >> 5
@@ -203,3 +217,24 @@ class SwapSpace:
         area.cached[slots] = 0
         area.give_back(slots)
         return True
+
+    def _uncache_one(self, pfn: int) -> bool:
+        """`uncache` for a single page."""
+        frames = self.memory.frames
+        field = frames.swap_at[pfn] - 1
+        area, slot = self.area(field), field >> 5
+        if area.counts.item(slot):
+            return False
+        frames.swap_at[pfn] = 0
+        frames.flags_at[pfn] = (frames.flags_at[pfn] | _DIRTY) & ~_SWAPCACHE
+        area.cached[slot] = 0
+        area.used -= 1
+        area.hint = min(area.hint, slot)
+        return True
+
+    def cache_one(self, pfn: int, field: int) -> None:
+        """`cache` for a single page."""
+        frames = self.memory.frames
+        frames.swap_at[pfn] = field + 1
+        frames.flags_at[pfn] |= _SWAPCACHE
+        self.area(field).cached[field >> 5] = pfn + 1

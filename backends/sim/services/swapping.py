@@ -52,7 +52,7 @@ def bring_in(core: Core, field: int) -> int:
     area.shadow[slot] = 0
     core.memory.frames.content_at[pfn] = int(area.content[slot])
     area.content[slot] = 0
-    core.swap.cache(np.array([pfn], dtype=np.int64), np.array([field], dtype=np.int64))
+    core.swap.cache_one(pfn, field)
     core.count("swap_in")
     return pfn
 
