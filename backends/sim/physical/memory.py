@@ -145,15 +145,16 @@ class Memory:
         self.lru_clock += len(pfns)
 
     def recently(self, shadow: int) -> bool:
-        """Whether a page evicted at that time (plus 1; 0: never) would still be here in a memory twice as large."""
-        if not shadow:
-            return False
-        return self.age - (shadow - 1) <= self.in_use
+        """Whether fewer pages were evicted since that time (plus 1; 0: never) than there is memory.
+
+        The kernel compares with what lies on the LRU lists; here nothing else, no page cache, fills memory.
+        """
+        return bool(shadow) and self.age - (shadow - 1) <= self.managed
 
     @property
-    def in_use(self) -> int:
-        """Frames that are not free."""
-        return sum(zone.end - zone.start - zone.free_pages for zone in self.zones)
+    def managed(self) -> int:
+        """Frames of all zones."""
+        return sum(zone.end - zone.start for zone in self.zones)
 
     # -- giving back -----------------------------------------------------------------------------------
 

@@ -123,9 +123,8 @@ def swap_in_many(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *
     flags = np.full(got, mapping.NEW_ANON, dtype=np.uint64)
     if area.immediate:
         flags[~memory.contents.zero(rows)] |= np.uint64(_DIRTY)
-    working_set = memory.in_use - got + np.arange(got)
     shadow = area.shadow[slots]
-    flags[(shadow != 0) & (memory.age - (shadow - 1) <= working_set)] |= np.uint64(PageFlag.ACTIVE)
+    flags[(shadow != 0) & (memory.age - (shadow - 1) <= memory.managed)] |= np.uint64(PageFlag.ACTIVE)
     flags[:kept_from] |= np.uint64(_DIRTY)
     frames.content[pfns] = rows
     area.content[slots] = area.shadow[slots] = area.counts[slots] = 0

@@ -158,6 +158,10 @@ def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> N
     if (old & np.uint64(DIRTY)).any():
         frames.set_bits(head, pages, int(PageFlag.DIRTY))
     mlocked = frames.flags_at[head] & mapping.MLOCKED
+    locked = np.zeros(len(slots), dtype=np.bool_)
+    for vma in mm.vmas:
+        if vma.flags & VmFlag.LOCKED:
+            locked |= (addresses >= vma.start) & (addresses < vma.end)
     core.memory.dissolve(folio)
     core.mlocks.pop(head, None)
     for index in np.flatnonzero(frames.mapcount[head : head + pages] == 0).tolist():
@@ -165,12 +169,14 @@ def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> N
     if core.caps.split_maps_zero and not mlocked:
         pfns = (old & np.uint64(FIELD)).view(np.int64)
         zero = core.memory.contents.zero(frames.content[pfns])
-        for vma in mm.vmas:
-            if vma.flags & VmFlag.LOCKED:
-                zero &= (addresses < vma.start) | (addresses >= vma.end)
+        zero &= ~locked
         core.pool.flat[slots[zero]] = old[zero] & np.uint64(UFFD_WP | SOFT_DIRTY) | np.uint64(
             PRESENT | SPECIAL | YOUNG | core.zero_pfn
         )
         frames.mapcount[pfns[zero]] = 0
         core.memory.free_pages(pfns[zero])
+    if not mlocked:
+        # Mapped anew, as small pages: those of a locked mapping are locked now.
+        for pfn in (old[locked] & np.uint64(FIELD)).tolist():
+            mapping.mlock(core, pfn, 1)
     core.count("split_folio")
