@@ -27,7 +27,7 @@ _UFFD_WP = np.uint64(UFFD_WP)
 #: From here on bits say what an entry is.
 _CODE_SHIFT = np.uint64(55)
 #: Entries in a batch: as many as stay in a processor's cache.
-_PIECE = 1 << 14
+_PIECE = 1 << 15
 
 
 @functools.cache
