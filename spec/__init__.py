@@ -58,7 +58,8 @@ __all__ = [
 ]
 
 _HERE = Path(__file__).parent
-_FAMILIES = ("pagemap", "kpagecount", "kpageflags", "kpagecgroup", "scan", "shared", "access", "memory")
+#: Families of rules in the order in which they read best; the other files of rules/ follow by name.
+_FIRST = ("pagemap", "kpagecount", "kpageflags", "kpagecgroup", "scan", "shared", "access", "memory")
 _Row = TypeVar("_Row", bound=NamedTuple)
 
 
@@ -82,7 +83,9 @@ class UnknownRule(KeyError):
 @functools.cache
 def rules() -> Mapping[str, Rule]:
     """All rules by number, in the order of the files."""
-    rows = [row for family in _FAMILIES for row in _rows(Rule, f"rules/{family}.toml", "rule")]
+    there = {path.stem for path in (_HERE / "rules").glob("*.toml")}
+    families = (*_FIRST, *sorted(there - {*_FIRST}))
+    rows = [row for family in families for row in _rows(Rule, f"rules/{family}.toml", "rule")]
     return _by_key(rows, "id", "rules")
 
 

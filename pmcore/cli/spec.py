@@ -22,7 +22,7 @@ def command(names: tuple[str, ...], listing: bool, search: str | None, form: str
     """Show rules (PM-006), families (SC), divergences (DV-003), flags (THP), capabilities (scan.guard).
 
     The families: PM pagemap, KC kpagecount, KF kpageflags, KG kpagecgroup, SC PAGEMAP_SCAN, SH shared memory,
-    AC access and errors, VM memory semantics, DV divergences.
+    AC access and errors, VM memory semantics, DV divergences, and those of `--list`.
     """
     if not names and not search:
         listing = True

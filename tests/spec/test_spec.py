@@ -67,7 +67,8 @@ def test_rule_numbers_are_stable_and_without_gaps():
     families: dict[str, list[int]] = {}
     for number in spec.rules():
         family, _, digits = number.partition("-")
-        assert re.fullmatch(r"(PM|KC|KF|KG|SC|SH|AC|VM)-\d{3}", number)
+        assert re.fullmatch(r"[A-Z]{2}-\d{3}", number)
+        assert family != "DV"
         families.setdefault(family, []).append(int(digits))
     for family, numbers in families.items():
         assert numbers == list(range(1, len(numbers) + 1)), family
