@@ -63,7 +63,7 @@ def mremap(
     ):
         old_end = vma.end
         vma.end += delta
-        mm.vmas.merge(vma.start, vma.end)
+        mm.vmas.merge(vma.end, vma.end)  # with what it now meets; what lies below it is not looked at
         if vma.flags & VmFlag.LOCKED:
             populate(core, mm, old_end, old_end + delta)
         return addr
