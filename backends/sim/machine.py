@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.capabilities import Capabilities, capabilities
 from pmcore.backends.sim.check import check
 from pmcore.backends.sim.checkpoint import State, capture, load, rebuild, save
+from pmcore.backends.sim.events import Event, observing
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.frames import Frames
@@ -84,6 +86,8 @@ class Core:
         self.mmap_base = self.geometry.task_size - (1 << 36) & -self.geometry.page_size
         #: What happened, counted.
         self.counters: Counter[str] = Counter()
+        #: Told of page faults (address space, address or addresses, write) before they are handled; None: nobody looks.
+        self.on_fault: Callable[[AddressSpace, int | U64Array, bool], object] | None = None
 
     def count(self, event: str, times: int = 1) -> None:
         """Count something that happened."""
@@ -258,6 +262,16 @@ class SimMachine(Kernel, Workbench):
     def check(self) -> None:
         """Verify every invariant of the state. Raises BrokenInvariant that names what does not hold."""
         check(self.core, [task.mm for task in self._tasks.values()])
+
+    # -- looking on ------------------------------------------------------------------------------------
+
+    def observe(self, tell: Callable[[Event], object] | None = None) -> AbstractContextManager[list[Event]]:
+        """As long as the context lasts, tell of each fault, allocation, change of an entry or of flags (`events.py`).
+
+        `tell` is called with each event after the call that caused it; without it the events are collected in the
+        list that the context gives. Observing costs time, and changes nothing of the state.
+        """
+        return observing(self, tell)
 
     # -- the administrator -----------------------------------------------------------------------------
 

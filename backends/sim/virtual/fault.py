@@ -73,6 +73,8 @@ def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
             if not write or pmd & WRITE:
                 at[slot] = pmd | (YOUNG | DIRTY if write else YOUNG)
                 return (pmd & FIELD) + (addr >> core.geometry.page_shift & core.geometry.pmd_pages - 1)
+            if core.on_fault is not None:
+                core.on_fault(mm, addr, write)
             if pmd & UFFD_WP and vma.flags & VmFlag.UFFD_WP:
                 if not userfaultfd.resolves_itself(vma):
                     raise userfaultfd.blocked(vma, addr)
@@ -82,6 +84,8 @@ def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
             at = core.pool.at
             continue
         if not pmd and thp.order_allowed(core, vma, addr):
+            if core.on_fault is not None:
+                core.on_fault(mm, addr, write)
             slot = mm.tables.make_pmd_slot(addr)
             if thp.fault(core, mm, vma, addr, slot, write=write):
                 at = core.pool.at
@@ -89,10 +93,12 @@ def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
         slot = mm.tables.make_pte_slot(addr)
         at = core.pool.at
         pte = at[slot]
+        if pte & PRESENT and (not write or pte & WRITE):
+            at[slot] = pte | (YOUNG | DIRTY if write else YOUNG)
+            return pte & FIELD
+        if core.on_fault is not None:
+            core.on_fault(mm, addr, write)
         if pte & PRESENT:
-            if not write or pte & WRITE:
-                at[slot] = pte | (YOUNG | DIRTY if write else YOUNG)
-                return pte & FIELD
             _write_protected(core, mm, vma, addr, slot, pte)
         elif not pte or is_marker(pte):
             _missing(core, mm, vma, addr, slot, pte, write=write)

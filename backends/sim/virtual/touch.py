@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmcore.arrays import U64Array
+from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import swapping, thp
@@ -90,6 +90,7 @@ def _ptes(
     if vma.flags & VmFlag.UFFD_MISSING:
         easy &= ~fresh
     if easy.all():
+        _tell(core, mm, start, fresh, write=write)
         _easy(core, mm, vma, entries, fresh, write=write)
         return
     # Runs of one sort, in the order of the addresses: easy, swapped out (by area), anything else one by one.
@@ -103,8 +104,10 @@ def _ptes(
         slot = mm.tables.pte_slot(start + low * size)
         part = core.pool.flat[slot : slot + high - low]
         if sort[low] == 1:
+            _tell(core, mm, start + low * size, fresh[low:high], write=write)
             _easy(core, mm, vma, part, fresh[low:high], write=write)
         elif sort[low] and high - low > _FEW:
+            _tell(core, mm, start + low * size, swapped[low:high], write=write)
             swapping.swap_in_many(core, mm, vma, part, write=write)
             if write:  # what the mapping's flags kept from being writable at once is asked again
                 for index in np.flatnonzero((part & _WRITE) == 0).tolist():
@@ -112,6 +115,13 @@ def _ptes(
         else:
             for index in range(low, high):
                 fault.access(core, mm, start + index * size + lead, write=write)
+
+
+def _tell(core: Core, mm: AddressSpace, start: int, chosen: BoolArray, *, write: bool) -> None:
+    """Tell whoever observes that the chosen pages, from `start` on, are about to be faulted in."""
+    if core.on_fault is not None:
+        index = np.flatnonzero(chosen).astype(np.uint64)
+        core.on_fault(mm, np.uint64(start) + index * np.uint64(core.geometry.page_size), write)
 
 
 def _easy(
