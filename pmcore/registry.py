@@ -19,6 +19,7 @@ WORKBENCH_GROUP = "pmcore.workbenches"
 _OWN = {
     ENTRY_POINT_GROUP: {
         "procfs": "pmcore.backends.procfs:open_kernel",
+        "recording": "pmcore.backends.recording:open_recording",
         "sim": "pmcore.backends.sim:open_machine",
     },
     WORKBENCH_GROUP: {
@@ -40,12 +41,12 @@ def workbenches() -> tuple[str, ...]:
     return tuple(sorted(_found(WORKBENCH_GROUP)))
 
 
-def open(name: str, /, **options: Any) -> Kernel:
-    """The kernel behind the backend `name`; `options` are the backend's own.
+def open(name: str, /, *what: Any, **options: Any) -> Kernel:
+    """The kernel behind the backend `name`; `what` (a recording's path) and `options` are the backend's own.
 
     Raises BackendUnavailable where there is none of that name, it cannot be imported, or it cannot work here.
     """
-    kernel: Kernel = _factory(ENTRY_POINT_GROUP, name)(**options)
+    kernel: Kernel = _factory(ENTRY_POINT_GROUP, name)(*what, **options)
     return kernel
 
 

@@ -43,7 +43,11 @@ class Address(click.ParamType[int]):
 def backend_options(function: _F) -> _F:
     """--backend, --backend-option."""
     function = click.option(
-        "--backend", default="procfs", show_default=True, metavar="NAME", help="Where to look."
+        "--backend",
+        default="procfs",
+        show_default=True,
+        metavar="NAME[:WHAT]",
+        help="Where to look; recording:PATH is a recording.",
     )(function)
     return click.option(
         "--backend-option",
@@ -77,15 +81,17 @@ def open_backend(backend: str, settings: tuple[str, ...], *, all_frames: bool = 
         if not found or not key:
             raise ArgumentError(f"--backend-option {setting!r} is not KEY=VALUE")
         options[key] = value
+    name, given, what = backend.partition(":")
+    place = (what,) if given else ()
     if all_frames:
         with contextlib.suppress(
             TypeError
         ):  # a backend that knows no such option says so before it does anything
-            return registry.open(backend, **options, read_ahead=True)
+            return registry.open(name, *place, **options, read_ahead=True)
     try:
-        return registry.open(backend, **options)
+        return registry.open(name, *place, **options)
     except TypeError as error:
-        raise ArgumentError(f"backend {backend!r} refuses its options: {error}") from None
+        raise ArgumentError(f"backend {name!r} refuses its options: {error}") from None
 
 
 def pid_of(text: str) -> int:

@@ -192,10 +192,10 @@ def test_a_backend_of_somebody_else(strangers):
 def test_nobody_shadows_ours_and_the_kill_switch_leaves_them(strangers, monkeypatch):
     strangers(procfs="m:f", stranger="m:f")
     group = registry.ENTRY_POINT_GROUP
-    assert registry.backends() == ("procfs", "sim", "stranger")
+    assert registry.backends() == ("procfs", "recording", "sim", "stranger")
     assert registry._found(group)["procfs"] == registry._OWN[group]["procfs"]
     monkeypatch.setenv(registry.KILL_SWITCH, "1")
-    assert registry.backends() == ("procfs", "sim")
+    assert registry.backends() == ("procfs", "recording", "sim")
 
 
 @pytest.mark.parametrize("group", [registry.ENTRY_POINT_GROUP, registry.WORKBENCH_GROUP])

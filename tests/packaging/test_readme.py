@@ -25,6 +25,20 @@ def test_examples_run_and_print_what_they_say(code):
     assert not done.stdout.startswith("0 regions")
 
 
+def test_examples_of_documents_run(tmp_path):
+    """docs/*.md: what is written in Python runs, and prints what it says."""
+    ran = 0
+    for document in sorted((README.parent / "docs").glob("*.md")):
+        for code in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+            command = [sys.executable, "-P", "-c", code]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            for promised in re.findall(r"print\(.*\)\s+# (\d+)$", code, re.MULTILINE):
+                assert promised in done.stdout.split()
+                ran += 1
+    assert ran
+
+
 def test_there_is_an_example_for_each_kind_of_user():
     assert len(EXAMPLES) >= 5
 
