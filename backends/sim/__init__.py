@@ -22,6 +22,7 @@ def open_machine(
     *,
     memory: int | str = "64 MiB",
     swap: int | str | Sequence[SwapSettings] = 0,
+    swap_kind: str = "compressed",
     kernel: str | KernelProfile = REFERENCE_VERSION,
     config: Iterable[str] = (),
     policy: Policy | None = None,
@@ -32,7 +33,8 @@ def open_machine(
 ) -> SimMachine:
     """A machine that has just booted.
 
-    `memory` and `swap` are sizes ("64 MiB", bytes); several swap areas are given as `SwapSettings`. `kernel` is a
+    `memory` and `swap` are sizes ("64 MiB", bytes); several swap areas are given as `SwapSettings`. `swap_kind` says
+    what an area given by its size is: "compressed" (memory), "device" (writes complete at once), "disk". `kernel` is a
     version or a profile, `config` changes its configuration. `holes` are ranges of physical addresses with no memory.
     Without `privileged` frame numbers are hidden, and the kpage* files cannot be opened.
     Raises ArgumentError for settings that no machine has, UnknownCapability for a kernel that is not in spec/.
@@ -42,6 +44,7 @@ def open_machine(
     return make_machine(
         memory=memory,
         swap=swap,
+        swap_kind=swap_kind,
         kernel=kernel,
         config=config,
         policy=policy,

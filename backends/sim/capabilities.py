@@ -56,6 +56,8 @@ class Capabilities:
     swapin_not_mlocked: bool
     thp_exclusive_of_head: bool
     mremap_dontunmap: bool
+    ksm_on_every_anon: bool
+    merge_keeps_soft_dirty: bool
     mremap_checks_early: bool
     scan: bool
     scan_guard: bool
@@ -114,6 +116,8 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         swapin_not_mlocked=has("quirk.swapin_not_mlocked"),
         thp_exclusive_of_head=has("quirk.thp_exclusive_of_head"),
         mremap_dontunmap=has("mm.mremap_dontunmap"),
+        ksm_on_every_anon=has("quirk.ksm_on_every_anon"),
+        merge_keeps_soft_dirty=has("mm.merge_keeps_soft_dirty"),
         mremap_checks_early=has("mm.mremap_checks_early"),
         scan=has("scan"),
         scan_guard=has("scan.guard"),

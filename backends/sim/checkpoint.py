@@ -105,7 +105,7 @@ def _zone(zone: Zone) -> list[Any]:
 
 
 def _area(area: SwapArea) -> list[Any]:
-    return [area.slots, area.priority, area.immediate, area.large_folios, area.used, area.hint]
+    return [area.slots, area.priority, area.immediate, area.large_folios, area.compressed, area.used, area.hint]
 
 
 def _space(mm: AddressSpace, uffd: Any) -> dict[str, Any]:
@@ -185,8 +185,8 @@ def _rebuild_zone(
 
 
 def _rebuild_area(number: int, words: list[Any], arrays: dict[str, NDArray[Any]]) -> SwapArea:
-    slots, priority, immediate, large_folios, used, hint = words
-    area = SwapArea(number, slots, priority, immediate, large_folios)
+    slots, priority, immediate, large_folios, compressed, used, hint = words
+    area = SwapArea(number, slots, priority, immediate, large_folios, compressed)
     area.used, area.hint = used, hint
     for name in _AREA:
         setattr(area, name, arrays[f"swap.{number}.{name}"].copy())

@@ -142,6 +142,7 @@ class SimMachine(Kernel, Workbench):
                 priority=area.priority,
                 immediate=area.immediate,
                 large_folios=area.large_folios,
+                compressed=area.compressed and area.immediate,
             )
         self._tasks: dict[int, SimTask] = {}
         #: Every task there ever was: who holds one finds it alive again after `restore`.
@@ -293,8 +294,18 @@ class SwapSettings:
     priority: int = -1
     #: Whether a page is gone as soon as it is written, as with zswap; else it stays cached until it is reclaimed.
     immediate: bool = True
+    #: Whether that is memory that gives its copy away when a page is read back; a device keeps it.
+    compressed: bool = True
     #: Whether large folios are swapped out whole, as on devices with clusters; else they are taken apart first.
     large_folios: bool = False
+
+
+#: Sorts of swap area by name: memory behind zswap, a device whose writes complete at once, a disk.
+_SWAP_KINDS: dict[str, dict[str, bool]] = {
+    "compressed": {},
+    "device": {"compressed": False},
+    "disk": {"compressed": False, "immediate": False},
+}
 
 
 def _min_watermark(memory: int) -> int:
@@ -346,6 +357,7 @@ def make_machine(
     *,
     memory: int | str,
     swap: int | str | Sequence[SwapSettings],
+    swap_kind: str = "compressed",
     kernel: str | KernelProfile,
     config: Iterable[str] = (),
     policy: Policy | None = None,
@@ -359,7 +371,9 @@ def make_machine(
     areas: Any = swap
     if isinstance(swap, int | str):
         length = parse_size(swap)
-        areas = [SwapSettings(length=length)] if length else []
+        if swap_kind not in _SWAP_KINDS:
+            raise ArgumentError(f"swap_kind={swap_kind!r}", remedy=f"known: {', '.join(_SWAP_KINDS)}")
+        areas = [SwapSettings(length=length, **_SWAP_KINDS[swap_kind])] if length else []
     if not isinstance(nodes, int) or nodes < 1:
         raise ArgumentError(f"nodes={nodes!r}", remedy="at least one")
     return SimMachine(

@@ -69,6 +69,12 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
 @click.option("--memory", default="256 MiB", show_default=True, help="Memory of a simulated machine.")
 @click.option("--swap", default="256 MiB", show_default=True, help="Swap on both sides; 0 for none.")
 @click.option(
+    "--swap-device",
+    metavar="PATH",
+    default="",
+    help="A block device that holds a swap area, for the side that is no model, instead of compressed memory.",
+)
+@click.option(
     "--kernel", metavar="VERSION", help="Kernel of the simulated machines (default: that of the other side)."
 )
 @click.option(
@@ -105,6 +111,8 @@ def _sides(options: dict[str, Any], held: contextlib.ExitStack) -> tuple[Callabl
         name = options[side]
         if name == "sim":
             settings = {"memory": options["memory"], "swap": options["swap"]}
+            if options["swap_device"]:
+                settings["swap_kind"] = "device"
             if profile is not None:
                 settings["kernel"] = profile
 
@@ -113,7 +121,7 @@ def _sides(options: dict[str, Any], held: contextlib.ExitStack) -> tuple[Callabl
 
             sides[side] = fresh
         else:
-            bench = held.enter_context(_open(name, options["swap"]))
+            bench = held.enter_context(_open(name, options["swap_device"] or options["swap"]))
             if not bench.kernel.pfn_visible:
                 raise BackendUnavailable("frame numbers are hidden", remedy="run as root")
             profile = profile or bench.kernel.profile

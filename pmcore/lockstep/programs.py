@@ -258,7 +258,7 @@ def _scan(draw: st.DrawFn, state: _State) -> s.Step | None:
 
 
 def _clear_refs(draw: st.DrawFn, state: _State) -> s.Step | None:
-    return s.ClearRefs(task=_task(draw, state), what=draw(st.sampled_from((1, 2, 3, 5, 9))))
+    return s.ClearRefs(task=_task(draw, state), what=draw(st.sampled_from((1, 2, 3, 4, 4, 4, 4, 5, 9))))
 
 
 _advise = _ranged(s.Advise, advice=st.sampled_from([int(advice) for advice in _ADVICE]))
@@ -278,5 +278,5 @@ _KINDS: tuple[_Maker, ...] = (
     _ranged(s.Lock, onfault=st.booleans()),
     _ranged(s.Unlock),
     _ranged(s.Mincore),
-    _clear_refs,
+    *(_clear_refs,) * 2,
 )

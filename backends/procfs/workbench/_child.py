@@ -26,12 +26,13 @@ HEADER = struct.Struct("=II")
 #: handler that makes them return early with the signal and the address in `fault`. Any other fault kills as usual.
 #:
 #:   0x00 read:    for (i = 0; i < count; i++, address += step) { byte b = *address; if (buffer) buffer[i] = b; }
-#:   0x20 write:   the same, with *address = buffer[i], or *address |= 0 (one write access) without a buffer
+#:   0x20 write:   the same, with *address = buffer[i], or a locked *address |= 0 without a buffer: one write
+#:                 access; without the lock an emulated processor reads first, and has two faults
 #:   0x50 recover: fault[0] = signal; fault[1] = address; return i
 #:   0x60 handler: if the faulting instruction lies before 0x58: go on at recover; otherwise restore the default action
 _CODE = bytes.fromhex(
-    "31c04839d07314448a1f4885c9740444881c014801f748ffc0ebe7c30f1f400031c04839d073194885c97409448a1c01"
-    "44881feb03800f004801f748ffc0ebe2c366662e0f1f8400000000000f1f40004d89084d895008c30f1f840000000000"
+    "31c04839d07314448a1f4885c9740444881c014801f748ffc0ebe7c30f1f400031c04839d0731a4885c97409448a1c01"
+    "44881feb04f0800f004801f748ffc0ebe1c3662e0f1f8400000000000f1f40004d89084d895008c30f1f840000000000"
     "488b8aa8000000488d0592ffffff4839c1722a488d05deffffff4839c1731e4863ff48897a30488b461048894238488d"
     "05bbffffff488982a8000000c34883ec2848c704240000000048c74424080000000048c74424100000000048c7442418"
     "000000004863ff4889e631d241ba08000000b80d0000000f054883c428c3"

@@ -360,8 +360,8 @@ def open_workbench(
 ) -> ProcfsWorkbench:
     """A workbench of real processes; regular files lie in a new directory below `directory` (default: TMPDIR).
 
-    `still` makes the machine hold still until the workbench is closed, see `steady`; `swap` ("64 MiB", bytes) switches
-    a swap area on, `knobs` are files of /proc and /sys with what to write to them meanwhile; both imply `still`.
+    `still` makes the machine hold still until the workbench is closed, see `steady`; `swap` ("64 MiB", bytes, or the
+    path of a block device that holds a swap area) switches swap on, `knobs` are files of /proc and /sys with what to write to them meanwhile; both imply `still`.
     Raises BackendUnavailable off Linux, or where swap cannot be switched on.
     """
     if not sys.platform.startswith("linux"):
@@ -369,6 +369,11 @@ def open_workbench(
     held = ExitStack()
     with held:
         if still or swap or knobs:
-            held.enter_context(steady(swap=parse_size(swap), knobs=knobs))
+            held.enter_context(steady(swap=_area(swap), knobs=knobs))
         return ProcfsWorkbench(kernel or open_kernel(), directory=directory, held=held.pop_all())
     raise AssertionError("unreachable")
+
+
+def _area(swap: int | str) -> int | str:
+    """Bytes of a swap area to be made, or the device of one that is there."""
+    return swap if isinstance(swap, str) and swap.startswith("/") else parse_size(swap)

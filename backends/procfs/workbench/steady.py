@@ -67,22 +67,27 @@ def drain_lru() -> bool:
 
 @contextmanager
 def steady(
-    cpu: int | None = None, *, swap: int = 0, knobs: Mapping[str, str] | None = None
+    cpu: int | None = None, *, swap: int | str = 0, knobs: Mapping[str, str] | None = None
 ) -> Iterator[None]:
     """Pin this process to one processor, quieten khugepaged, ksmd and swap readahead; all is put back on leaving.
 
-    `swap` bytes of compressed swap are switched on (BackendUnavailable where that cannot be), `knobs` are further files
-    of /proc and /sys with what to write. Knobs that cannot be turned (no root, not there) are left alone.
+    `swap` bytes of compressed swap, or the swap area on the block device of that path, are switched on
+    (BackendUnavailable where that cannot be), `knobs` are further files of /proc and /sys with what to write. Knobs that
+    cannot be turned (no root, not there) are left alone.
     """
     lock = _lock()
     watched = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     allowed = os.sched_getaffinity(0)
-    wanted = {**_KNOBS, **(_SWAP_KNOBS if swap else {}), **(knobs or {})}
+    compressed = swap if isinstance(swap, int) else 0
+    wanted = {**_KNOBS, **(_SWAP_KNOBS if compressed else {}), **(knobs or {})}
     before = [(path, value) for path in wanted if (value := _read(path)) not in (None, wanted[path])]
     try:
-        area = _swap_file(swap) if swap else None
-        files = [area] if area else []
-        guardian = _guard({"swapoff": files, "knobs": before, "remove": files}, lock)
+        area = swap if isinstance(swap, str) else _swap_file(swap) if swap else None
+        areas = [area] if area else []
+        guardian = _guard(
+            {"swapoff": areas, "knobs": before, "remove": areas if compressed else []},
+            lock,
+        )
     finally:
         os.close(lock)  # the guardian's copy holds it from here on
     try:

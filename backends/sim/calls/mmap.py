@@ -86,7 +86,7 @@ def mmap(
         vm_flags |= VmFlag.SOFTDIRTY
     _unmap(core, mm, addr, addr + length)
     mm.vmas.add(VmArea(addr, addr + length, vm_flags, addr >> geometry.page_shift))
-    mm.vmas.merge(addr, addr + length)
+    mm.vmas.merge(addr, addr + length)  # the whole of it is soft-dirty then
     if flags & MapFlag.POPULATE or (vm_flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
         populate(core, mm, addr, addr + length)
     return addr

@@ -63,7 +63,7 @@ def mremap(
     ):
         old_end = vma.end
         vma.end += delta
-        mm.vmas.merge(vma.end, vma.end)  # with what it now meets; what lies below it is not looked at
+        mm.vmas.merge(vma.end, vma.end, moved=True)  # with what it now meets; what lies below it is not looked at
         if vma.flags & VmFlag.LOCKED:
             populate(core, mm, old_end, old_end + delta)
         return addr
@@ -185,8 +185,6 @@ def _move(
     if drop_uffd:
         new.flags &= ~VmFlag.UFFD
         new.uffd = None
-    if core.caps.soft_dirty:
-        new.flags |= VmFlag.SOFTDIRTY
     mm.vmas.add(new)
     remap.move_entries(core, mm, vma, addr, new_addr, old_length, drop_uffd=drop_uffd)
     locked = vma.flags & VmFlag.LOCKED
@@ -197,7 +195,7 @@ def _move(
             vma.anon_vma, vma.chain = None, 0
     else:
         unmap(core, mm, addr, addr + old_length)
-    mm.vmas.merge(new_addr, new_addr + new_length)
+    mm.vmas.merge(new_addr, new_addr + new_length, moved=True)
     if locked:
         populate(core, mm, new_addr + old_length, new_addr + new_length)
     return new_addr

@@ -46,6 +46,8 @@ class SwapArea:
     immediate: bool
     #: Whether a large folio gets neighbouring slots and stays whole, or is taken apart first (no clusters, a file).
     large_folios: bool = False
+    #: Whether it is memory that gives its copy away when a page is read back (zswap): that page is dirty then.
+    compressed: bool = True
     #: Entries in page tables that name the slot.
     counts: NDArray[np.int32] = attrs.field(init=False)
     #: The page in the swap cache, plus 1.
@@ -128,10 +130,18 @@ class SwapSpace:
         """Whether slots are kept no longer than needed (vm_swap_full)."""
         return self.free * 2 < self.total
 
-    def on(self, slots: int, *, priority: int, immediate: bool, large_folios: bool = False) -> SwapArea:
+    def on(
+        self,
+        slots: int,
+        *,
+        priority: int,
+        immediate: bool,
+        large_folios: bool = False,
+        compressed: bool = True,
+    ) -> SwapArea:
         """A new area, with the lowest number that is free."""
         number = next((i for i, area in enumerate(self.areas) if area is None), len(self.areas))
-        area = SwapArea(number, slots, priority, immediate, large_folios)
+        area = SwapArea(number, slots, priority, immediate, large_folios, compressed)
         self.areas[number : number + 1] = [area]
         return area
 

@@ -43,7 +43,7 @@ def bring_in(core: Core, field: int) -> int:
     slot = field >> 5
     # It belongs to nobody before it is mapped.
     flags = mapping.NEW_ANON & ~_ANON
-    if area.immediate and not core.memory.contents.zero(area.content[slot : slot + 1])[0]:
+    if area.compressed and not core.memory.contents.zero(area.content[slot : slot + 1])[0]:
         flags |= _DIRTY  # read from compressed memory, which gives its copy away
     if core.memory.recently(int(area.shadow[slot])):
         flags |= int(PageFlag.ACTIVE)
@@ -121,7 +121,7 @@ def swap_in_many(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *
     fields, slots, done = fields[:got], slots[:got], entries[:got]
     rows = area.content[slots]
     flags = np.full(got, mapping.NEW_ANON, dtype=np.uint64)
-    if area.immediate:
+    if area.compressed:
         flags[~memory.contents.zero(rows)] |= np.uint64(_DIRTY)
     shadow = area.shadow[slots]
     flags[(shadow != 0) & (memory.age - (shadow - 1) <= memory.managed)] |= np.uint64(PageFlag.ACTIVE)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["fill"]
 
 _MMAP = PageFlag.MMAP.bit_length() - 1
+_ANON, _KSM = PageFlag.ANON.bit_length() - 1, PageFlag.KSM.bit_length() - 1
 _TAIL = np.uint64(PageFlag.COMPOUND_TAIL)
 
 
@@ -42,6 +43,9 @@ def fill(core: Core, file: FrameFile, start: int, out: U64Array) -> int:
                 exclusive[tails] = frames.flags[heads] & np.uint64(ANON_EXCLUSIVE)
             exclusive >>= np.uint64(26)
             touched |= exclusive
+        if core.caps.ksm_on_every_anon:
+            anon = touched & np.uint64(PageFlag.ANON)
+            touched |= anon << np.uint64(_KSM - _ANON)
         mapped = (frames.mapcount[span] > 0).view(np.uint8).astype(np.uint64)
         mapped <<= np.uint64(_MMAP)
         touched |= mapped

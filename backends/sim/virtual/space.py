@@ -20,7 +20,8 @@ class AddressSpace:
         self.core = core
         #: Its identity in the counts of large folios.
         self.number = number
-        self.vmas = VmaList(core.geometry.page_shift, self._cut)
+        sticky = VmFlag.STICKY if core.caps.merge_keeps_soft_dirty else VmFlag.STICKY & ~VmFlag.SOFTDIRTY
+        self.vmas = VmaList(core.geometry.page_shift, self._cut, sticky=sticky)
         self.tables = PageTables(core.pool, core.geometry, root=root)
         #: Flags that every new mapping gets (mlockall).
         self.def_flags = 0

@@ -38,7 +38,7 @@ class VmFlag:
     ACCESS = READ | WRITE | EXEC
     UFFD = UFFD_MISSING | UFFD_WP | UFFD_MINOR
     LOCKS = LOCKED | LOCKONFAULT
-    #: Kept by whatever is merged, and no hindrance to it.
+    #: No hindrance to merging.
     STICKY = SOFTDIRTY | MAYBE_GUARD
     MAY_ALL = MAYREAD | MAYWRITE | MAYEXEC
 
@@ -109,8 +109,12 @@ class VmArea:
 class VmaList:
     """The VMAs of an address space, ascending, never overlapping."""
 
-    def __init__(self, page_shift: int, before_split: Callable[[VmArea, int], object]) -> None:
+    def __init__(
+        self, page_shift: int, before_split: Callable[[VmArea, int], object], *, sticky: int = VmFlag.STICKY
+    ) -> None:
         self._page_shift = page_shift
+        #: Flags that a merged VMA has if one of its parts had them.
+        self._sticky = sticky
         #: Told of a boundary that is about to be: a huge page that it cuts through has to be mapped by PTEs.
         self._before_split = before_split
         self._starts: list[int] = []
@@ -215,14 +219,25 @@ class VmaList:
             return False
         return max(left.chain, right.chain) <= 1
 
-    def merge(self, start: int, end: int) -> None:
-        """Join neighbours at all boundaries from `start` to `end`, both included, from below."""
+    def merge(self, start: int, end: int, *, moved: bool = False) -> None:
+        """Join neighbours at all boundaries from `start` to `end`, both included, from below.
+
+        What lies in the range has just been changed; flags of it that are no hindrance become those of the merged VMA.
+        Where it has `moved` there, they become those of its neighbour below, or else above.
+        """
+        part = self.at(start)
+        flags = part.flags if part is not None else 0
         index = max(self._first(start - 1) if start else 0, 0)
         while index + 1 < len(self._vmas) and self._vmas[index].end <= end:
             left, right = self._vmas[index], self._vmas[index + 1]
             if left.end >= start and self._joins(left, right):
+                if moved and right.start == start:
+                    flags = left.flags
+                elif moved and left.start == start and right.start == end:
+                    flags = right.flags
                 left.end = right.end
                 left.flags |= right.flags & VmFlag.STICKY
+                left.flags &= ~VmFlag.STICKY | self._sticky | flags
                 if left.anon_vma is None:
                     left.anon_vma, left.chain = right.anon_vma, right.chain
                 del self._starts[index + 1], self._vmas[index + 1]
