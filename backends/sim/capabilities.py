@@ -11,7 +11,14 @@ from pmcore.uapi import Madvise, PageFlag, UffdFeature
 __all__ = ["Capabilities", "capabilities"]
 
 _TAIL_FLAGS = (
-    PageFlag.COMPOUND_TAIL | PageFlag.THP | PageFlag.HUGE | PageFlag.ANON | PageFlag.MMAP | PageFlag.KSM
+    PageFlag.COMPOUND_TAIL
+    | PageFlag.THP
+    | PageFlag.HUGE
+    | PageFlag.ANON
+    | PageFlag.MMAP
+    | PageFlag.KSM
+    | PageFlag.ZERO_PAGE
+    | PageFlag.OWNER_2
 )
 _ADVICE = {
     Madvise.FREE: "madv.free",
@@ -58,6 +65,10 @@ class Capabilities:
     mremap_dontunmap: bool
     ksm_on_every_anon: bool
     merge_keeps_soft_dirty: bool
+    dontunmap_splits_locked: bool
+    dontunmap_resets_offset: bool
+    smaps_ksm: bool
+    populate_stops_at_hole: bool
     mremap_checks_early: bool
     scan: bool
     scan_guard: bool
@@ -118,6 +129,10 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mremap_dontunmap=has("mm.mremap_dontunmap"),
         ksm_on_every_anon=has("quirk.ksm_on_every_anon"),
         merge_keeps_soft_dirty=has("mm.merge_keeps_soft_dirty"),
+        dontunmap_splits_locked=has("mm.dontunmap_splits_locked"),
+        dontunmap_resets_offset=has("mm.dontunmap_resets_offset"),
+        smaps_ksm=has("smaps.ksm"),
+        populate_stops_at_hole=has("madv.populate_stops_at_hole"),
         mremap_checks_early=has("mm.mremap_checks_early"),
         scan=has("scan"),
         scan_guard=has("scan.guard"),
@@ -133,5 +148,5 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         zero_flags=int(zero),
         huge_zero_flags=int(PageFlag.ZERO_PAGE | PageFlag.THP),
         hole_flags=int(PageFlag.NOPAGE) if has("kpageflags.holes_show_nopage") else 0,
-        unknown_vm_flags=frozenset(),
+        unknown_vm_flags=frozenset(() if has("smaps.lockonfault") else ("lf",)),
     )

@@ -105,7 +105,15 @@ def _zone(zone: Zone) -> list[Any]:
 
 
 def _area(area: SwapArea) -> list[Any]:
-    return [area.slots, area.priority, area.immediate, area.large_folios, area.compressed, area.used, area.hint]
+    return [
+        area.slots,
+        area.priority,
+        area.immediate,
+        area.large_folios,
+        area.compressed,
+        area.used,
+        area.hint,
+    ]
 
 
 def _space(mm: AddressSpace, uffd: Any) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Core:
         return advice in self.caps.advice
 
     def knows_vm_flag(self, code: str) -> bool:
-        """Whether smaps of this kernel writes that code."""
+        """Whether smaps of this kernel has that code; a flag without one shows as ??."""
         return code not in self.caps.unknown_vm_flags
 
 

@@ -1,4 +1,4 @@
-"""The first process of a guest: makes it ready, does the job, tells on the second serial line, switches the machine off.
+"""The first process of a guest: makes it ready, does the job, tells on the second serial line, powers off.
 
 What it tells is one JSON text a line. It has the standard library alone until the job's commands run.
 """
@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
-_MOUNTS = (("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp"))  # noqa: S108
+_MOUNTS = (("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp"))
 _SYS_INIT_MODULE = 175
 _POWER_OFF = 0x4321FEDC
 #: struct dm_ioctl, and the numbers of device-mapper's calls.
@@ -48,15 +49,14 @@ class Line:
 
 def mount(kind: str, place: str) -> None:
     """mount(2) of a file system of the kernel's own."""
-    os.makedirs(place, exist_ok=True)
+    Path(place).mkdir(parents=True, exist_ok=True)
     if libc.mount(kind.encode(), place.encode(), kind.encode(), 0, None) and ctypes.get_errno() != 16:
         raise OSError(ctypes.get_errno(), f"mount {place}")
 
 
 def load(name: str, options: str) -> None:
     """Load a module."""
-    with open(f"/modules/{name}.ko", "rb") as file:
-        data = file.read()
+    data = Path(f"/modules/{name}.ko").read_bytes()
     if libc.syscall(_SYS_INIT_MODULE, data, ctypes.c_ulong(len(data)), options.encode()):
         raise OSError(ctypes.get_errno(), f"module {name}: {os.strerror(ctypes.get_errno())}")
 
@@ -64,8 +64,7 @@ def load(name: str, options: str) -> None:
 def put(path: str, value: str) -> bool:
     """Write a knob; whether it is there."""
     try:
-        with open(path, "w") as file:
-            file.write(value)
+        Path(path).write_text(value)
     except OSError:
         return False
     return True
@@ -73,8 +72,7 @@ def put(path: str, value: str) -> bool:
 
 def mapper(name: str, target: str) -> str:
     """A device of device-mapper over all of `target`: the path of its node."""
-    with open(f"/sys/class/block/{os.path.basename(target)}/size") as file:
-        sectors = int(file.read())
+    sectors = int(Path(f"/sys/class/block/{Path(target).name}/size").read_text())
     control = os.open("/dev/mapper/control", os.O_RDWR)
     parameters = f"{target} 0".encode().ljust(64, b"\0")
     table = struct.pack("=QQiI16s", 0, sectors, 0, 0, b"linear") + parameters
@@ -92,7 +90,7 @@ def swap_device(kind: str, size: int) -> str:
         raise ValueError(f"no swap device of kind {kind}")
     path = mapper("swap", "/dev/ram0")
     for _ in range(50):
-        if os.path.exists(path):
+        if Path(path).exists():
             break
         time.sleep(0.1)
     return path
@@ -108,13 +106,20 @@ def ready(job: dict) -> dict:
         device = swap_device(job["swap"], job["swap_bytes"])
         put("/sys/class/block/dm-0/queue/rotational", "1" if job["rotational"] else "0")
         size = 4096
-        head = struct.pack("=3I", 1, job["swap_bytes"] // size - 1, 0).ljust(size - 1024 - 10, b"\0") + b"SWAPSPACE2"
-        with open(device, "r+b", buffering=0) as disk:
+        head = (
+            struct.pack("=3I", 1, job["swap_bytes"] // size - 1, 0).ljust(size - 1024 - 10, b"\0")
+            + b"SWAPSPACE2"
+        )
+        with Path(device).open("r+b", buffering=0) as disk:
             disk.write(b"\0" * 1024 + head)
             os.fsync(disk.fileno())
-    with open("/proc/meminfo") as file:
-        memory = file.readline().split()[1]
-    return {"release": platform.release(), "version": platform.version(), "memory_kib": int(memory), "turned": turned}
+    memory = Path("/proc/meminfo").read_text().split()[1]
+    return {
+        "release": platform.release(),
+        "version": platform.version(),
+        "memory_kib": int(memory),
+        "turned": turned,
+    }
 
 
 def run(line: Line, number: int, command: list[str], job: dict, limit: float) -> None:
@@ -124,7 +129,7 @@ def run(line: Line, number: int, command: list[str], job: dict, limit: float) ->
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "PATH": "/bin",
-        "HOME": "/tmp",  # noqa: S108
+        "HOME": "/tmp",
         "OPENBLAS_NUM_THREADS": "1",
         "COLUMNS": "200",
         **job["env"],
@@ -132,7 +137,12 @@ def run(line: Line, number: int, command: list[str], job: dict, limit: float) ->
     words = [sys.executable, *command[1:]] if command[0] == "python" else command
     began = time.monotonic()
     process = subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd="/files"
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=env,
+        cwd="/files",
     )
 
     def stop() -> None:
@@ -155,9 +165,8 @@ def main() -> None:
         mount(kind, place)
     line = Line()
     try:
-        with open("/job.json") as file:
-            job = json.load(file)
-        os.makedirs("/files", exist_ok=True)
+        job = json.loads(Path("/job.json").read_text())
+        Path("/files").mkdir(exist_ok=True)
         line.tell("ready", **ready(job))
         for number, command in enumerate(job["commands"]):
             run(line, number, command, job, job["limit"])

@@ -1,4 +1,4 @@
-"""The guest's first file system: an archive that the kernel unpacks, of this Python, what the project needs, the project.
+"""The guest's first file system: an archive that the kernel unpacks, of this Python, numpy and the project.
 
 Two archives, one after the other: the kernel unpacks both. The first (Python, numpy, ...) is kept between runs, the
 second (kernel modules, the project, what is to be done) is made anew.
@@ -27,12 +27,32 @@ from tests.kernels.archive import HERE, KernelTree, MatrixError, module
 
 #: Of the standard library, what no guest needs.
 _LEFT_OUT = (
-    "site-packages test idlelib tkinter turtledemo ensurepip lib2to3 distutils pydoc_data config-* __pycache__ "
-    "_test*.so _ctypes_test*.so _tkinter*.so"
-).split()
+    *("site-packages", "test", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "distutils"),
+    *("pydoc_data", "config-*", "__pycache__", "_test*.so", "_ctypes_test*.so", "_tkinter*.so"),
+)
 #: Distributions that the project needs in a guest.
-_DISTRIBUTIONS = ("numpy", "attrs", "hypothesis", "sortedcontainers", "click", "rich", "pygments", "markdown-it-py", "mdurl")
-_NUMPY_LEFT_OUT = ("tests", "f2py", "include", "*.pyi", "lib*.a", "__pycache__", "_pyinstaller", "distutils", "doc")
+_DISTRIBUTIONS = (
+    "numpy",
+    "attrs",
+    "hypothesis",
+    "sortedcontainers",
+    "click",
+    "rich",
+    "pygments",
+    "markdown-it-py",
+    "mdurl",
+)
+_NUMPY_LEFT_OUT = (
+    "tests",
+    "f2py",
+    "include",
+    "*.pyi",
+    "lib*.a",
+    "__pycache__",
+    "_pyinstaller",
+    "distutils",
+    "doc",
+)
 PREFIX = "/python"
 SITE = "/site"
 
@@ -116,7 +136,7 @@ def base(cache: Path) -> Path:
             for name in ("proc", "sys", "dev", "tmp", "run"):
                 cpio.directory(name)
             cpio.character_device("dev/console", 5, 1)
-            python = Path(sys._base_executable if hasattr(sys, "_base_executable") else sys.executable).resolve()  # type: ignore[attr-defined]
+            python = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
             version = f"python{sys.version_info.major}.{sys.version_info.minor}"
             cpio.file(f"{PREFIX}/bin/{version}", python.read_bytes(), 0o755)
             cpio.tree(lib, f"{PREFIX}/lib/{version}")
@@ -129,7 +149,9 @@ def base(cache: Path) -> Path:
     return place
 
 
-def overlay(tree: KernelTree, job: dict[str, Any], place: Path, *, package: Path, extra: Iterable[Path] = ()) -> None:
+def overlay(
+    tree: KernelTree, job: dict[str, Any], place: Path, *, package: Path, extra: Iterable[Path] = ()
+) -> None:
     """The second archive, written to `place`: the modules, the project as in `package`, the job and its files."""
     with tempfile.TemporaryDirectory() as work, place.open("wb") as out:
         site = Path(work) / "site"
@@ -150,7 +172,9 @@ def overlay(tree: KernelTree, job: dict[str, Any], place: Path, *, package: Path
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         script = (HERE / "guest.py").read_text(encoding="utf-8")
         cpio.file("init", f"#!{PREFIX}/bin/{version} -IBS\n{script}".encode(), 0o755)
-        command = f"#!{PREFIX}/bin/{version} -BP\nimport sys\nfrom pmcore.cli.entry import main\nsys.exit(main())\n"
+        command = (
+            f"#!{PREFIX}/bin/{version} -BP\nimport sys\nfrom pmcore.cli.entry import main\nsys.exit(main())\n"
+        )
         cpio.file("bin/pmcore", command.encode(), 0o755)
         cpio.file("job.json", json.dumps({**job, "modules": loaded, "site": SITE}).encode())
         cpio.tree(site, SITE)
@@ -172,10 +196,16 @@ def _wanted() -> Iterator[str]:
 
 def _copy_distribution(name: str, site: Path) -> None:
     dist = importlib.metadata.distribution(name)
-    ignored = shutil.ignore_patterns(*_NUMPY_LEFT_OUT)("", [part for f in dist.files or () for part in f.parts])
+    ignored = shutil.ignore_patterns(*_NUMPY_LEFT_OUT)(
+        "", [part for f in dist.files or () for part in f.parts]
+    )
     for file in dist.files or ():
         source = Path(str(dist.locate_file(file)))
-        if ".." in file.parts or (ignored & set(file.parts) and file.parts[0] == "numpy") or not source.is_file():
+        if (
+            ".." in file.parts
+            or (ignored & set(file.parts) and file.parts[0] == "numpy")
+            or not source.is_file()
+        ):
             continue
         if file.suffix == ".pyc":
             continue

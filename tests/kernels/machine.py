@@ -15,7 +15,6 @@ import attrs
 from tests.kernels.archive import KernelTree, MatrixError, emulator
 from tests.kernels.image import base, overlay
 
-
 #: As on the machines that the simulated one is a model of: no multi-generational LRU, huge pages where asked for.
 _KNOBS = {
     "/sys/kernel/mm/lru_gen/enabled": "0",
@@ -78,8 +77,8 @@ def boot(
         (place / "told").touch()
         # A second processor that never comes makes the emulation of locked instructions a single access.
         command = [
-            emulator(), "-accel", "tcg,thread=multi", "-cpu", "max,pku=off", "-smp", "1,maxcpus=2", "-m", str(memory_mib),
-            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            emulator(), "-accel", "tcg,thread=multi", "-cpu", "max,pku=off", "-smp", "1,maxcpus=2",
+            "-m", str(memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{place / 'console'}", "-serial", f"file:{place / 'told'}",
             "-kernel", str(tree.image), "-initrd", str(place / "initrd"),
             "-append", f"console=ttyS0 quiet panic=-1 mitigations=off {tree.choice.append}",

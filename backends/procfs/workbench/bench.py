@@ -361,7 +361,8 @@ def open_workbench(
     """A workbench of real processes; regular files lie in a new directory below `directory` (default: TMPDIR).
 
     `still` makes the machine hold still until the workbench is closed, see `steady`; `swap` ("64 MiB", bytes, or the
-    path of a block device that holds a swap area) switches swap on, `knobs` are files of /proc and /sys with what to write to them meanwhile; both imply `still`.
+    path of a block device that holds a swap area) switches swap on, `knobs` are files of /proc and /sys with what to
+    write to them meanwhile; both imply `still`.
     Raises BackendUnavailable off Linux, or where swap cannot be switched on.
     """
     if not sys.platform.startswith("linux"):

@@ -72,8 +72,8 @@ def steady(
     """Pin this process to one processor, quieten khugepaged, ksmd and swap readahead; all is put back on leaving.
 
     `swap` bytes of compressed swap, or the swap area on the block device of that path, are switched on
-    (BackendUnavailable where that cannot be), `knobs` are further files of /proc and /sys with what to write. Knobs that
-    cannot be turned (no root, not there) are left alone.
+    (BackendUnavailable where that cannot be), `knobs` are further files of /proc and /sys with what to write. Knobs
+    that cannot be turned (no root, not there) are left alone.
     """
     lock = _lock()
     watched = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -95,11 +95,15 @@ def _set_flags(mm: AddressSpace, vma: VmArea, low: int, high: int, add: int, rem
 
 
 def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int, *, write: bool) -> None:
-    position = start
+    position, holes = start, False
     while position < end:
         vma = mm.vmas.at(position)
         if vma is None:
-            refuse(Errno.ENOMEM, call, f"nothing is mapped at {position:#x}")
+            behind = mm.vmas.first(position)
+            if core.caps.populate_stops_at_hole or behind is None or behind.start >= end:
+                refuse(Errno.ENOMEM, call, f"nothing is mapped at {position:#x}")
+            position, holes = behind.start, True
+            continue
         if vma.flags & (VmFlag.IO | VmFlag.PFNMAP):
             refuse(Errno.EINVAL, call)
         if not vma.flags & (VmFlag.WRITE if write else VmFlag.READ):
@@ -112,6 +116,8 @@ def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int, *, 
         except NoMemory:
             refuse(Errno.ENOMEM, call)
         position = stop
+    if holes:
+        refuse(Errno.ENOMEM, call, "part of the range is not mapped")
 
 
 def _dontneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:

@@ -63,7 +63,9 @@ def mremap(
     ):
         old_end = vma.end
         vma.end += delta
-        mm.vmas.merge(vma.end, vma.end, moved=True)  # with what it now meets; what lies below it is not looked at
+        mm.vmas.merge(
+            vma.end, vma.end, moved=True
+        )  # with what it now meets; what lies below it is not looked at
         if vma.flags & VmFlag.LOCKED:
             populate(core, mm, old_end, old_end + delta)
         return addr
@@ -177,6 +179,11 @@ def _move(
     vma = mm.vmas.at(addr)
     assert vma is not None
     shift = core.geometry.page_shift
+    if flags & _DONTUNMAP and vma.flags & VmFlag.LOCKED and core.caps.dontunmap_splits_locked:
+        mm.vmas.split(addr)
+        mm.vmas.split(addr + old_length)
+        vma = mm.vmas.at(addr)
+        assert vma is not None
     features = getattr(vma.uffd, "features", 0)
     drop_uffd = vma.uffd is not None and not features & UffdFeature.EVENT_REMAP
     # A mapping that never held a page takes the address it moves to for its offset.
@@ -189,10 +196,12 @@ def _move(
     remap.move_entries(core, mm, vma, addr, new_addr, old_length, drop_uffd=drop_uffd)
     locked = vma.flags & VmFlag.LOCKED
     if flags & _DONTUNMAP:
-        # All of the old mapping is unlocked, also what was not moved; it is not merged with anything for it.
+        # All of the old mapping is unlocked, on some kernels also what was not moved; nothing is merged for it.
         vma.flags &= ~VmFlag.LOCKS
         if vma.start == addr and vma.end == addr + old_length:
             vma.anon_vma, vma.chain = None, 0
+            if core.caps.dontunmap_resets_offset:
+                vma.pgoff = vma.start >> shift
     else:
         unmap(core, mm, addr, addr + old_length)
     mm.vmas.merge(new_addr, new_addr + new_length, moved=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pmcore.arrays import U64Array
+from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, SHOWN
 from pmcore.protocols import FrameFile
 from pmcore.uapi import PageFlag
@@ -37,10 +38,13 @@ def fill(core: Core, file: FrameFile, start: int, out: U64Array) -> int:
         np.bitwise_and(flags, np.uint64(SHOWN & core.caps.shown_flags), out=touched)
         if core.caps.anon_exclusive:
             exclusive = flags & np.uint64(ANON_EXCLUSIVE)
-            if core.memory.large and core.caps.folio_flags:
+            if core.memory.large:
                 tails = np.flatnonzero(touched & _TAIL)
                 heads = tails + start - frames.behind[span][tails]
-                exclusive[tails] = frames.flags[heads] & np.uint64(ANON_EXCLUSIVE)
+                if core.caps.folio_flags:
+                    exclusive[tails] = frames.flags[heads] & np.uint64(ANON_EXCLUSIVE)
+                else:  # of pages that a PMD maps, the first alone is marked
+                    exclusive[tails[_mapped_by_pmd(core, heads)]] = 0
             exclusive >>= np.uint64(26)
             touched |= exclusive
         if core.caps.ksm_on_every_anon:
@@ -59,6 +63,13 @@ def fill(core: Core, file: FrameFile, start: int, out: U64Array) -> int:
     else:
         out[:] = 0
     return count
+
+
+def _mapped_by_pmd(core: Core, heads: NDArray[np.int64]) -> BoolArray:
+    """Of pages of large folios with these heads, those whose folio a PMD maps."""
+    folios = core.memory.large
+    entire = [h for h in np.unique(heads).tolist() if h in folios and folios[h].entire]
+    return np.isin(heads, np.array(entire, dtype=np.int64))
 
 
 def _untouched(core: Core, start: int, out: U64Array) -> None:

@@ -94,12 +94,16 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
         "SwapPss": _kb(sums.swap_pss >> scale),
         "Locked": _kb(locked >> scale),
     }
+    if not core.caps.smaps_ksm:
+        del counters["KSM"]
     eligible = core.caps.thp and _thp_eligible(core, vma)
     return SmapsEntry(
         vma=_vma(vma),
         counters=counters,
         plain={"THPeligible": int(eligible)},
-        vm_flags=tuple(code for flag, code in VM_FLAG_CODES if vma.flags & flag and core.knows_vm_flag(code)),
+        vm_flags=tuple(
+            code if core.knows_vm_flag(code) else "??" for flag, code in VM_FLAG_CODES if vma.flags & flag
+        ),
     )
 
 

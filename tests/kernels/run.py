@@ -1,0 +1,216 @@
+"""The kernel matrix: the simulated machine in lockstep with real kernels, each booted under software emulation.
+
+    tox -e kernels                                   each kernel of kernels.toml: kept programs, 50 random ones
+    tox -e kernels -- --kernel 6.12 --programs 500   one of them, longer
+    tox -e kernels -- --kernel live                  the running kernel by the same programs (as root)
+    tox -e kernels -- --table                        spec/kernels.md anew from the results that are kept
+
+Needs Debian's apt (kernels come from its archive, into a cache of our own) and qemu-system-x86_64, no root. Exits
+with 0 if all agree, 1 at a difference, 2 where it could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # at the end: the installed project comes first
+
+from tests.kernels.archive import HERE, KernelTree, MatrixError, choices, fetch  # noqa: E402
+from tests.kernels.machine import boot  # noqa: E402
+from tests.kernels.table import summary, write_table  # noqa: E402
+
+RESULTS = HERE / "results"
+LIVE = "live"
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    options = _options()
+    try:
+        wanted = [choice for choice in choices() if not options.kernel or choice.name in options.kernel]
+        failed = False
+        if options.table:
+            write_table(RESULTS, ROOT / "spec" / "kernels.md")
+            return 0
+        for choice in wanted:
+            tree = fetch(choice, options.cache)
+            failed |= _report(choice.name, _guest(tree, options), options)
+        if options.kernel and LIVE in options.kernel:
+            failed |= _report(LIVE, _live(options), options)
+    except MatrixError as error:
+        print(f"kernels: {error}", file=sys.stderr)
+        return 2
+    return int(failed)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [choice.name for choice in choices()]
+    parser.add_argument(
+        "--kernel", action="append", choices=[*names, LIVE], help="one of them (again for more)"
+    )
+    parser.add_argument("--programs", type=int, default=50, help="random programs for each kernel")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=25, help="for each kernel, then it ends")
+    parser.add_argument("--replay", type=Path, action="append", help="this program instead of the kept ones")
+    parser.add_argument("--record", action="store_true", help="keep the result for the table of spec/")
+    parser.add_argument("--table", action="store_true", help="write spec/kernels.md and end")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pmcore-kernels"
+    parser.add_argument("--cache", type=Path, default=cache)
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def _wanted(options: argparse.Namespace, **values: Any) -> str:
+    return json.dumps(
+        {
+            "programs": options.programs,
+            "seed": options.seed,
+            "seconds": options.minutes * 60,
+            "swap": "256 MiB",
+            **values,
+        }
+    )
+
+
+def _kept(options: argparse.Namespace) -> list[Path]:
+    return options.replay or sorted((ROOT / "tests" / "lockstep" / "kept").glob("*.json"))
+
+
+def _guest(tree: KernelTree, options: argparse.Namespace) -> dict[str, Any]:
+    """What lockstep inside a guest told, line by line."""
+    lines: list[dict[str, Any]] = []
+    said: list[str] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "line":
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(event["text"]))
+                _progress(tree.choice.name, lines[-1])
+                return
+            said.append(event["text"])
+
+    with tempfile.TemporaryDirectory(dir=options.cache) as work:
+        told = boot(
+            tree,
+            [["python", "inside.py", _wanted(options, swap_device="/dev/dm-0", kept="/files")]],
+            cache=options.cache,
+            package=_package(Path(work)),
+            limit=options.minutes * 60 + 300,
+            files=[HERE / "inside.py", *_kept(options)],
+            listen=listen,
+        )
+    if not told.done or told.codes.get(0):
+        raise MatrixError(f"{tree.choice.name}: no end.\n" + "\n".join([*said[-20:], told.console]))
+    config = tree.config.read_text(encoding="utf-8")
+    return {
+        "lines": lines,
+        "kernel": {
+            "release": tree.release,
+            "package": tree.package,
+            "memory_kib": told.ready["memory_kib"],
+            "config": [line for line in config.splitlines() if line.partition("=")[0] in _CONFIG],
+            "swap": "device-mapper over a disk of memory",
+        },
+    }
+
+
+#: What of a configuration is told.
+_CONFIG = (
+    *(
+        "CONFIG_MEM_SOFT_DIRTY",
+        "CONFIG_TRANSPARENT_HUGEPAGE",
+        "CONFIG_KSM",
+        "CONFIG_USERFAULTFD",
+        "CONFIG_MEMCG",
+    ),
+    *(
+        "CONFIG_PTE_MARKER_UFFD_WP",
+        "CONFIG_IDLE_PAGE_TRACKING",
+        "CONFIG_ZSWAP",
+        "CONFIG_LRU_GEN",
+        "CONFIG_NUMA",
+    ),
+    "CONFIG_NO_PAGE_MAPCOUNT",
+)
+
+
+def _live(options: argparse.Namespace) -> dict[str, Any]:
+    """The same on this machine."""
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        for path in _kept(options):
+            shutil.copy(path, work)
+        command = [sys.executable, str(HERE / "inside.py"), _wanted(options, swap_device="", kept=work)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(json.loads(line))
+            _progress(LIVE, lines[-1])
+        if process.wait():
+            raise MatrixError(f"lockstep on this machine ended with {process.returncode}")
+    release = os.uname().release
+    kernel = {"release": release, "package": "", "config": [], "swap": "a file behind zswap"}
+    return {"lines": lines, "kernel": kernel}
+
+
+def _progress(name: str, line: dict[str, Any]) -> None:
+    if line["kind"] == "random":
+        words = "a difference" if line["differences"] else "no difference"
+        print(
+            f"{name}: {line['programs']} programs, {line['steps']} steps, {line['seconds']:.0f} s: {words}",
+            flush=True,
+        )
+    elif line["kind"] == "kept" and line.get("difference"):
+        print(f"{name}: {line['program']}: a difference", flush=True)
+
+
+def _report(name: str, told: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Print what came of a kernel, keep it where asked; whether anything differed."""
+    found = summary(told, seed=options.seed)
+    for difference in found["found"]:
+        print(json.dumps(difference, indent=1))
+    if options.record:
+        RESULTS.mkdir(exist_ok=True)
+        text = json.dumps({"date": time.strftime("%Y-%m-%d"), **found}, indent=1, sort_keys=True)
+        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        write_table(RESULTS, ROOT / "spec" / "kernels.md")
+    print(
+        f"{name} ({found['release']}): {found['kept']} kept and {found['programs']} random programs, "
+        f"{found['steps']} steps, {found['differences']} differences, masks {found['masks'] or 'none'}, "
+        f"{found['not_modelled']} not modelled" + ("" if found["complete"] else "; out of time"),
+        flush=True,
+    )
+    return bool(found["differences"])
+
+
+def _package(place: Path) -> Path:
+    """The installed project in one directory, also where it is installed for editing."""
+    target = place / "pmcore"
+    for name in ("pmcore", "pmcore.backends", "pmcore.spec"):
+        found = importlib.util.find_spec(name)
+        if found is None or not found.submodule_search_locations:
+            raise MatrixError(f"{name} is not installed here")
+        source = Path(next(iter(found.submodule_search_locations)))
+        where = target.joinpath(*name.split(".")[1:])
+        shutil.copytree(source, where, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What the simulated machine does differently by kernel, as lockstep against 6.12 and 6.1 showed."""
+
+import contextlib
+
+import pytest
+
+from pmcore.errors import SyscallError
+from pmcore.registry import open_workbench
+from pmcore.uapi import PM_PFRAME_MASK, PM_PRESENT, Madvise, PageFlag
+
+PAGE, HUGE = 4096, 2 << 20
+BASE = 0x40000000
+
+
+def task_on(held, kernel):
+    task = held.enter_context(open_workbench("sim", kernel=kernel)).spawn()
+    task.mmap(2 * HUGE, addr=BASE, flags=0x100032)
+    return task
+
+
+def present(task, page):
+    return bool(int(task.process.pagemap(BASE, BASE + 3 * PAGE).values[page]) & PM_PRESENT)
+
+
+def frame_flags(task, page=0):
+    """kpageflags of the frame that the page maps."""
+    word = int(task.process.pagemap(BASE + page * PAGE, BASE + (page + 1) * PAGE).values[0])
+    return int(task.process.kernel.kpageflags(word & PM_PFRAME_MASK, 1).values[0])
+
+
+@pytest.fixture
+def held():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.rule("KX-004")
+@pytest.mark.parametrize(("kernel", "parts"), [("6.12", 3), ("6.1", 3), ("6.18", 1)])
+def test_dontunmap_of_a_locked_part(held, kernel, parts):
+    """With the fixes of the stable kernels the rest stays locked; without them all of it is unlocked."""
+    task = task_on(held, kernel)
+    task.mlock(BASE, 9 * PAGE)
+    task.munmap(BASE + 9 * PAGE, 2 * HUGE - 9 * PAGE)
+    task.mremap(BASE + 3 * PAGE, 3 * PAGE, 3 * PAGE, flags=7, new_addr=BASE + HUGE)
+    vmas = task.process.smaps(BASE, BASE + 9 * PAGE)
+    assert [("lo" in vma.vm_flags) for vma in vmas] == ([True, False, True] if parts == 3 else [False])
+
+
+@pytest.mark.rule("KX-004")
+@pytest.mark.parametrize(("kernel", "merged"), [("6.12", True), ("6.18", False)])
+def test_an_emptied_mapping_takes_its_address_for_its_offset(held, kernel, merged):
+    """Then it can be merged with a new neighbour."""
+    task = task_on(held, kernel)
+    task.munmap(BASE, 2 * HUGE)
+    task.mmap(4 * PAGE, addr=BASE + HUGE, flags=0x100032)
+    task.write(BASE + HUGE, b"x")
+    task.mremap(
+        BASE + HUGE, 4 * PAGE, 4 * PAGE, flags=3, new_addr=BASE
+    )  # its offset stays that of the old place
+    task.mremap(BASE, 4 * PAGE, 4 * PAGE, flags=7, new_addr=BASE + HUGE)
+    task.mmap(4 * PAGE, addr=BASE + 4 * PAGE, flags=0x100032)
+    assert len(task.process.smaps(BASE, BASE + 8 * PAGE)) == (1 if merged else 2)
+
+
+@pytest.mark.rule("KX-005")
+def test_smaps_shows_what_the_kernel_knows(held):
+    old, new = task_on(held, "6.1"), task_on(held, "6.12")
+    for task in (old, new):
+        task.mlock(BASE, PAGE, onfault=True)
+    before, after = old.process.smaps(BASE, BASE + PAGE)[0], new.process.smaps(BASE, BASE + PAGE)[0]
+    assert "KSM" not in before.counters
+    assert "KSM" in after.counters
+    assert "??" in before.vm_flags
+    assert "lf" in after.vm_flags
+
+
+@pytest.mark.rule("KX-006")
+@pytest.mark.parametrize(("kernel", "there"), [("6.1", True), ("6.12", False)])
+def test_populating_behind_a_hole(held, kernel, there):
+    task = task_on(held, kernel)
+    task.munmap(BASE + PAGE, PAGE)
+    with pytest.raises(SyscallError, match="ENOMEM"):
+        task.madvise(BASE, 3 * PAGE, Madvise.POPULATE_WRITE)
+    assert [present(task, 0), present(task, 2)] == [True, there]
+
+
+@pytest.mark.rule("KX-007", "KF-030")
+def test_exclusive_tails_before_folio_flags(held):
+    """The head alone while a PMD maps the page; each page for itself once PTEs do."""
+    task = task_on(held, "6.1")
+    task.madvise(BASE, HUGE, Madvise.HUGEPAGE)
+    task.write(BASE, b"x")
+
+    def exclusive():
+        return [bool(frame_flags(task, page) & PageFlag.OWNER_2) for page in (0, 1, 511)]
+
+    assert exclusive() == [True, False, False]
+    task.mprotect(BASE + PAGE, PAGE, 1)
+    assert exclusive() == [True, True, True]
+
+
+@pytest.mark.rule("KX-007", "VM-023")
+def test_tails_of_the_huge_zero_page(held):
+    for kernel in ("6.1", "6.12"):
+        task = task_on(held, kernel)
+        task.madvise(BASE, HUGE, Madvise.HUGEPAGE)
+        task.read(BASE, 1)
+        assert frame_flags(task, 1) & PageFlag.ZERO_PAGE, kernel
+
+
+@pytest.mark.rule("KF-022")
+def test_every_anonymous_page_shows_ksm_on_some_kernels(held):
+    for kernel, shown in (("6.1", False), ("6.12", True), ("6.18", False)):
+        task = task_on(held, kernel)
+        task.write(BASE, b"x")
+        assert bool(frame_flags(task) & PageFlag.KSM) is shown, kernel
