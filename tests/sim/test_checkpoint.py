@@ -104,7 +104,7 @@ def test_golden_digest():
     for step in program.steps:
         run.advance(step)
     machine.check()
-    assert machine.digest() == "5a23582314f8f1572db85246a2c6baea32c631f01c448928e9e8df5e34297b8b"
+    assert machine.digest() == "9ad1aeb30715e9cda7dc0b2c8da4e5a29f0b4fb970a1bb4396d9dc00f9ad008e"
 
 
 def test_policies_are_part_of_the_state():
