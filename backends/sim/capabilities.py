@@ -69,6 +69,9 @@ class Capabilities:
     dontunmap_resets_offset: bool
     smaps_ksm: bool
     populate_stops_at_hole: bool
+    pmd_split_munlocks: bool
+    pmd_split_keeps_dirty: bool
+    migration_makes_soft_dirty: bool
     mremap_checks_early: bool
     scan: bool
     scan_guard: bool
@@ -125,13 +128,16 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mremap_many=has("mm.mremap_many"),
         split_maps_zero=has("mm.split_maps_zero"),
         swapin_not_mlocked=has("quirk.swapin_not_mlocked"),
-        thp_exclusive_of_head=has("quirk.thp_exclusive_of_head"),
+        thp_exclusive_of_head=has("quirk.thp_exclusive_of_head") or has("quirk.thp_exclusive_of_first"),
         mremap_dontunmap=has("mm.mremap_dontunmap"),
         ksm_on_every_anon=has("quirk.ksm_on_every_anon"),
         merge_keeps_soft_dirty=has("mm.merge_keeps_soft_dirty"),
         dontunmap_splits_locked=has("mm.dontunmap_splits_locked"),
         dontunmap_resets_offset=has("mm.dontunmap_resets_offset"),
         smaps_ksm=has("smaps.ksm"),
+        pmd_split_munlocks=has("quirk.pmd_split_munlocks"),
+        pmd_split_keeps_dirty=has("mm.pmd_split_keeps_dirty"),
+        migration_makes_soft_dirty=has("quirk.migration_makes_soft_dirty"),
         populate_stops_at_hole=has("madv.populate_stops_at_hole"),
         mremap_checks_early=has("mm.mremap_checks_early"),
         scan=has("scan"),

@@ -6,7 +6,14 @@ import pytest
 
 from pmcore.errors import SyscallError
 from pmcore.registry import open_workbench
-from pmcore.uapi import PM_PFRAME_MASK, PM_PRESENT, Madvise, PageFlag
+from pmcore.uapi import (
+    PM_MMAP_EXCLUSIVE,
+    PM_PFRAME_MASK,
+    PM_PRESENT,
+    PM_SOFT_DIRTY,
+    Madvise,
+    PageFlag,
+)
 
 PAGE, HUGE = 4096, 2 << 20
 BASE = 0x40000000
@@ -114,3 +121,56 @@ def test_every_anonymous_page_shows_ksm_on_some_kernels(held):
         task = task_on(held, kernel)
         task.write(BASE, b"x")
         assert bool(frame_flags(task) & PageFlag.KSM) is shown, kernel
+
+
+def huge_page(task):
+    """A huge page, dirty, of a process that then clears soft-dirty."""
+    task.madvise(BASE, HUGE, Madvise.HUGEPAGE)
+    task.write(BASE, b"x")
+
+
+def soft_dirty(task):
+    words = task.process.pagemap(BASE, BASE + HUGE).values
+    return {bool(int(word) & PM_SOFT_DIRTY) for word in words}
+
+
+@pytest.mark.rule("KX-008")
+@pytest.mark.parametrize(("kernel", "locked"), [("6.1", False), ("6.12", False), ("6.18", True)])
+def test_a_split_of_a_locked_huge_page(held, kernel, locked):
+    task = task_on(held, kernel)
+    huge_page(task)
+    task.mlock(BASE, HUGE)
+    task.mprotect(BASE, PAGE, 1)
+    assert bool(frame_flags(task, 3) & PageFlag.MLOCKED) is locked
+
+
+@pytest.mark.rule("KX-009")
+@pytest.mark.parametrize(("kernel", "dirty"), [("6.1", {False}), ("6.12", {True})])
+def test_a_split_makes_soft_dirty(held, kernel, dirty):
+    task = task_on(held, kernel)
+    huge_page(task)
+    task.process.clear_refs(4)
+    task.mprotect(BASE, PAGE, 1)
+    assert soft_dirty(task) == dirty
+
+
+@pytest.mark.rule("KX-009")
+@pytest.mark.parametrize(("kernel", "dirty"), [("6.1", {True}), ("6.12", {False})])
+def test_taking_a_huge_page_apart(held, kernel, dirty):
+    task = task_on(held, kernel)
+    huge_page(task)
+    task.process.clear_refs(4)
+    task.madvise(BASE + PAGE, PAGE, Madvise.COLD)
+    assert soft_dirty(task) == dirty
+
+
+@pytest.mark.rule("KX-010", "PM-007")
+@pytest.mark.parametrize(("kernel", "exclusive"), [("6.1", True), ("6.12", False), ("6.18", True)])
+def test_exclusive_by_the_first_page(held, kernel, exclusive):
+    """A child that copied the first page: the parent's PMD maps that alone, the others with the child."""
+    task = task_on(held, kernel)
+    huge_page(task)
+    child = task.fork()
+    child.write(BASE, b"y")
+    word = int(task.process.pagemap(BASE + PAGE, BASE + 2 * PAGE).values[0])
+    assert bool(word & PM_MMAP_EXCLUSIVE) is exclusive

@@ -64,7 +64,7 @@ def _split_partial(core: Core, mm: AddressSpace, start: int, end: int) -> None:
                 if not whole and folio.mapped == folio.entire == 1:
                     vma = mm.vmas.at(addr)
                     assert vma is not None
-                    thp.split_pmd(core, mm, vma, addr)
+                    thp.split_pmd(core, mm, vma, addr, migrating=True)
                     thp.split_folio(core, mm, folio, addr)
             continue
         if not core.memory.large:
@@ -192,14 +192,16 @@ def _huge_out(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: Large
     frames.clear_bits(folio.head, folio.pages, _REFERENCED)
     slot = mm.tables.pmd_slot(addr)
     entry = core.pool.at[slot]
-    if not frames.flags_at[folio.head] & _SWAPBACKED:
+    lazy = not frames.flags_at[folio.head] & _SWAPBACKED
+    if lazy:
         if entry & DIRTY:
             frames.set_bits(folio.head, folio.pages, _SWAPBACKED | _DIRTY | _ACTIVE)
         elif core.caps.lazyfree_discards_pmd:
             core.pool.at[slot] = 0
             thp.zap_pmd(core, mm, vma, entry)
             return
-    thp.split_pmd(core, mm, vma, addr)
+    whole = lazy or any(area.large_folios for area in core.swap.order)
+    thp.split_pmd(core, mm, vma, addr, migrating=not whole)
     first = mm.tables.pte_slot(addr)
     _out(core, mm, addr, core.pool.flat[first : first + folio.pages], np.arange(folio.pages))
 

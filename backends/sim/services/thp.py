@@ -118,8 +118,11 @@ def split_at(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> None:
             split_pmd(core, mm, vma, start)
 
 
-def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int) -> None:
-    """Map the huge page at `start` by PTEs; the folio stays as it is. Raises NoMemory."""
+def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int, *, migrating: bool = False) -> None:
+    """Map the huge page at `start` by PTEs; the folio stays as it is. Raises NoMemory.
+
+    `migrating`: on the way to being taken apart; then soft-dirty stays as it was.
+    """
     [row] = core.pool.take(1)
     mm.tables.tables[0] += 1
     slot = mm.tables.pmd_slot(start)
@@ -130,12 +133,18 @@ def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int) -> None:
         entries[:] = core.zero_pfn | PRESENT | SPECIAL | entry & (UFFD_WP | SOFT_DIRTY)
     else:
         keep = entry & (WRITE | DIRTY | YOUNG | UFFD_WP | SOFT_DIRTY) | PRESENT
+        if entry & DIRTY and not migrating and not core.caps.pmd_split_keeps_dirty:
+            keep &= ~DIRTY  # it is the folio's from here on
+        elif entry & DIRTY and (not migrating or core.caps.migration_makes_soft_dirty):
+            keep |= core.soft_dirty  # who makes an entry dirty makes it soft-dirty
         entries[:] = np.arange(head, head + pages, dtype=np.uint64) | np.uint64(keep)
         folio = core.memory.large[head]
         folio.entire -= 1
         folio.add(mm.number, pages - 1)
         if entry & DIRTY:
             core.memory.frames.set_bits(head, pages, int(PageFlag.DIRTY))
+        if core.caps.pmd_split_munlocks and vma.flags & VmFlag.LOCKED:
+            mapping.munlock(core, head, pages)
     core.pool.at[slot] = TABLE | row
     core.count("split_pmd")
 
@@ -154,6 +163,9 @@ def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> N
     frames = core.memory.frames
     head, pages = folio.head, folio.pages
     slots, addresses = rmap.pte_slots(core, mm, folio, near)
+    if core.caps.migration_makes_soft_dirty:
+        dirty = (core.pool.flat[slots] & np.uint64(DIRTY)) != 0
+        core.pool.flat[slots[dirty]] |= np.uint64(core.soft_dirty)
     old = core.pool.flat[slots]
     if (old & np.uint64(DIRTY)).any():
         frames.set_bits(head, pages, int(PageFlag.DIRTY))
