@@ -153,6 +153,7 @@ def _session(options: dict[str, Any], left: Callable[[], Workbench], right: Call
             programs=options["programs"],
             steps=options["steps"],
             seed=options["seed"],
+            profile=right().kernel.profile,
             progress=lambda report: progress(report.programs, options["programs"]),
         )
     found = report.difference

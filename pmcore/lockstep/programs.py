@@ -76,8 +76,10 @@ class _State:
 
 @st.composite
 def programs(draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps: int = 40) -> Program:
-    """A program of up to `max_steps` steps that the kernel of `profile` could be asked to run."""
+    """A program of up to `max_steps` steps for the kernel of `profile`: with soft-dirty that is cleared often."""
     state = _State()
+    soft_dirty = profile is not None and profile.has("clear_refs.soft_dirty")
+    kinds = (*_KINDS, *(_clear_soft_dirty,) * 6) if soft_dirty else _KINDS
     first = _map(draw, state)
     assert isinstance(first, s.Map)
     steps: list[s.Step] = [first]
@@ -85,7 +87,7 @@ def programs(draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
     length = draw(st.sampled_from([n for n in (1, 12, 20, 28, 36, 40, 40) if n <= max_steps] or [max_steps]))
     while len(steps) < length:
-        kind = draw(st.sampled_from(_KINDS))
+        kind = draw(st.sampled_from(kinds))
         step = kind(draw, state)
         if step is not None:
             steps.append(step)
@@ -259,6 +261,10 @@ def _scan(draw: st.DrawFn, state: _State) -> s.Step | None:
 
 def _clear_refs(draw: st.DrawFn, state: _State) -> s.Step | None:
     return s.ClearRefs(task=_task(draw, state), what=draw(st.sampled_from((1, 2, 3, 4, 4, 4, 4, 5, 9))))
+
+
+def _clear_soft_dirty(draw: st.DrawFn, state: _State) -> s.Step | None:
+    return s.ClearRefs(task=_task(draw, state))
 
 
 _advise = _ranged(s.Advise, advice=st.sampled_from([int(advice) for advice in _ADVICE]))

@@ -17,6 +17,7 @@ from hypothesis import seed as hypothesis_seed
 from pmcore.errors import ArgumentError, NotModelled
 from pmcore.lockstep.programs import programs as random_programs
 from pmcore.lockstep.run import Result, lockstep
+from pmcore.profile import KernelProfile
 from pmcore.program import Program
 from pmcore.protocols import Workbench
 
@@ -74,12 +75,13 @@ def session(
     programs: int,
     steps: int = 40,
     seed: int = 0,
+    profile: KernelProfile | None = None,
     progress: Callable[[Report], object] | None = None,
 ) -> Report:
     """Compare `programs` random programs of up to `steps` steps; ends early at one that differs, shrunk.
 
-    `left` and `right` give the workbench for a program: a fresh one, or always the same. The same seed gives the same
-    programs, with the same version of Hypothesis.
+    `left` and `right` give the workbench for a program: a fresh one, or always the same. The programs are such as the
+    kernel of `profile` makes interesting. The same seed gives the same programs, with the same version of Hypothesis.
     """
     report = Report(seed=seed)
     began = time.monotonic()
@@ -108,7 +110,7 @@ def session(
         report_multiple_bugs=False,
         phases=(Phase.generate, Phase.shrink),
         print_blob=False,
-    )(given(random_programs(max_steps=steps))(compare))
+    )(given(random_programs(profile, max_steps=steps))(compare))
     try:
         hypothesis_seed(seed)(run)()
     except _Differs as difference:

@@ -86,6 +86,7 @@ def _random(wanted: dict[str, Any], ends: float, left: Callable[[], Workbench], 
             lambda: right,
             programs=min(_RUN, wanted["programs"] - number * _RUN),
             seed=wanted["seed"] * 1000 + number,
+            profile=right.kernel.profile,
         )
         values = report.as_dict()
         if report.difference is not None:
