@@ -70,6 +70,8 @@ class Capabilities:
     smaps_ksm: bool
     populate_stops_at_hole: bool
     pmd_split_munlocks: bool
+    uffd_wp_many: bool
+    merge_with_empty: bool
     pmd_split_keeps_dirty: bool
     migration_makes_soft_dirty: bool
     mremap_checks_early: bool
@@ -136,6 +138,8 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         dontunmap_resets_offset=has("mm.dontunmap_resets_offset"),
         smaps_ksm=has("smaps.ksm"),
         pmd_split_munlocks=has("quirk.pmd_split_munlocks"),
+        uffd_wp_many=has("uffd.wp_many_mappings"),
+        merge_with_empty=has("mm.merge_with_empty"),
         pmd_split_keeps_dirty=has("mm.pmd_split_keeps_dirty"),
         migration_makes_soft_dirty=has("quirk.migration_makes_soft_dirty"),
         populate_stops_at_hole=has("madv.populate_stops_at_hole"),

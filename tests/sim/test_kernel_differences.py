@@ -174,3 +174,45 @@ def test_exclusive_by_the_first_page(held, kernel, exclusive):
     child.write(BASE, b"y")
     word = int(task.process.pagemap(BASE + PAGE, BASE + 2 * PAGE).values[0])
     assert bool(word & PM_MMAP_EXCLUSIVE) is exclusive
+
+
+@pytest.mark.rule("KX-011")
+@pytest.mark.parametrize(("kernel", "parts"), [("6.1", 3), ("6.12", 3), ("6.18", 1)])
+def test_a_changed_part_that_holds_pages_beside_empty_mappings(held, kernel, parts):
+    task = task_on(held, kernel)
+    task.mlock(BASE + 4 * PAGE, 2 * PAGE)
+    task.munlock(BASE + 4 * PAGE, 2 * PAGE)
+    assert len(task.process.smaps(BASE, BASE + 2 * HUGE)) == parts
+
+
+@pytest.mark.rule("KX-011")
+@pytest.mark.parametrize("kernel", ["6.1", "6.12", "6.18"])
+def test_a_changed_empty_mapping_beside_one_that_holds_pages(held, kernel):
+    task = task_on(held, kernel)
+    task.madvise(BASE, PAGE, Madvise.DONTFORK)
+    task.write(BASE + PAGE, b"x")
+    task.madvise(BASE, PAGE, Madvise.DOFORK)
+    assert len(task.process.smaps(BASE, BASE + 2 * HUGE)) == 1
+
+
+@pytest.mark.rule("KX-012")
+@pytest.mark.parametrize(("kernel", "refused"), [("6.1", True), ("6.12", False)])
+def test_write_protection_of_two_mappings(held, kernel, refused):
+    task = task_on(held, kernel)
+    task.madvise(BASE, PAGE, Madvise.DONTFORK)
+    fd = task.userfaultfd(0)
+    task.uffd_register(fd, BASE, 2 * PAGE, 2)
+    with pytest.raises(SyscallError, match="ENOENT") if refused else contextlib.nullcontext():
+        task.uffd_writeprotect(fd, BASE, 2 * PAGE, protect=True)
+
+
+@pytest.mark.rule("KX-003")
+def test_a_marker_that_moves_out_of_its_registration_is_gone(held):
+    """Soft-dirty does not hide it."""
+    task = task_on(held, "6.12")
+    fd = task.userfaultfd(0x2000)  # WP_UNPOPULATED
+    task.uffd_register(fd, BASE, PAGE, 2)
+    task.uffd_writeprotect(fd, BASE, PAGE, protect=True)
+    task.mremap(BASE, PAGE, PAGE, flags=3, new_addr=BASE + 8 * HUGE)
+    word = int(task.process.pagemap(BASE + 8 * HUGE, BASE + 8 * HUGE + PAGE).values[0])
+    assert word & ~PM_SOFT_DIRTY == 0

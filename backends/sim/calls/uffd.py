@@ -127,6 +127,8 @@ def writeprotect(core: Core, mm: AddressSpace, fd: int, start: int, length: int,
     vmas = mm.vmas.within(start, end)
     if not vmas:
         refuse(Errno.ENOENT, call, "nothing is mapped there")
+    if not core.caps.uffd_wp_many and not (vmas[0].start <= start and end <= vmas[0].end):
+        refuse(Errno.ENOENT, call, "the range does not lie in one mapping")
     for vma in vmas:
         if not vma.flags & VmFlag.UFFD_WP:
             refuse(Errno.ENOENT, call, "part of the range is not registered for write protection")

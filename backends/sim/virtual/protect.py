@@ -76,7 +76,7 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
             if features & UffdFeature.WP_UNPOPULATED:
                 entries[entries == 0] = UFFD_MARKER
         else:
-            entries[entries == np.uint64(UFFD_MARKER)] = 0
+            entries[(entries & np.uint64(~SOFT_DIRTY & _ALL)) == np.uint64(UFFD_MARKER)] = 0
             entries[present | swap] &= np.uint64(~UFFD_WP & _ALL)
             if vma.flags & VmFlag.WRITE:
                 index = np.flatnonzero(present & ((entries & np.uint64(WRITE)) == 0))

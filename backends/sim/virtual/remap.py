@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.services import thp
-from pmcore.backends.sim.virtual.pte import LEAF, PRESENT, SWAP, TABLE, UFFD_MARKER, UFFD_WP
+from pmcore.backends.sim.virtual.pte import LEAF, PRESENT, SOFT_DIRTY, SWAP, TABLE, UFFD_MARKER, UFFD_WP
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -60,7 +60,7 @@ def move_entries(
         if soft_dirty:
             words[(words & np.uint64(PRESENT | SWAP)) != 0] |= np.uint64(soft_dirty)
         if drop_uffd:
-            words[words == np.uint64(UFFD_MARKER)] = 0
+            words[(words & ~np.uint64(SOFT_DIRTY)) == np.uint64(UFFD_MARKER)] = 0
             words &= np.uint64(~UFFD_WP & (1 << 64) - 1)
         position = 0
         for mine in mm.tables.extents(new_start + low - start, new_start + high - start):

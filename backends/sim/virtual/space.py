@@ -21,7 +21,9 @@ class AddressSpace:
         #: Its identity in the counts of large folios.
         self.number = number
         sticky = VmFlag.STICKY if core.caps.merge_keeps_soft_dirty else VmFlag.STICKY & ~VmFlag.SOFTDIRTY
-        self.vmas = VmaList(core.geometry.page_shift, self._cut, sticky=sticky)
+        self.vmas = VmaList(
+            core.geometry.page_shift, self._cut, sticky=sticky, joins_empty=core.caps.merge_with_empty
+        )
         self.tables = PageTables(core.pool, core.geometry, root=root)
         #: Flags that every new mapping gets (mlockall).
         self.def_flags = 0

@@ -110,11 +110,18 @@ class VmaList:
     """The VMAs of an address space, ascending, never overlapping."""
 
     def __init__(
-        self, page_shift: int, before_split: Callable[[VmArea, int], object], *, sticky: int = VmFlag.STICKY
+        self,
+        page_shift: int,
+        before_split: Callable[[VmArea, int], object],
+        *,
+        sticky: int = VmFlag.STICKY,
+        joins_empty: bool = True,
     ) -> None:
         self._page_shift = page_shift
         #: Flags that a merged VMA has if one of its parts had them.
         self._sticky = sticky
+        #: Whether what holds pages is joined with a neighbour that never held one.
+        self._joins_empty = joins_empty
         #: Told of a boundary that is about to be: a huge page that it cuts through has to be mapped by PTEs.
         self._before_split = before_split
         self._starts: list[int] = []
@@ -203,8 +210,8 @@ class VmaList:
         part.flags = flags
         return part
 
-    def _joins(self, left: VmArea, right: VmArea) -> bool:
-        """Whether two neighbours can be one VMA."""
+    def _joins(self, left: VmArea, right: VmArea, neighbour: VmArea, part: AnonVma | None) -> bool:
+        """Whether two can be one VMA: a `neighbour` of what was changed, and that, whose pages belong to `part`."""
         if left.end != right.start or (left.flags ^ right.flags) & ~VmFlag.STICKY:
             return False
         if left.uffd is not right.uffd or left.name != right.name:
@@ -217,6 +224,8 @@ class VmaList:
             return True
         if left.anon_vma is not None and right.anon_vma is not None:
             return False
+        if not self._joins_empty:
+            return neighbour.anon_vma is part or neighbour.chain == 1
         return max(left.chain, right.chain) <= 1
 
     def merge(self, start: int, end: int, *, moved: bool = False) -> None:
@@ -225,12 +234,13 @@ class VmaList:
         What lies in the range has just been changed; flags of it that are no hindrance become those of the merged VMA.
         Where it has `moved` there, they become those of its neighbour below, or else above.
         """
-        part = self.at(start)
-        flags = part.flags if part is not None else 0
+        part = self.at(start if end > start else start - 1)
+        flags, anon = (part.flags, part.anon_vma) if part is not None else (0, None)
         index = max(self._first(start - 1) if start else 0, 0)
         while index + 1 < len(self._vmas) and self._vmas[index].end <= end:
             left, right = self._vmas[index], self._vmas[index + 1]
-            if left.end >= start and self._joins(left, right):
+            neighbour = left if right.start == start < end else right
+            if left.end >= start and self._joins(left, right, neighbour, anon):
                 if moved and right.start == start:
                     flags = left.flags
                 elif moved and left.start == start and right.start == end:
