@@ -189,12 +189,16 @@ def _scan(root: str) -> Iterator[Probe]:
 def _empty_pte(words: WordFile) -> Iterator[Probe]:
     """Whether the generic path counts an empty PTE as written: the neighbour of a touched page is one."""
     size = mmap.PAGESIZE
-    area = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    table = size * size // 8  # bytes that one page table maps
+    area = mmap.mmap(-1, 3 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(AttributeError, OSError):
         area.madvise(mmap.MADV_NOHUGEPAGE)
-    area[0] = 1
     cell = ctypes.c_char.from_buffer(area)
     address = ctypes.addressof(cell)
+    # Of three pages two neighbours lie in one page table.
+    first = 0 if address // table == (address + size) // table else size
+    area[first] = 1
+    address += first
     try:
         request = ScanRequest(
             start=address + size,
@@ -203,9 +207,8 @@ def _empty_pte(words: WordFile) -> Iterator[Probe]:
             return_mask=int(PageCategory.WRITTEN | PageCategory.PRESENT),
         )
         result = pagemap_scan(words.fd, request, page_size=size)
-        table = size * size // 8  # bytes that one page table maps
-        if result.errno or address // table != (address + size) // table:
-            return  # no such call, or the two pages lie in different page tables: nothing learned
+        if result.errno:
+            return  # no such call: nothing learned
         written = len(result.regions) == 1 and int(result.regions["categories"][0]) == PageCategory.WRITTEN
         yield Probe(
             name="empty PTE counts as written",
