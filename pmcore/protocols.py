@@ -395,6 +395,13 @@ class Workbench(Protocol):
         """To provide: end all tasks and remove what they left. Closing twice is allowed."""
         ...
 
+    def renew(self) -> None:
+        """Between two programs, no task being alive: see that the next finds nothing that the last one left.
+
+        Where nothing is left there is nothing to do.
+        """
+        return
+
     def __enter__(self) -> Self:
         return self
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pmcore.profile import REFERENCE_VERSION
@@ -30,12 +30,14 @@ def open_machine(
     holes: Sequence[tuple[int | str, int | str]] = (),
     privileged: bool = True,
     geometry: Geometry | None = None,
+    hugepages: Mapping[int | str, int | tuple[int, int]] | None = None,
 ) -> SimMachine:
     """A machine that has just booted.
 
     `memory` and `swap` are sizes ("64 MiB", bytes); several swap areas are given as `SwapSettings`. `swap_kind` says
     what an area given by its size is: "compressed" (memory), "device" (writes complete at once), "disk". `kernel` is a
     version or a profile, `config` changes its configuration. `holes` are ranges of physical addresses with no memory.
+    `hugepages` are hugetlb pages set aside, by size: {"2 MiB": 20}, or with surplus pages allowed (20, 4).
     Without `privileged` frame numbers are hidden, and the kpage* files cannot be opened.
     Raises ArgumentError for settings that no machine has, UnknownCapability for a kernel that is not in spec/.
     """
@@ -52,4 +54,5 @@ def open_machine(
         holes=holes,
         privileged=privileged,
         geometry=geometry,
+        hugepages=hugepages,
     )

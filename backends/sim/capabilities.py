@@ -78,6 +78,9 @@ class Capabilities:
     scan: bool
     scan_guard: bool
     uffd_wp: bool
+    hugetlb: bool
+    hugetlb_dontneed: bool
+    hugetlb_promises_again: bool
     uffd_unregister_own: bool
     uffd_features: int
     folio_flags: bool
@@ -147,6 +150,9 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         scan=has("scan"),
         scan_guard=has("scan.guard"),
         uffd_wp=has("uffd.wp"),
+        hugetlb=has("mm.hugetlb"),
+        hugetlb_dontneed=has("mm.hugetlb_dontneed"),
+        hugetlb_promises_again=has("mm.hugetlb_promises_again"),
         uffd_unregister_own=has("mm.mremap_checks_early"),
         uffd_features=int(features),
         folio_flags=has("kpageflags.folio_flags"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
+from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
@@ -20,6 +21,7 @@ from pmcore.uapi import PageFlag
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
 
 __all__ = ["BrokenInvariant", "Finding", "check", "findings"]
 
@@ -59,6 +61,7 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     yield from maps.findings()
     yield from _compound(core, maps)
     yield from _free(core)
+    yield from _pools(core, spaces, maps)
     yield from _swap(core, maps)
     yield from _owners(core, maps)
     yield from _contents(core)
@@ -123,6 +126,9 @@ class _Mappings:
     def _space(self, mm: AddressSpace) -> None:
         core, total = self.core, 0
         for vma in mm.vmas:
+            if vma.huge is not None:
+                total += self._hugetlb(mm, vma)
+                continue
             for extent in mm.tables.extents(vma.start, vma.end):
                 entries = extent.entries
                 total += int(np.count_nonzero(entries))
@@ -160,6 +166,35 @@ class _Mappings:
         if everywhere != total:
             self.bad.append(Finding("entries lie inside VMAs", f"{everywhere - total} do not"))
 
+    def _hugetlb(self, mm: AddressSpace, vma: VmArea) -> int:
+        """Entries of a hugetlb VMA; how many of them lie in tables of PMDs."""
+        core, found = self.core, 0
+        assert vma.huge is not None
+        pool = vma.huge.file.pool
+        for addr, slot in hugetlb.entries(mm, vma, vma.start, vma.end):
+            entry = core.pool.at[slot] if slot >= 0 else 0
+            found += bool(entry) and pool.level == 1
+            if not entry & PRESENT:
+                if entry not in (0, hugetlb.HUGE_MARKER):
+                    self.bad.append(Finding("an empty hugetlb entry is none or a marker", f"{addr:#x}"))
+                continue
+            head = entry & FIELD
+            if entry & (WRITE | UFFD_WP) == WRITE | UFFD_WP:
+                self.bad.append(Finding("a write-protected entry may not be written", f"{addr:#x}"))
+            if entry & WRITE and not vma.flags & VmFlag.WRITE:
+                self.bad.append(Finding("an entry allows no more than its VMA", f"{addr:#x}"))
+            if core.hugetlb.folios.get(head) is not pool:
+                self.bad.append(Finding("a hugetlb entry maps a page of its pool", f"{addr:#x}"))
+                continue
+            self.counts[head : head + pool.pages] += 1
+            anonymous = core.memory.frames.flags_at[head] & int(PageFlag.ANON)
+            index = vma.pgoff + (addr - vma.start >> core.geometry.page_shift) >> pool.order
+            if bool(anonymous) == (vma.huge.file.pages.get(index) == head):
+                self.bad.append(Finding("a hugetlb page is anonymous or its file's", f"{addr:#x}"))
+            if anonymous and vma.shared:
+                self.bad.append(Finding("a shared hugetlb mapping maps its file", f"{addr:#x}"))
+        return found
+
     def _of(self, mm: AddressSpace, head: int, count: int) -> None:
         self.by_mm.setdefault(head, Counter())[mm.number] += count
 
@@ -181,6 +216,7 @@ def _compound(core: Core, maps: _Mappings) -> Iterator[Finding]:
     expected = np.zeros(frames.rows, dtype=np.int32)
     folios = [(f.head, f.pages) for f in core.memory.large.values()]
     folios += [(head, 1 << order) for head, order in core.memory.kernel_folios.items()]
+    folios += [(head, pool.pages) for head, pool in core.hugetlb.folios.items()]
     for head, pages in folios:
         if head % pages:
             yield Finding("a compound page is aligned to its size", f"{head:#x}")
@@ -230,6 +266,52 @@ def _free(core: Core) -> Iterator[Finding]:
         yield Finding("no free frame is mapped", _some(wrong))
 
 
+def _pools(core: Core, spaces: list[AddressSpace], maps: _Mappings) -> Iterator[Finding]:
+    """hugetlb: pages and promises are counted, and every page has one place."""
+    frames, files = core.memory.frames, {}
+    promised: Counter[int] = Counter()
+    users: Counter[tuple[int, int]] = Counter()
+    for mm in spaces:
+        for vma in mm.vmas:
+            if vma.huge is None:
+                continue
+            file = vma.huge.file
+            files[id(file)] = file
+            users[id(file), mm.number] += 1
+            if vma.huge.promise is not None:
+                first = vma.pgoff >> file.pool.order
+                last = first + vma.length // file.pool.size
+                consumed = sum(1 for index in vma.huge.promise.consumed if first <= index < last)
+                promised[file.pool.size] += last - first - consumed
+    held: list[int] = []
+    for file in files.values():
+        held += file.pages.values()
+        promised[file.pool.size] += len(file.reserved) - len(file.pages)
+        if not file.pages.keys() <= file.reserved:
+            yield Finding("the pages of a hugetlb file are promised to it", f"{sorted(file.pages)}")
+        counted = {mm.number: count for mm, count in file.users.items()}
+        if counted != {number: n for (which, number), n in users.items() if which == id(file)}:
+            yield Finding("a hugetlb file counts the VMAs that map it", f"{counted}")
+    for pool in core.hugetlb.pools.values():
+        heads = [head for head, owner in core.hugetlb.folios.items() if owner is pool]
+        if len(heads) != pool.total or not 0 <= pool.surplus <= pool.total:
+            yield Finding("the pages of a pool are counted", f"{pool.total} is not {len(heads)}")
+        if promised[pool.size] != pool.reserved or pool.reserved > len(pool.free):
+            yield Finding(
+                "promised huge pages are counted, and free", f"{pool.reserved}, {promised[pool.size]}"
+            )
+        free = set(pool.free)
+        if len(free) != len(pool.free) or not free <= set(heads):
+            yield Finding("free huge pages are the pool's", f"{pool.free}")
+        for head in heads:
+            flags = frames.flags_at[head]
+            used = bool(maps.counts[head]) or head in held
+            if used == (head in free) or not flags & int(PageFlag.HUGE):
+                yield Finding("a huge page is free, or somebody's", f"{head:#x}")
+    if len(set(held)) != len(held):
+        yield Finding("a huge page is one file's", f"{held}")
+
+
 def _swap(core: Core, maps: _Mappings) -> Iterator[Finding]:
     frames = core.memory.frames
     for area in core.swap.areas:
@@ -262,6 +344,8 @@ def _owners(core: Core, maps: _Mappings) -> Iterator[Finding]:
     for folio in core.memory.large.values():
         if folio.mapped:
             owned[folio.head : folio.head + folio.pages] = True
+    for head, pool in core.hugetlb.folios.items():
+        owned[head : head + pool.pages] = True
     for zone in core.memory.zones:
         part = slice(zone.start, zone.frontier)
         wrong = np.flatnonzero(~owned[part]) + zone.start

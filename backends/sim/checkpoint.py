@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Zone
 from pmcore.backends.sim.physical.memory import LargeFolio
+from pmcore.backends.sim.services.hugetlb import HugeFile, HugeMap, Hugetlb, Promise
 from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual.space import AddressSpace
@@ -65,7 +66,8 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
             return None
         return uffds.setdefault(id(context), (len(uffds), context))[0]
 
-    spaces = [_space(mm, uffd) for mm in tasks.values()]
+    files = HugeFiles()
+    spaces = [_space(mm, uffd, files) for mm in tasks.values()]
     for area in core.swap.areas:
         if area is not None:
             arrays |= {f"swap.{area.number}.{name}": getattr(area, name).copy() for name in _AREA}
@@ -93,7 +95,56 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
             [context.mm.number, context.features] for _, context in sorted(uffds.values(), key=lambda u: u[0])
         ],
     }
+    if files.files or core.hugetlb.folios or any(pool.overcommit for pool in core.hugetlb.pools.values()):
+        words["hugetlb"] = _hugetlb(core, files)
     return State(words, arrays)
+
+
+class HugeFiles:
+    """Files of hugetlbfs and promises, numbered as they are met."""
+
+    def __init__(self) -> None:
+        self.files: dict[int, tuple[int, HugeFile]] = {}
+        self.promises: dict[int, tuple[int, Promise]] = {}
+
+    def words(self, huge: HugeMap) -> list[int | None]:
+        """The numbers of a VMA's file and promise."""
+        file = self.files.setdefault(id(huge.file), (len(self.files), huge.file))[0]
+        if huge.promise is None:
+            return [file, None]
+        return [file, self.promises.setdefault(id(huge.promise), (len(self.promises), huge.promise))[0]]
+
+
+def _hugetlb(core: Core, files: HugeFiles) -> dict[str, Any]:
+    return {
+        "pools": [
+            [p.size, list(p.free), p.total, p.reserved, p.surplus, p.overcommit]
+            for p in core.hugetlb.pools.values()
+        ],
+        "folios": [[head, pool.size] for head, pool in sorted(core.hugetlb.folios.items())],
+        "files": [
+            [f.pool.size, f.length, f.name, f.inode, sorted(f.pages.items()), sorted(f.reserved)]
+            for _, f in files.files.values()
+        ],
+        "promises": [sorted(promise.consumed) for _, promise in files.promises.values()],
+    }
+
+
+def _rebuild_hugetlb(core: Core, words: dict[str, Any] | None) -> list[list[Any]]:
+    """Pools as they were; files and promises by number."""
+    hugetlb = core.hugetlb = Hugetlb(core)
+    if words is None:
+        return [[], []]
+    for size, free, total, reserved, surplus, overcommit in words["pools"]:
+        pool = hugetlb.pools[size]
+        pool.free, pool.total, pool.reserved = list(free), total, reserved
+        pool.surplus, pool.overcommit = surplus, overcommit
+    hugetlb.folios = {head: hugetlb.pools[size] for head, size in words["folios"]}
+    files = [
+        HugeFile(hugetlb.pools[size], length, name, dict(map(tuple, pages)), set(reserved), inode=inode)
+        for size, length, name, inode, pages, reserved in words["files"]
+    ]
+    return [files, [Promise(set(consumed)) for consumed in words["promises"]]]
 
 
 def _folio(folio: LargeFolio) -> list[Any]:
@@ -116,7 +167,7 @@ def _area(area: SwapArea) -> list[Any]:
     ]
 
 
-def _space(mm: AddressSpace, uffd: Any) -> dict[str, Any]:
+def _space(mm: AddressSpace, uffd: Any, files: HugeFiles) -> dict[str, Any]:
     vmas = [
         [
             v.start,
@@ -127,6 +178,7 @@ def _space(mm: AddressSpace, uffd: Any) -> dict[str, Any]:
             v.chain,
             uffd(v.uffd),
             v.name,
+            *([files.words(v.huge)] if v.huge is not None else []),
         ]
         for v in mm.vmas
     ]
@@ -174,12 +226,13 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
         for number, area in enumerate(words["swap"])
     ]
     anon: dict[int, AnonVma] = {}
+    huge = _rebuild_hugetlb(core, words.get("hugetlb"))
     spaces = {space["number"]: AddressSpace.bare(core, space["number"]) for space in words["spaces"]}
     contexts = [
         Userfaultfd(spaces.get(number) or AddressSpace.gone(core, number), f) for number, f in words["uffds"]
     ]
     for space in words["spaces"]:
-        _rebuild_space(spaces[space["number"]], space, anon, contexts)
+        _rebuild_space(spaces[space["number"]], space, anon, contexts, huge)
     return {pid: spaces[space["number"]] for pid, space in zip(words["pids"], words["spaces"], strict=True)}
 
 
@@ -202,12 +255,20 @@ def _rebuild_area(number: int, words: list[Any], arrays: dict[str, NDArray[Any]]
 
 
 def _rebuild_space(
-    mm: AddressSpace, words: dict[str, Any], anon: dict[int, AnonVma], contexts: list[Userfaultfd]
+    mm: AddressSpace,
+    words: dict[str, Any],
+    anon: dict[int, AnonVma],
+    contexts: list[Userfaultfd],
+    huge: list[list[Any]],
 ) -> None:
-    for start, end, flags, pgoff, number, chain, uffd, name in words["vmas"]:
+    for start, end, flags, pgoff, number, chain, uffd, name, *mapped in words["vmas"]:
         owner = None if number is None else anon.setdefault(number, AnonVma(number))
         context = None if uffd is None else contexts[uffd]
-        mm.vmas.add(VmArea(start, end, flags, pgoff, owner, chain, context, name))
+        vma = VmArea(start, end, flags, pgoff, owner, chain, context, name)
+        for file, promise in mapped:
+            vma.huge = HugeMap(huge[0][file], None if promise is None else huge[1][promise])
+            vma.huge.file.add_user(mm, 1)
+        mm.vmas.add(vma)
     mm.tables.root = words["root"]
     mm.tables.tables = list(words["tables"])
     mm.def_flags = words["def_flags"]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.arrays import U64Array
-from pmcore.backends.sim.physical.buddy import Zone
+from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.virtual.pte import FIELD, LEAF, PRESENT, SPECIAL, UFFD_WP
 from pmcore.backends.sim.virtual.zap import swap_entries
 from pmcore.errors import AddressSpaceFault
@@ -320,6 +320,17 @@ class _ObservedZone(Zone):
         watch = self.observer
         found: Pfns = watch.zone(lambda: Zone.take_pages(self, count), lambda pfns: watch.allocated(pfns, 0))
         return found
+
+    def take_run(self, pages: int) -> int:
+        """As `Zone.take_run`: told as the blocks that it consists of."""
+        watch = self.observer
+        order = MAX_ORDER
+
+        def note(pfn: int) -> Event:
+            end = pfn + pages if pfn >= 0 else pfn
+            return watch.allocated(np.arange(pfn, end, 1 << order, dtype=np.int64), order)
+
+        return int(watch.zone(lambda: Zone.take_run(self, pages), note))
 
     def give(self, pfn: int, order: int) -> None:
         """As `Zone.give`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.frames import Frames
 from pmcore.backends.sim.physical.memory import Memory, NoMemory
 from pmcore.backends.sim.process import SimProcess
+from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
 from pmcore.backends.sim.task import SimTask
 from pmcore.backends.sim.views import frames as frame_view
+from pmcore.backends.sim.views.hugetlb import meminfo
 from pmcore.backends.sim.virtual.space import AddressSpace
 from pmcore.backends.sim.virtual.tables import TablePool
 from pmcore.errors import ArgumentError, FormatError, syscall_error
@@ -70,6 +72,7 @@ class Core:
         self.privileged = privileged
         self.memory = memory
         self.swap = SwapSpace(memory)
+        self.hugetlb = Hugetlb(self)
         _boot(memory)
         self.zero_pfn = memory.block(0, kernel=True)
         memory.frames.flags_at[self.zero_pfn] = self.caps.zero_flags
@@ -127,6 +130,7 @@ class SimMachine(Kernel, Workbench):
         nodes: int,
         holes: Sequence[tuple[int, int]],
         privileged: bool,
+        hugepages: Mapping[int | str, int | tuple[int, int]],
     ) -> None:
         self.profile = profile
         self.pfn_visible = privileged
@@ -144,6 +148,15 @@ class SimMachine(Kernel, Workbench):
                 large_folios=area.large_folios,
                 compressed=area.compressed and area.immediate,
             )
+        for huge, wanted in hugepages.items():
+            count, surplus = wanted if isinstance(wanted, tuple) else (wanted, 0)
+            if surplus:
+                self.core.hugetlb.overcommit(huge, surplus)
+            if self.core.hugetlb.resize(huge, count) < count:
+                raise ArgumentError(
+                    f"{count} huge pages of {huge!r} in {memory} bytes of memory",
+                    remedy="more memory, or fewer",
+                )
         self._tasks: dict[int, SimTask] = {}
         #: Every task there ever was: who holds one finds it alive again after `restore`.
         self._known: dict[int, SimTask] = {}
@@ -201,7 +214,9 @@ class SimMachine(Kernel, Workbench):
         return self.core.memory.frames.count
 
     def pread(self, name: str, offset: int, length: int) -> bytes:
-        """Bytes of kpagecount, kpageflags or kpagecgroup."""
+        """Bytes of kpagecount, kpageflags, kpagecgroup, or meminfo (the lines of hugetlb)."""
+        if name == "meminfo":
+            return meminfo(self.core).encode()[offset : offset + length]
         if name not in tuple(FrameFile):
             raise syscall_error(int(Errno.ENOENT), f"open(/proc/{name})")
         self._may_look(name)
@@ -280,6 +295,11 @@ class SimMachine(Kernel, Workbench):
     def counters(self) -> Counter[str]:
         """What happened so far, counted: "copy_on_write", "swap_out", "split_pmd", ..."""
         return self.core.counters
+
+    @property
+    def hugetlb(self) -> Hugetlb:
+        """The pools of huge pages: `pools`, `resize(size, count)`, `overcommit(size, count)`."""
+        return self.core.hugetlb
 
     def swap_areas(self) -> tuple[SwapArea, ...]:
         """The swap areas, by number."""
@@ -365,6 +385,7 @@ def make_machine(
     holes: Sequence[tuple[int | str, int | str]] = (),
     privileged: bool = True,
     geometry: Geometry | None = None,
+    hugepages: Mapping[int | str, int | tuple[int, int]] | None = None,
 ) -> SimMachine:
     """Check the settings and build the machine. Raises ArgumentError, UnknownCapability."""
     profile = preset(kernel, config=config, geometry=geometry) if isinstance(kernel, str) else kernel
@@ -384,6 +405,7 @@ def make_machine(
         nodes=nodes,
         holes=[(parse_size(low), parse_size(high)) for low, high in holes],
         privileged=privileged,
+        hugepages=hugepages or {},
     )
 
 

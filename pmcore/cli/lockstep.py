@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,18 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
     help="A block device that holds a swap area, for the side that is no model, instead of compressed memory.",
 )
 @click.option(
+    "--hugepages",
+    default="8+2",
+    show_default=True,
+    metavar="N[+M]",
+    help="Huge pages (hugetlb) set aside on both sides, and surplus ones allowed; 0 for none.",
+)
+@click.option(
+    "--hugetlb/--no-hugetlb",
+    default=None,
+    help="Random programs with hugetlb alone, or without (default: both).",
+)
+@click.option(
     "--kernel", metavar="VERSION", help="Kernel of the simulated machines (default: that of the other side)."
 )
 @click.option(
@@ -106,11 +119,12 @@ def command(**options: Any) -> int:
 def _sides(options: dict[str, Any], held: contextlib.ExitStack) -> tuple[Callable[[], Workbench], ...]:
     """For each side what gives a workbench: a simulated machine is new for each program, another stays."""
     profile: Any = options["kernel"]
+    hugepages = _hugepages(options["hugepages"])
     sides: dict[str, Callable[[], Workbench]] = {}
     for side in ("right", "left"):  # the model follows what it is held against
         name = options[side]
         if name == "sim":
-            settings = {"memory": options["memory"], "swap": options["swap"]}
+            settings = {"memory": options["memory"], "swap": options["swap"], "hugepages": hugepages}
             if options["swap_device"]:
                 settings["swap_kind"] = "device"
             if profile is not None:
@@ -121,18 +135,31 @@ def _sides(options: dict[str, Any], held: contextlib.ExitStack) -> tuple[Callabl
 
             sides[side] = fresh
         else:
-            bench = held.enter_context(_open(name, options["swap_device"] or options["swap"]))
+            bench = held.enter_context(_open(name, options["swap_device"] or options["swap"], hugepages))
             if not bench.kernel.pfn_visible:
                 raise BackendUnavailable("frame numbers are hidden", remedy="run as root")
             profile = profile or bench.kernel.profile
-            sides[side] = lambda bench=bench: bench  # type: ignore[misc]
+            sides[side] = functools.partial(_renewed, bench)
     return sides["left"], sides["right"]
 
 
+def _hugepages(text: str) -> dict[int | str, tuple[int, int]]:
+    """ "8+2": so many set aside, so many surplus ones allowed, of 2 MiB each."""
+    number, _, surplus = text.partition("+")
+    if not number.isdecimal() or not (surplus or "0").isdecimal():
+        raise ArgumentError(f"--hugepages {text!r}", remedy="a number, or two as in 8+2")
+    return {"2 MiB": (int(number), int(surplus or 0))} if int(number) or int(surplus or 0) else {}
+
+
+def _renewed(bench: Workbench) -> Workbench:
+    bench.renew()
+    return bench
+
+
 @contextlib.contextmanager
-def _open(name: str, swap: str) -> Iterator[Workbench]:
+def _open(name: str, swap: str, hugepages: dict[int | str, tuple[int, int]]) -> Iterator[Workbench]:
     try:
-        bench = registry.open_workbench(name, still=True, swap=swap)
+        bench = registry.open_workbench(name, still=True, swap=swap, hugepages=hugepages)
     except TypeError as error:
         raise ArgumentError(f"workbench {name!r} refuses its options: {error}") from None
     with bench:
@@ -154,6 +181,7 @@ def _session(options: dict[str, Any], left: Callable[[], Workbench], right: Call
             steps=options["steps"],
             seed=options["seed"],
             profile=right().kernel.profile,
+            hugetlb=options["hugetlb"],
             progress=lambda report: progress(report.programs, options["programs"]),
         )
     found = report.difference

@@ -61,6 +61,8 @@ class Comparer:
             return
         for name, one in left.tasks.items():
             yield from self._task(name, one, right.tasks[name])
+        if left.pool != right.pool and left.pool and right.pool:
+            yield Difference("hugetlb pool", "meminfo", ", ".join(left.pool), ", ".join(right.pool))
         yield from self._frames(left, right)
         yield from self._kept(left, right)
 

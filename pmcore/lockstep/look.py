@@ -9,7 +9,7 @@ from pmcore.arrays import BoolArray, U64Array
 from pmcore.errors import SyscallError
 from pmcore.pagemap import PagemapEntries
 from pmcore.program import Run
-from pmcore.protocols import FrameFile, Task
+from pmcore.protocols import FrameFile, Kernel, Task
 from pmcore.smaps import SmapsEntry
 
 __all__ = ["Look", "TaskLook", "take"]
@@ -37,6 +37,8 @@ class Look:
     pfns: U64Array
     kpageflags: U64Array
     kpagecount: U64Array
+    #: The hugetlb pool as meminfo has it: its lines.
+    pool: tuple[str, ...] = ()
 
 
 def take(run: Run) -> Look:
@@ -52,7 +54,16 @@ def take(run: Run) -> Look:
         pfns=pfns,
         kpageflags=kernel.frames_at(FrameFile.KPAGEFLAGS, pfns),
         kpagecount=kernel.frames_at(FrameFile.KPAGECOUNT, pfns),
+        pool=_pool(kernel),
     )
+
+
+def _pool(kernel: Kernel) -> tuple[str, ...]:
+    try:
+        lines = kernel.pread("meminfo", 0, 1 << 16).decode().splitlines()
+    except SyscallError:
+        return ()
+    return tuple(line for line in lines if line.startswith("HugePages_"))
 
 
 def _spans(run: Run) -> tuple[tuple[int, int], ...]:

@@ -16,11 +16,14 @@ from pmcore.program import Program
 from pmcore.program import steps as s
 from pmcore.uapi import Madvise, MapFlag, MremapFlag, UffdFeature
 
-__all__ = ["programs"]
+__all__ = ["KEPT", "programs"]
 
 _HUGE = 512
 _FLAGS = int(MapFlag.PRIVATE | MapFlag.ANONYMOUS)
 _MAX_AREAS = 5
+#: A page that every program with hugetlb mappings touches first and then leaves alone: on a running kernel of before
+#: 2026-07 a scan that write-protects a hugetlb mapping where the level above the PMDs is empty never ends (DV-024).
+KEPT = "kept"
 _MAX_TASKS = 3
 
 #: Advice by how often it is drawn.
@@ -67,6 +70,8 @@ class _State:
     areas: dict[str, int] = attrs.field(factory=dict)
     tasks: list[str] = attrs.field(factory=lambda: ["main"])
     fds: list[str] = attrs.field(factory=list)
+    #: Areas of hugetlb, and the flags that they were mapped with.
+    huge: dict[str, int] = attrs.field(factory=dict)
     made: int = 0
 
     def name(self, kind: str) -> str:
@@ -75,8 +80,13 @@ class _State:
 
 
 @st.composite
-def programs(draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps: int = 40) -> Program:
-    """A program of up to `max_steps` steps for the kernel of `profile`: with soft-dirty that is cleared often."""
+def programs(
+    draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps: int = 40, hugetlb: bool | None = None
+) -> Program:
+    """A program of up to `max_steps` steps for the kernel of `profile`: with soft-dirty that is cleared often.
+
+    `hugetlb`: with mappings of it, without, or now and then.
+    """
     state = _State()
     soft_dirty = profile is not None and profile.has("clear_refs.soft_dirty")
     kinds = (*_KINDS, *(_clear_soft_dirty,) * 6) if soft_dirty else _KINDS
@@ -85,6 +95,9 @@ def programs(draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps
     steps: list[s.Step] = [first]
     if first.pages >= _HUGE and draw(st.booleans()):
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
+    if hugetlb or (hugetlb is None and draw(st.sampled_from((False, False, True)))):
+        steps = [s.Map(area=KEPT, pages=1), s.Touch(area=KEPT, pages=1), *steps]
+        kinds = (*kinds, *_HUGETLB)
     length = draw(st.sampled_from([n for n in (1, 12, 20, 28, 36, 40, 40) if n <= max_steps] or [max_steps]))
     while len(steps) < length:
         kind = draw(st.sampled_from(kinds))
@@ -134,6 +147,81 @@ def _map(draw: st.DrawFn, state: _State) -> s.Step | None:
     )
 
 
+def _map_huge(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """A hugetlb mapping, now and then of the wrong size or in the wrong place."""
+    if len(state.areas) >= _MAX_AREAS:
+        return None
+    over = draw(st.integers(0, 5)) == 0 and state.areas
+    sizes = (_HUGE, 2 * _HUGE, 2 * _HUGE, 3 * _HUGE, 4 * _HUGE, 8 * _HUGE, 16 * _HUGE, 1, _HUGE + 7)
+    pages = draw(st.sampled_from(sizes))
+    flags = MapFlag.ANONYMOUS | MapFlag.HUGETLB
+    flags |= draw(st.sampled_from((MapFlag.PRIVATE, MapFlag.PRIVATE, MapFlag.SHARED)))
+    extra = (MapFlag.NORESERVE, MapFlag.NORESERVE, MapFlag.POPULATE, MapFlag.LOCKED)
+    flags |= draw(st.sampled_from((*(0,) * 6, *extra, MapFlag.HUGE_2MB, MapFlag.HUGE_1GB)))
+    if flags & MapFlag.NORESERVE:  # more than there are, often
+        pages = draw(st.sampled_from((16, 16, 12, 8, 3))) * _HUGE
+    prot = draw(st.sampled_from((3,) * 8 + (1, 0, 7)))
+    name = state.name("a")
+    common: dict[str, Any] = {"area": name, "prot": prot}
+    if over:
+        area, page, _ = _range(draw, state)
+        page = page // _HUGE * _HUGE if draw(st.integers(0, 3)) else page
+        flags |= draw(st.sampled_from((MapFlag.FIXED, MapFlag.FIXED, MapFlag.FIXED_NOREPLACE)))
+        pages = min(pages, 2 * _HUGE)
+        common |= {"task": _task(draw, state), "within": area, "page": page}
+    else:
+        common["align"] = draw(st.sampled_from((_HUGE * 4096,) * 9 + (4096,)))
+        common["page_offset"] = draw(st.sampled_from((0,) * 12 + (_HUGE, 3)))
+    state.areas[name] = pages
+    state.huge[name] = int(flags)
+    return s.Map(**common, pages=pages, flags=int(flags))
+
+
+def _range_huge(draw: st.DrawFn, state: _State) -> tuple[str, int, int]:
+    """A range of whole huge pages of a hugetlb area, or what looks like one."""
+    area = draw(st.sampled_from(sorted(state.huge)))
+    whole = max(1, state.areas[area] // _HUGE)
+    first = draw(st.integers(0, whole - 1))
+    return area, first * _HUGE, draw(st.integers(1, whole - first)) * _HUGE
+
+
+def _track_huge(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """Registering or protecting hugetlb areas, mostly as a whole, and scans of them."""
+    if not state.huge:
+        return None
+    if not state.fds:
+        fd = state.name("u")
+        state.fds.append(fd)
+        return s.UffdOpen(task=state.tasks[0], fd=fd, features=int(draw(st.sampled_from(_UFFD[:4]))))
+    area, page, pages = _range_huge(draw, state)
+    common: dict[str, Any] = {"task": state.tasks[0], "area": area}
+    what = draw(st.sampled_from(("register", "register", "protect", "protect", "scan", "scan")))
+    if what == "register":
+        return s.UffdRegister(**common, pages=-(-state.areas[area] // _HUGE) * _HUGE, fd=state.fds[0])
+    common |= {"page": page, "pages": pages}
+    if what == "protect":
+        return s.UffdProtect(**common, fd=state.fds[0], protect=draw(st.sampled_from((True, True, False))))
+    cut = draw(st.sampled_from((0, 0, 0, 1, 100)))
+    return s.Scan(
+        **(common | {"page": page + cut, "pages": pages}),
+        vec_len=draw(st.sampled_from((0, 1, 3, 512))),
+        max_pages=draw(st.sampled_from((0, 0, 7, _HUGE, _HUGE + 1))),
+        flags=draw(st.sampled_from((0, 1, 1, 1, 3))),
+        category_mask=draw(st.sampled_from((0, 2, 2, 8, 64))),
+        return_mask=0x7F,
+    )
+
+
+def _touch_huge(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """Accesses to most of a hugetlb area, so that pools are exhausted."""
+    if not state.huge:
+        return None
+    area, page, pages = _range_huge(draw, state)
+    task, write = _task(draw, state), draw(st.booleans())
+    stride = draw(st.sampled_from((1, _HUGE, _HUGE - 1)))
+    return s.Touch(task=task, area=area, page=page, pages=pages, write=write, stride=stride)
+
+
 def _map_over(draw: st.DrawFn, state: _State) -> s.Step | None:
     if len(state.areas) >= _MAX_AREAS:
         return None
@@ -156,7 +244,8 @@ def _ranged(kind: Any, **fields: Any) -> _Maker:
     """A step over a range, with these fields drawn."""
 
     def make(draw: st.DrawFn, state: _State) -> s.Step | None:
-        area, page, pages = _range(draw, state)
+        aligned = bool(state.huge) and draw(st.booleans())
+        area, page, pages = (_range_huge if aligned else _range)(draw, state)
         drawn = {name: draw(strategy) for name, strategy in fields.items()}
         step: s.Step = kind(task=_task(draw, state), area=area, page=page, pages=pages, **drawn)
         return step
@@ -177,6 +266,14 @@ def _write(draw: st.DrawFn, state: _State) -> s.Step | None:
 
 def _move(draw: st.DrawFn, state: _State) -> s.Step | None:
     area, page, pages = _range(draw, state)
+    huge = state.huge.get(area)
+    if huge is not None:
+        # A kernel loses the promises to the rest of a private mapping, and loops without end where the pool is
+        # exhausted and a child has the page at another address: neither may happen on a machine that others use.
+        if len(state.tasks) > 1:
+            return None
+        if not huge & (MapFlag.SHARED | MapFlag.NORESERVE) or draw(st.booleans()):
+            page, pages = 0, state.areas[area]
     new = draw(
         st.sampled_from(sorted({pages, max(1, pages - 1), pages + 1, pages + _HUGE, max(1, pages // 2)}))
     )
@@ -194,6 +291,8 @@ def _move(draw: st.DrawFn, state: _State) -> s.Step | None:
         flags |= int(MremapFlag.DONTUNMAP)
         new = pages
     state.areas[to] = new
+    if huge is not None:
+        state.huge[to] = huge
     align = draw(st.sampled_from((4096, _HUGE * 4096)))
     return s.Move(
         task=task, area=area, page=page, pages=pages, new_pages=new, flags=flags, to=to, align=align
@@ -227,7 +326,7 @@ def _uffd_open(draw: st.DrawFn, state: _State) -> s.Step | None:
 def _uffd(draw: st.DrawFn, state: _State) -> s.Step | None:
     if not state.fds:
         return _uffd_open(draw, state)
-    area, page, pages = _range(draw, state)
+    area, page, pages = (_range_huge if bool(state.huge) and draw(st.booleans()) else _range)(draw, state)
     fd = draw(st.sampled_from(state.fds))
     common: dict[str, Any] = {"task": state.tasks[0], "area": area, "page": page, "pages": pages, "fd": fd}
     what = draw(st.sampled_from(("register",) * 4 + ("protect",) * 5 + ("unregister", "close")))
@@ -286,3 +385,5 @@ _KINDS: tuple[_Maker, ...] = (
     _ranged(s.Mincore),
     *(_clear_refs,) * 2,
 )
+#: With hugetlb: mappings of it, and what does something to them.
+_HUGETLB: tuple[_Maker, ...] = (*(_map_huge,) * 10, *(_touch_huge,) * 8, *(_track_huge,) * 8, _fork)

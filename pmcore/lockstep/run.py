@@ -99,5 +99,12 @@ def _states(reached: Counter[str], look: Look) -> None:
     for task in look.tasks.values():
         for flag in (PagemapFlag.SWAP, PagemapFlag.UFFD_WP, PagemapFlag.GUARD_REGION, PagemapFlag.SOFT_DIRTY):
             reached[f"pages {flag.name}"] += int(((task.words & int(flag)) != 0).sum())
-    for kind in (PageFlag.THP, PageFlag.SWAPCACHE, PageFlag.UNEVICTABLE, PageFlag.ZERO_PAGE, PageFlag.KSM):
+    for kind in (
+        PageFlag.THP,
+        PageFlag.SWAPCACHE,
+        PageFlag.UNEVICTABLE,
+        PageFlag.ZERO_PAGE,
+        PageFlag.KSM,
+        PageFlag.HUGE,
+    ):
         reached[f"frames {kind.name}"] += int(((look.kpageflags & int(kind)) != 0).sum())

@@ -20,6 +20,8 @@ from pmcore.program import steps as s
 from pmcore.registry import open_workbench
 
 PAGE = 4096
+#: Huge pages on both sides, and surplus ones allowed.
+POOL = {"2 MiB": (8, 2)}
 
 
 def sim(**settings):
@@ -120,7 +122,7 @@ def live():
     if not sys.platform.startswith("linux"):
         pytest.skip("needs a running Linux kernel")
     try:
-        bench = open_workbench("procfs", still=True, swap="256 MiB")
+        bench = open_workbench("procfs", still=True, swap="256 MiB", hugepages=POOL)
     except BackendUnavailable as error:
         pytest.skip(str(error))
     with bench:
@@ -131,28 +133,32 @@ def live():
 
 @pytest.mark.live
 @pytest.mark.xdist_group("live")
-def test_the_model_agrees_with_the_running_kernel(live):
+@pytest.mark.parametrize(("hugetlb", "programs"), [(None, 150), (True, 40)])
+def test_the_model_agrees_with_the_running_kernel(live, hugetlb, programs):
     """Fixed seeds; PMCORE_LOCKSTEP names how many programs, PMCORE_LOCKSTEP_SEED where they begin."""
     if not live.kernel.profile.has("mm.mremap_many"):
         pytest.skip("the model is held against kernels of its own version: this one is older than 6.17")
     report = session(
-        lambda: sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile),
-        lambda: live,
-        programs=int(os.environ.get("PMCORE_LOCKSTEP", "150")),
+        lambda: sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile, hugepages=POOL),
+        lambda: live.renew() or live,
+        programs=int(os.environ.get("PMCORE_LOCKSTEP", programs)),
         seed=int(os.environ.get("PMCORE_LOCKSTEP_SEED", "1")),
+        hugetlb=hugetlb,
     )
     found = report.difference
     assert found is None, "\n".join(
         [*(str(attrs.asdict(step)) for step in found.program.steps), *map(str, found.differences)]
     )
-    assert report.steps > 1000
+    assert report.steps > 5 * programs
     assert report.masked.keys() <= {"DV-018", "DV-019", "DV-020"}
 
 
 @pytest.mark.live
 @pytest.mark.xdist_group("live")
 def test_a_program_written_by_hand_agrees(live):
-    result = lockstep(PROGRAM, sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile), live)
+    result = lockstep(
+        PROGRAM, sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile, hugepages=POOL), live
+    )
     assert result.agrees, result.differences
 
 
@@ -160,14 +166,19 @@ KEPT = sorted((Path(__file__).parent / "kept").glob("*.json"))
 
 
 @pytest.mark.rule("VM-021", "VM-022", "VM-023", "VM-024", "VM-026", "VM-027", "VM-028", "VM-029")
+@pytest.mark.rule("HT-001", "HT-002", "HT-003", "HT-004", "HT-005", "HT-006")
+@pytest.mark.rule("HT-007", "HT-008", "HT-009", "HT-010", "HT-011", "HT-012")
 @pytest.mark.live
 @pytest.mark.xdist_group("live")
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 def test_kept_programs_agree(live, path):
     """Each was a difference once, or makes a rule visible."""
     program = load_program(path)
+    live.renew()
     assert program.rules
     if not live.kernel.profile.has("mm.mremap_many"):
         pytest.skip("the model is held against kernels of its own version: this one is older than 6.17")
-    result = lockstep(program, sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile), live)
+    result = lockstep(
+        program, sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile, hugepages=POOL), live
+    )
     assert result.agrees, "\n".join(map(str, result.differences))

@@ -242,7 +242,6 @@ def test_what_is_not_modelled_says_so(machine):
         lambda: task.memfd_create("x"),
         lambda: task.open_file("x"),
         lambda: task.mmap(PAGE, flags=0x21),
-        lambda: task.mmap(PMD, flags=0x40022),
         lambda: task.madvise(task.mmap(PAGE), PAGE, Madvise.MERGEABLE),
     ):
         with pytest.raises(NotModelled, match="not modelled"):

@@ -290,9 +290,16 @@ class ProcfsWorkbench(Workbench):
     """Spawns tasks by forking a small server process, in about a millisecond each."""
 
     def __init__(
-        self, kernel: ProcfsKernel, *, directory: str | None = None, held: ExitStack | None = None
+        self,
+        kernel: ProcfsKernel,
+        *,
+        directory: str | None = None,
+        held: ExitStack | None = None,
+        pools: Mapping[str, str] | None = None,
     ) -> None:
         self._kernel = kernel
+        #: Knobs of hugetlb pools, and how many pages are set aside by them.
+        self._pools = dict(pools or {})
         self._held = held or ExitStack()
         self._tasks: list[ProcfsTask] = []
         self.directory = Path(tempfile.mkdtemp(prefix="pmcore-", dir=directory))
@@ -340,6 +347,12 @@ class ProcfsWorkbench(Workbench):
         """Have all processors drain their LRU batches."""
         drain_lru()
 
+    def renew(self) -> None:
+        """Pages of hugetlb pools are made anew: flags that their last users left would show on them."""
+        for path, count in self._pools.items():
+            for number in ("0", count):
+                Path(path).write_text(number)
+
     def close(self) -> None:
         """End all tasks and the server, remove the directory, and put back what was turned."""
         for task in list(self._tasks):
@@ -350,6 +363,28 @@ class ProcfsWorkbench(Workbench):
         self._held.close()
 
 
+_HUGEPAGES = "/sys/kernel/mm/hugepages/hugepages-{}kB/{}_hugepages"
+
+
+def _pools(
+    hugepages: Mapping[int | str, int | tuple[int, int]],
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Knobs with what to write to them: pages set aside, and surplus ones allowed."""
+    pools, allowed = {}, {}
+    for size, count in hugepages.items():
+        number, surplus = count if isinstance(count, tuple) else (count, 0)
+        kilobytes = parse_size(size) >> 10
+        pools[_HUGEPAGES.format(kilobytes, "nr")] = str(number)
+        allowed[_HUGEPAGES.format(kilobytes, "nr_overcommit")] = str(surplus)
+    return pools, allowed
+
+
+def _number(path: str) -> str | None:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip()
+    return None
+
+
 def open_workbench(
     kernel: ProcfsKernel | None = None,
     *,
@@ -357,21 +392,29 @@ def open_workbench(
     still: bool = False,
     swap: int | str = 0,
     knobs: Mapping[str, str] | None = None,
+    hugepages: Mapping[int | str, int | tuple[int, int]] | None = None,
 ) -> ProcfsWorkbench:
     """A workbench of real processes; regular files lie in a new directory below `directory` (default: TMPDIR).
 
     `still` makes the machine hold still until the workbench is closed, see `steady`; `swap` ("64 MiB", bytes, or the
     path of a block device that holds a swap area) switches swap on, `knobs` are files of /proc and /sys with what to
     write to them meanwhile; both imply `still`.
-    Raises BackendUnavailable off Linux, or where swap cannot be switched on.
+    `hugepages` are hugetlb pages set aside meanwhile, by size: {"2 MiB": 20}, or with surplus pages allowed (20, 4).
+    Raises BackendUnavailable off Linux, or where swap cannot be switched on, or huge pages cannot be had.
     """
     if not sys.platform.startswith("linux"):
         raise BackendUnavailable("real processes need Linux", remedy="use a simulated machine")
     held = ExitStack()
+    pools, allowed = _pools(hugepages or {})
     with held:
-        if still or swap or knobs:
-            held.enter_context(steady(swap=_area(swap), knobs=knobs))
-        return ProcfsWorkbench(kernel or open_kernel(), directory=directory, held=held.pop_all())
+        if still or swap or knobs or pools:
+            held.enter_context(steady(swap=_area(swap), knobs={**(knobs or {}), **allowed, **pools}))
+        for path, count in pools.items():
+            if _number(path) != count:
+                raise BackendUnavailable(
+                    f"not {count} huge pages by {path}", remedy="run as root, with more free memory"
+                )
+        return ProcfsWorkbench(kernel or open_kernel(), directory=directory, held=held.pop_all(), pools=pools)
     raise AssertionError("unreachable")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import collapse, reclaim, swapping
@@ -67,7 +68,13 @@ def madvise(core: Core, mm: AddressSpace, start: int, length: int, advice: int) 
         _populate(core, mm, call, start, end, write=known == Madvise.POPULATE_WRITE)
         return
     if known in _FLAGS:
-        _walk(mm, call, start, end, lambda vma, low, high: _set_flags(mm, vma, low, high, *_FLAGS[known]))
+        wipe = known == Madvise.WIPEONFORK
+
+        def set_flags(vma: VmArea, low: int, high: int) -> None:
+            hugetlb_call.check_advice(call, vma, wipe=wipe)
+            _set_flags(mm, vma, low, high, *_FLAGS[known])
+
+        _walk(mm, call, start, end, set_flags)
         return
     do = _DO[known]
     _walk(mm, call, start, end, lambda vma, low, high: do(core, mm, call, vma, low, high))
@@ -121,19 +128,25 @@ def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int, *, 
 
 
 def _dontneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & VmFlag.HUGETLB:
+        hugetlb_call.dontneed(core, mm, call, vma, low, high)
+        return
     if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP):
         refuse(Errno.EINVAL, call, "the range is locked")
     zap.zap(core, mm, vma, low, high, keep_guards=True)
 
 
 def _dontneed_locked(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & VmFlag.HUGETLB:
+        hugetlb_call.dontneed(core, mm, call, vma, low, high)
+        return
     if vma.flags & VmFlag.PFNMAP:
         refuse(Errno.EINVAL, call)
     zap.zap(core, mm, vma, low, high, keep_guards=True)
 
 
 def _free(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
-    if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP):
+    if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP | VmFlag.HUGETLB):
         refuse(Errno.EINVAL, call, "the range is locked")
     reclaim.lazy_free(core, mm, vma, low, high)
 
@@ -151,6 +164,8 @@ def _pageout(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hig
 
 
 def _willneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & VmFlag.HUGETLB:
+        return
     for extent in mm.tables.extents(low, high):
         if not extent.huge:
             for field in (extent.entries[zap.swap_entries(extent.entries)] & np.uint64(FIELD)).tolist():
@@ -158,10 +173,15 @@ def _willneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hi
 
 
 def _remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & VmFlag.HUGETLB:
+        hugetlb_call.remove(core, mm, call, vma, low, high)
+        return
     refuse(Errno.EINVAL, call, "no file is mapped there")
 
 
 def _collapse(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & VmFlag.HUGETLB:
+        refuse(Errno.EINVAL, call, "hugetlb")
     errno = collapse.collapse_range(core, mm, vma, low, high)
     if errno:
         refuse(errno, call)

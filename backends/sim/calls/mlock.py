@@ -33,8 +33,7 @@ def mlock(core: Core, mm: AddressSpace, start: int, length: int, *, onfault: boo
         refuse(Errno.ENOMEM, call, "more than RLIMIT_MEMLOCK")
     flags = VmFlag.LOCKED | (VmFlag.LOCKONFAULT if onfault else 0)
     _apply(core, mm, call, start, length, flags)
-    if not onfault:
-        _populate(core, mm, call, start, start + length)
+    _populate(core, mm, call, start, start + length)  # not what is locked on fault; hugetlb never is
 
 
 def munlock(core: Core, mm: AddressSpace, start: int, length: int) -> None:
@@ -65,7 +64,7 @@ def _apply(core: Core, mm: AddressSpace, call: str, start: int, length: int, fla
 
 def set_lock(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, flags: int) -> None:
     """Give a part of a VMA these lock flags, and its pages what follows from them."""
-    if vma.flags & VmFlag.LOCKS == flags or vma.flags & (VmFlag.IO | VmFlag.PFNMAP):
+    if vma.flags & VmFlag.LOCKS == flags or vma.flags & VmFlag.UNUSUAL:
         return
     was = vma.flags & VmFlag.LOCKED
     mm.vmas.change(vma, start, end, vma.flags & ~VmFlag.LOCKS | flags)
@@ -103,7 +102,7 @@ def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int) -> 
             refuse(Errno.ENOMEM, call, "a mapping in it may not be accessed")
         low, high = max(start, vma.start), min(end, vma.end)
         try:
-            fault_in(core, mm, low, high, write=bool(vma.flags & VmFlag.WRITE))
+            fault_in(core, mm, low, high, write=vma.flags & (VmFlag.WRITE | VmFlag.SHARED) == VmFlag.WRITE)
         except AddressSpaceFault:
             refuse(Errno.ENOMEM, call, "a page in it cannot be faulted in")
         except NoMemory:
@@ -123,9 +122,8 @@ def mlockall(core: Core, mm: AddressSpace, flags: int) -> None:
     if flags & 1:
         for vma in list(mm.vmas):
             set_lock(core, mm, vma, vma.start, vma.end, locks)
-        if not flags & 4:
-            for vma in list(mm.vmas):
-                populate(core, mm, vma.start, vma.end)
+        for vma in list(mm.vmas):
+            populate(core, mm, vma.start, vma.end)
 
 
 def munlockall(core: Core, mm: AddressSpace) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.refuse import refuse
-from pmcore.backends.sim.virtual import protect, zap
+from pmcore.backends.sim.virtual import hugetlb, protect, zap
 from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.errors import AddressSpaceFault, NotModelled
@@ -46,6 +47,8 @@ def mmap(
         if fd not in mm.files:
             refuse(Errno.EBADF, call)
         raise NotModelled("mapping files", remedy="the simulator maps private anonymous memory so far")
+    if flags & MapFlag.HUGETLB:
+        return hugetlb_call.mmap(core, mm, addr, length, prot, flags, offset)
     if not length:
         refuse(Errno.EINVAL, call, "no length")
     if flags & MapFlag.FIXED_NOREPLACE:
@@ -71,8 +74,6 @@ def mmap(
         refuse(Errno.EINVAL, call, "neither MAP_PRIVATE nor MAP_SHARED")
     if kind == MapFlag.SHARED:
         raise NotModelled("shared anonymous memory")
-    if flags & MapFlag.HUGETLB:
-        raise NotModelled("hugetlb")
     vm_flags = prot & _PROT | VmFlag.MAY_ALL | mm.def_flags
     if flags & MapFlag.LOCKED:
         vm_flags |= VmFlag.LOCKED
@@ -122,7 +123,7 @@ def populate(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         if vma.flags & VmFlag.LOCKONFAULT:
             continue
         try:
-            fault_in(core, mm, low, high, write=bool(vma.flags & VmFlag.WRITE))
+            fault_in(core, mm, low, high, write=vma.flags & (VmFlag.WRITE | VmFlag.SHARED) == VmFlag.WRITE)
         except (AddressSpaceFault, core.NoMemory):
             continue
 
@@ -147,9 +148,15 @@ def _unmap(core: Core, mm: AddressSpace, start: int, end: int) -> None:
     mm.vmas.split(end)
     gone = mm.vmas.within(start, end)
     floor, ceiling = mm.boundaries(gone[0])[0], mm.boundaries(gone[-1])[1]
+    huge = []
     for vma in gone:
+        if vma.huge is not None:
+            huge.append(vma)
+            continue
         zap.zap(core, mm, vma, vma.start, vma.end)
         mm.vmas.remove(vma)
+    if huge:
+        hugetlb.unmap(core, mm, huge)
     mm.tables.free_range(floor, ceiling)
 
 
@@ -194,7 +201,9 @@ def _fix(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, prot: 
     flags = vma.flags & ~VmFlag.ACCESS | prot
     if flags == vma.flags:
         return
-    if flags & VmFlag.WRITE and not flags & (VmFlag.ACCOUNT | VmFlag.NORESERVE):
+    if flags & VmFlag.WRITE and not flags & (
+        VmFlag.ACCOUNT | VmFlag.NORESERVE | VmFlag.HUGETLB | VmFlag.SHARED
+    ):
         flags |= VmFlag.ACCOUNT
     elif core.caps.mprotect_unaccounts and not flags & VmFlag.WRITE and vma.anon_vma is None:
         flags &= ~VmFlag.ACCOUNT  # nothing was ever in it

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.mmap import populate, unmap
 from pmcore.backends.sim.calls.refuse import refuse
-from pmcore.backends.sim.virtual import remap
+from pmcore.backends.sim.virtual import hugetlb, remap
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.geometry import align_up
 from pmcore.uapi import Errno, MremapFlag, UffdFeature
@@ -46,6 +47,10 @@ def mremap(
     vma = mm.vmas.at(addr)
     if vma is None:
         refuse(Errno.EFAULT, call, "nothing is mapped there")
+    if vma.flags & VmFlag.HUGETLB:
+        old_length, new_length = hugetlb_call.align_mremap(
+            call, vma, addr, old_length, new_length, new_addr if moving else 0
+        )
     if moving:
         if not core.caps.mremap_checks_early:
             _check_target(core, call, addr, old_length, new_addr, new_length, flags)
@@ -143,6 +148,12 @@ def _to(
         first = mm.vmas.at(addr)
         if first is None:
             refuse(Errno.EFAULT, call, "nothing is mapped there")
+        if first.flags & VmFlag.HUGETLB:
+            old_length, new_length = hugetlb_call.align_mremap(
+                call, first, addr, old_length, new_length, new_addr
+            )
+        if flags & _DONTUNMAP and first.flags & VmFlag.UNUSUAL:
+            refuse(Errno.EINVAL, call, "this mapping may not be left behind")
         _resizable(core, mm, call, first, addr, min(old_length, new_length), new_length)
     if flags & _FIXED:
         unmap(core, mm, new_addr, new_addr + new_length)
@@ -152,6 +163,8 @@ def _to(
     vma = mm.vmas.at(addr)
     if vma is None:
         refuse(Errno.EFAULT, call, "nothing is mapped there")
+    if flags & _DONTUNMAP and vma.flags & VmFlag.UNUSUAL:
+        refuse(Errno.EINVAL, call, "this mapping may not be left behind")
     _resizable(core, mm, call, vma, addr, old_length, new_length)
     if not flags & _FIXED:
         hint = align_up(new_addr, core.geometry.page_size)
@@ -187,12 +200,17 @@ def _move(
     features = getattr(vma.uffd, "features", 0)
     drop_uffd = vma.uffd is not None and not features & UffdFeature.EVENT_REMAP
     # A mapping that never held a page takes the address it moves to for its offset.
-    pgoff = vma.pgoff + (addr - vma.start >> shift) if vma.anon_vma is not None else new_addr >> shift
+    keeps = vma.anon_vma is not None or vma.huge is not None
+    pgoff = vma.pgoff + (addr - vma.start >> shift) if keeps else new_addr >> shift
+    if vma.huge is not None:
+        hugetlb_call.check_move(core, vma, addr, old_length)
     new = attrs.evolve(vma, start=new_addr, end=new_addr + new_length, pgoff=pgoff)
     if drop_uffd:
         new.flags &= ~VmFlag.UFFD
         new.uffd = None
     mm.vmas.add(new)
+    if vma.huge is not None:
+        hugetlb.moved(mm, vma)
     remap.move_entries(core, mm, vma, addr, new_addr, old_length, drop_uffd=drop_uffd)
     locked = vma.flags & VmFlag.LOCKED
     if flags & _DONTUNMAP:

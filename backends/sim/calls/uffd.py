@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.services.userfaultfd import Userfaultfd
-from pmcore.backends.sim.virtual import protect
-from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.backends.sim.virtual import hugetlb, protect
+from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.uapi import Errno, UffdFeature
 
 if TYPE_CHECKING:
@@ -70,11 +70,17 @@ def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mod
         refuse(Errno.EINVAL, call, "nothing is mapped there")
     flags = (VmFlag.UFFD_MISSING if mode & _MISSING else 0) | (VmFlag.UFFD_WP if mode & _WP else 0)
     flags |= VmFlag.UFFD_MINOR if mode & _MINOR else 0
+    _check_huge_start(call, first, start)
+    basic = False
     for vma in mm.vmas.within(start, end):
-        if mode & _MINOR or vma.flags & (VmFlag.IO | VmFlag.PFNMAP):
+        huge = bool(vma.flags & VmFlag.HUGETLB)
+        if not huge and (mode & _MINOR or vma.flags & (VmFlag.IO | VmFlag.PFNMAP)):
             refuse(Errno.EINVAL, call, "a mapping in the range cannot be registered so")
         if not vma.flags & VmFlag.MAYWRITE:
             refuse(Errno.EPERM, call)
+        if huge and end <= vma.end and end & hugetlb.page_size(vma) - 1:
+            refuse(Errno.EINVAL, call, "the range ends inside a hugetlb page")
+        basic |= huge
         if vma.uffd is not None and vma.uffd is not context:
             refuse(Errno.EBUSY, call, "another userfaultfd has it")
     for vma in mm.vmas.within(start, end):
@@ -85,7 +91,15 @@ def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mod
         part.uffd = context
         mm.vmas.merge(low, high)
     ioctls = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8  # WAKE, COPY, ZEROPAGE, MOVE, POISON
+    if basic:
+        ioctls = 1 << 2 | 1 << 3 | 1 << 8 | (1 << 7 if mode & _MINOR else 0)  # CONTINUE
     return ioctls | (1 << 6 if mode & _WP else 0)
+
+
+def _check_huge_start(call: str, first: VmArea, start: int) -> None:
+    """A range may not begin inside a hugetlb page, also where it begins below the first mapping."""
+    if first.flags & VmFlag.HUGETLB and start & hugetlb.page_size(first) - 1:
+        refuse(Errno.EINVAL, call, "the range begins inside a hugetlb page")
 
 
 def unregister(core: Core, mm: AddressSpace, fd: int, start: int, length: int) -> None:
@@ -100,6 +114,7 @@ def unregister(core: Core, mm: AddressSpace, fd: int, start: int, length: int) -
     first = mm.vmas.first(start)
     if first is None or first.start >= end:
         refuse(Errno.EINVAL, call, "nothing is mapped there")
+    _check_huge_start(call, first, start)
     if core.caps.uffd_unregister_own and any(
         v.uffd not in (None, context) for v in mm.vmas.within(start, end)
     ):
@@ -132,6 +147,8 @@ def writeprotect(core: Core, mm: AddressSpace, fd: int, start: int, length: int,
     for vma in vmas:
         if not vma.flags & VmFlag.UFFD_WP:
             refuse(Errno.ENOENT, call, "part of the range is not registered for write protection")
+        if vma.flags & VmFlag.HUGETLB and (start | length) & hugetlb.page_size(vma) - 1:
+            refuse(Errno.EINVAL, call, "a part of a hugetlb page")
         low, high = max(vma.start, position), min(vma.end, end)
         protect.uffd_wp(core, mm, vma, low, high, protect=protect_it)
 

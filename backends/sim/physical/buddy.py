@@ -99,6 +99,26 @@ class Zone:
             left -= 1 << order
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
 
+    def take_run(self, pages: int) -> int:
+        """The first frame of so many neighbouring ones, aligned, all free: more than a block; -1 if there is none."""
+        free_order = self.frames.free_order_at
+        for first in range(-(-self.start // pages) * pages, self.end - pages + 1, pages):
+            touched = range(first, min(first + pages, self.frontier), _BLOCK)
+            if all(free_order[pfn] == MAX_ORDER + 1 for pfn in touched):
+                break
+        else:
+            return -1
+        while self.frontier < first + pages:
+            pfn = self.frontier
+            self._advance(1)
+            if pfn < first:
+                free_order = self.frames.free_order_at  # the table has grown
+                free_order[pfn] = MAX_ORDER + 1
+                heapq.heappush(self._heaps[MAX_ORDER], pfn)
+        self.frames.free_order[first : first + pages] = 0
+        self.free_pages -= pages
+        return first
+
     def _smallest_order(self, limit: int) -> int:
         """The order of the smallest free block, of no more than `limit` pages; -1 if only untouched is left."""
         free_order = self.frames.free_order_at

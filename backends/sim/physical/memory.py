@@ -131,6 +131,27 @@ class Memory:
         self.kernel_folios[folio.head] = order
         return folio.head
 
+    def bare_compound(self, order: int, flags: int) -> int:
+        """The head of a compound page of any order that whoever asks keeps account of. Raises NoMemory."""
+        if order <= MAX_ORDER:
+            head = self.block(order, direct=False)
+        else:
+            runs = (zone.take_run(1 << order) for zone in self.zones)
+            head = next((pfn for pfn in runs if pfn >= 0), -1)
+            if head < 0:
+                raise NoMemory
+        pages = 1 << order
+        self.frames.flags[head] = flags | HEAD
+        self.frames.flags[head + 1 : head + pages] = flags | TAIL
+        self.frames.behind[head : head + pages] = np.arange(pages, dtype=np.int32)
+        return head
+
+    def free_compound(self, head: int, order: int) -> None:
+        """Free what `bare_compound` gave."""
+        step = min(order, MAX_ORDER)
+        for pfn in range(head, head + (1 << order), 1 << step):
+            self.free(pfn, step)
+
     def on_lru(self, first: int, pages: int = 1) -> None:
         """Put a folio at the head of its LRU list."""
         if pages == 1:

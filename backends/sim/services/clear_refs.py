@@ -37,6 +37,8 @@ def _soft_dirty(core: Core, mm: AddressSpace) -> None:
     mm.soft_dirty_cleared = True
     for vma in mm.vmas:
         vma.flags &= ~VmFlag.SOFTDIRTY
+        if vma.flags & VmFlag.HUGETLB:
+            continue  # its pages are not walked
         for extent in mm.tables.extents(vma.start, vma.end):
             entries = extent.entries
             present = (entries & np.uint64(PRESENT)) != 0
@@ -47,6 +49,8 @@ def _soft_dirty(core: Core, mm: AddressSpace) -> None:
 def _accessed(core: Core, mm: AddressSpace) -> None:
     frames = core.memory.frames
     for vma in mm.vmas:
+        if vma.flags & VmFlag.HUGETLB:
+            continue
         for extent in mm.tables.extents(vma.start, vma.end):
             entries = extent.entries
             present = ((entries & np.uint64(PRESENT)) != 0) & (

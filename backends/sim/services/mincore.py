@@ -8,6 +8,7 @@ import numpy as np
 
 from pmcore.arrays import BoolArray
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
@@ -44,6 +45,10 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
         if swap.any():
             fields = extent.entries[swap] & np.uint64(FIELD)
             part[swap] = [core.swap.cached(field) >= 0 for field in fields.tolist()]
+    if core.hugetlb.used:
+        for vma in hugetlb.flagged(mm, start, end):
+            low, high = max(vma.start, start), min(vma.end, end)
+            hugetlb.in_core(core, mm, vma, low, high, found[low - start >> shift : high - start >> shift])
     return found
 
 

@@ -36,7 +36,7 @@ THP = int(PageFlag.THP)
 
 def order_allowed(core: Core, vma: VmArea, addr: int) -> bool:
     """Whether policy lets a fault at the address map a huge page."""
-    if not core.caps.thp or vma.flags & VmFlag.NOHUGEPAGE:
+    if not core.caps.thp or vma.flags & (VmFlag.NOHUGEPAGE | VmFlag.HUGETLB):
         return False
     policy = core.policy.pmd
     if policy == "never" or (policy == "madvise" and not vma.flags & VmFlag.HUGEPAGE):

@@ -38,7 +38,7 @@ def fill(core: Core, file: FrameFile, start: int, out: U64Array) -> int:
         np.bitwise_and(flags, np.uint64(SHOWN & core.caps.shown_flags), out=touched)
         if core.caps.anon_exclusive:
             exclusive = flags & np.uint64(ANON_EXCLUSIVE)
-            if core.memory.large:
+            if core.memory.large or core.hugetlb.folios:
                 tails = np.flatnonzero(touched & _TAIL)
                 heads = tails + start - frames.behind[span][tails]
                 if core.caps.folio_flags:

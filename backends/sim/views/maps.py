@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.views import hugetlb as huge_view
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, YOUNG
 from pmcore.backends.sim.virtual.vma import VM_FLAG_CODES, VmArea, VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
@@ -32,7 +33,9 @@ def _vma(vma: VmArea) -> Vma:
         readable=bool(vma.flags & VmFlag.READ),
         writable=bool(vma.flags & VmFlag.WRITE),
         executable=bool(vma.flags & VmFlag.EXEC),
-        shared=bool(vma.flags & VmFlag.MAYSHARE),
+        shared=vma.shared,
+        offset=vma.pgoff * vma.huge.file.pool.size // vma.huge.file.pool.pages if vma.huge else 0,
+        inode=vma.huge.file.inode if vma.huge else 0,
         name=vma.name,
     )
 
@@ -57,7 +60,8 @@ class _Counters:
 def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
     size = core.geometry.page_size
     sums = _Counters()
-    for extent in mm.tables.extents(vma.start, vma.end):
+    huge = bool(vma.flags & VmFlag.HUGETLB)
+    for extent in mm.tables.extents(vma.start, vma.end) if not huge else ():
         entries = extent.entries
         if extent.huge:
             entries = entries[(entries & _FIELD) != np.uint64(core.huge_zero_pfn)]
@@ -96,7 +100,9 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
     }
     if not core.caps.smaps_ksm:
         del counters["KSM"]
-    eligible = core.caps.thp and _thp_eligible(core, vma)
+    if huge:
+        counters |= huge_view.counters(core, mm, vma)
+    eligible = core.caps.thp and not huge and _thp_eligible(core, vma)
     return SmapsEntry(
         vma=_vma(vma),
         counters=counters,

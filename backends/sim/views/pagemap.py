@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.arrays import U64Array
+from pmcore.backends.sim.views import hugetlb as huge_view
+from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SHOWN, SOFT_DIRTY, SPECIAL
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PFRAME_MASK, PM_UFFD_WP
@@ -51,6 +53,11 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
         for position in range(0, len(entries), _PIECE):
             part = slice(position, position + _PIECE)
             _convert(core, entries[part], counted[part], target[part], shown)
+    if core.hugetlb.used:
+        for vma in hugetlb.flagged(mm, start, end):
+            low, high = max(vma.start, start), min(vma.end, end)
+            words = out[(low >> shift) - start_vpn : (high >> shift) - start_vpn]
+            huge_view.pagemap(core, mm, vma, low, high, words, int(shown) | PM_MMAP_EXCLUSIVE)
     if core.caps.soft_dirty:
         bit = np.uint64(SOFT_DIRTY)
         for vma in mm.vmas.within(start, end):

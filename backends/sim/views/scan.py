@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.services import thp, userfaultfd
+from pmcore.backends.sim.views import hugetlb as huge_view
+from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import PRESENT, SPECIAL, SWAP, UFFD_MARKER, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.scan.tables import CodedLeaves, LeafBatch, LeafKind, ScanVma
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pmcore.arrays import U64Array
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
 
 __all__ = ["SimTables"]
 
@@ -68,13 +71,17 @@ class SimTables:
                 uffd_wp=armed,
                 wp_async=armed
                 and userfaultfd.resolves_itself(vma)
-                and bool(features & UffdFeature.WP_UNPOPULATED),
+                and (vma.huge is not None or bool(features & UffdFeature.WP_UNPOPULATED)),
+                hugetlb=vma.huge.file.pool.size if vma.huge else 0,
                 pfnmap=bool(vma.flags & VmFlag.PFNMAP),
                 soft_dirty=bool(vma.flags & VmFlag.SOFTDIRTY) and self._core.caps.soft_dirty,
             )
 
     def leaves(self, vma: ScanVma, start: int, end: int) -> Iterator[LeafBatch | CodedLeaves]:
         """What the walk stops at, in order."""
+        if vma.hugetlb:
+            yield huge_view.leaves(self._core, self._mm, self._area(start), start, end)
+            return
         position = start
         core, shift = self._core, self._core.geometry.page_shift
         for extent in list(self._mm.tables.extents(start, end)):
@@ -124,11 +131,21 @@ class SimTables:
             categories=words,
         )
 
+    def _area(self, addr: int) -> VmArea:
+        area = self._mm.vmas.at(addr)
+        assert area is not None
+        return area
+
     # -- write protection ------------------------------------------------------------------------------
 
     def write_protect(self, vma: ScanVma, leaves: LeafBatch) -> None:
         """Arm the leaves."""
         tables, pool = self._mm.tables, self._core.pool
+        if vma.hugetlb:
+            area = self._area(vma.start)
+            for start, end in zip(leaves.start.tolist(), leaves.end.tolist(), strict=True):
+                hugetlb.uffd_wp(self._core, self._mm, area, start, end, protect=True)
+            return
         for kind in (LeafKind.HOLE, LeafKind.PMD):
             for index in np.flatnonzero(leaves.kind == kind).tolist():
                 start, end = int(leaves.start[index]), int(leaves.end[index])
@@ -155,6 +172,5 @@ class SimTables:
 
     def split_pmd(self, vma: ScanVma, start: int) -> None:
         """Map a huge page by PTEs."""
-        area = self._mm.vmas.at(start)
-        assert area is not None
+        area = self._area(start)
         thp.split_pmd(self._core, self._mm, area, start & -self._core.geometry.pmd_size)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.services import swapping, thp, userfaultfd
-from pmcore.backends.sim.virtual import mapping
+from pmcore.backends.sim.virtual import hugetlb, mapping
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
     FIELD,
@@ -65,6 +65,8 @@ def find(mm: AddressSpace, addr: int, *, write: bool) -> VmArea:
 def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
     """One access; the PFN that it reached. Raises AddressSpaceFault, with everything before it done."""
     vma = find(mm, addr, write=write)
+    if vma.flags & VmFlag.HUGETLB:
+        return hugetlb.access(core, mm, vma, addr, write=write)
     at = core.pool.at
     while True:
         slot = mm.tables.pmd_slot(addr)

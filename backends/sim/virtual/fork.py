@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
-from pmcore.backends.sim.virtual import mapping
+from pmcore.backends.sim.virtual import hugetlb, mapping
 from pmcore.backends.sim.virtual.pte import FIELD, GUARD, PRESENT, SWAP_EXCLUSIVE, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import AnonVma, VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
@@ -47,6 +47,8 @@ def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
         elif vma.anon_vma is not None:
             # The parent's chain and one of its own, which new pages of the child belong to.
             copy.anon_vma, copy.chain = AnonVma(core.number("anon_vma")), vma.chain + 1
+        if vma.huge is not None:
+            hugetlb.duplicate(child, copy)
         child.vmas.add(copy)
         if not vma.flags & VmFlag.WIPEONFORK and (
             vma.anon_vma is not None or copy.flags & (VmFlag.UFFD_WP | VmFlag.MAYBE_GUARD)
@@ -55,6 +57,9 @@ def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
 
 
 def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: VmArea, copy: VmArea) -> None:
+    if vma.flags & VmFlag.HUGETLB:
+        hugetlb.copy_entries(core, parent, child, vma, copy)
+        return
     # All tables first: the pool moves when it grows.
     plan = [(e.start, e.end, e.huge) for e in parent.tables.extents(vma.start, vma.end)]
     for start, end, huge in plan:

@@ -12,8 +12,9 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.memory import COMPOUND
-from pmcore.backends.sim.virtual import touch
+from pmcore.backends.sim.virtual import hugetlb, touch
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, WRITE, YOUNG
+from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.errors import AddressSpaceFault
 from pmcore.uapi import PageFlag
 
@@ -31,6 +32,10 @@ _UNEVICTABLE, _DIRTY = int(PageFlag.UNEVICTABLE), int(PageFlag.DIRTY)
 
 def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) -> None:
     """Fault in the pages of one VMA. Raises AddressSpaceFault at the first that cannot be."""
+    vma = mm.vmas.at(start)
+    if vma is not None and vma.flags & VmFlag.HUGETLB:
+        hugetlb.fault_in(core, mm, vma, start, end, write=write)
+        return
     before = [
         (extent.start, extent.huge, extent.size, extent.entries.copy())
         for extent in mm.tables.extents(start, end)

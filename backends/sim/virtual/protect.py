@@ -8,6 +8,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, SOFT_DIRTY, UFFD_MARKER, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
@@ -39,6 +40,9 @@ def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
 
 def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> None:
     """Have the entries of the range allow what the VMA allows now."""
+    if vma.flags & VmFlag.HUGETLB:
+        hugetlb.protect(core, mm, vma, start, end)
+        return
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
     writable = bool(vma.flags & VmFlag.WRITE)
@@ -61,6 +65,9 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
 
 def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, protect: bool) -> None:
     """Set or take off userfaultfd's write protection on the entries of the range."""
+    if vma.flags & VmFlag.HUGETLB:
+        hugetlb.uffd_wp(core, mm, vma, start, end, protect=protect)
+        return
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
     features = getattr(vma.uffd, "features", 0)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import LEAF, PRESENT, SOFT_DIRTY, SWAP, TABLE, UFFD_MARKER, UFFD_WP
+from pmcore.backends.sim.virtual.vma import VmFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -25,6 +27,9 @@ def move_entries(
     `drop_uffd`: the target is not registered, so write protection and its markers are left behind. Raises NoMemory
     before anything has moved.
     """
+    if vma.flags & VmFlag.HUGETLB:
+        hugetlb.move_entries(core, mm, vma, start, new_start, length, drop_uffd=drop_uffd)
+        return
     pmd_size = core.geometry.pmd_size
     aligned = (start - new_start) % pmd_size == 0
     thp.split_at(core, mm, vma, start)

@@ -56,8 +56,11 @@ class AddressSpace:
 
     def tear_down(self) -> None:
         """What exit does: nothing is mapped any more, descriptors are closed."""
-        from pmcore.backends.sim.virtual import zap
+        from pmcore.backends.sim.virtual import hugetlb, zap
 
+        huge = [vma for vma in self.vmas if vma.huge is not None]
+        if huge:
+            hugetlb.unmap(self.core, self, huge)
         for vma in list(self.vmas):
             zap.zap(self.core, self, vma, vma.start, vma.end)
             self.vmas.remove(vma)
@@ -67,7 +70,11 @@ class AddressSpace:
 
     def _cut(self, vma: VmArea, addr: int) -> None:
         from pmcore.backends.sim.services import thp
+        from pmcore.backends.sim.virtual import hugetlb
 
+        if vma.flags & VmFlag.HUGETLB:
+            hugetlb.cut(self, vma, addr)
+            return
         thp.split_at(self.core, self, vma, addr)
 
     @classmethod

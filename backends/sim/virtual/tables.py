@@ -125,7 +125,7 @@ class PageTables:
         row, shift = self.root, self.pmd_shift + self._order * (self._top - 1)
         while shift > self.pmd_shift:
             entry = at[(row << order) + (addr >> shift & mask)]
-            if not entry:
+            if not entry & TABLE:
                 return -1
             row = entry & FIELD
             shift -= order
@@ -156,6 +156,27 @@ class PageTables:
             else:
                 row = entry & FIELD
         return (row << order) + (addr >> self.pmd_shift & mask)
+
+    def leaf_slot(self, addr: int, level: int, *, make: bool = False) -> int:
+        """Place in `pool.at` of the entry for `addr` in a table of that level; -1 where there is no such table.
+
+        With `make` the tables above are made where they are missing. Raises NoMemory.
+        """
+        order, mask = self._order, self._mask
+        row, above = self.root, self._top
+        while above > level:
+            slot = (row << order) + (addr >> self.page_shift + order * above & mask)
+            entry = self.pool.at[slot]
+            above -= 1
+            if entry & TABLE:
+                row = entry & FIELD
+            elif make and not entry:
+                row = self.pool.take(1)[0]
+                self.tables[above] += 1
+                self.pool.at[slot] = TABLE | row
+            else:
+                return -1
+        return (row << order) + (addr >> self.page_shift + order * level & mask)
 
     def make_pte_slot(self, addr: int) -> int:
         """The same as `pte_slot`; tables are made where they are missing; -1 where a huge page is mapped."""
@@ -196,8 +217,10 @@ class PageTables:
                 below = self.pool.take(1)[0]
                 self.tables[level - 1] += 1
                 self.pool.at[(row << self._order) + index] = TABLE | below
-            else:
+            elif entry & TABLE:
                 below = entry & FIELD
+            else:
+                continue  # a gigantic page: only hugetlb's own rooms look at those
             low = base + (index << shift)
             yield from self._tables(
                 below, level - 1, low, max(start, low), min(end, low + (1 << shift)), make

@@ -11,7 +11,7 @@ from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import swapping, thp
-from pmcore.backends.sim.virtual import fault, mapping, zap
+from pmcore.backends.sim.virtual import fault, hugetlb, mapping, zap
 from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 
@@ -33,7 +33,9 @@ def touch(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) ->
     while start < end:
         vma = fault.find(mm, start, write=write)
         stop = min(vma.end, end)
-        if stop - start <= _FEW * size:
+        if vma.flags & VmFlag.HUGETLB:
+            hugetlb.touch(core, mm, vma, start, stop, write=write)
+        elif stop - start <= _FEW * size:
             for addr in range(start, stop, size):
                 fault.access(core, mm, addr, write=write)
         else:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import attrs
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.services.hugetlb import HugeMap
 
 __all__ = ["AnonVma", "VmArea", "VmFlag", "VmaList"]
 
@@ -34,9 +38,13 @@ class VmFlag:
     HUGEPAGE, NOHUGEPAGE = 0x20000000, 0x40000000
     MERGEABLE = 0x80000000
     UFFD_MINOR = 1 << 41
+    #: Ours: pages of this private hugetlb mapping were taken for its first owner; missing ones are SIGBUS.
+    HUGE_TAKEN = 1 << 62
 
     ACCESS = READ | WRITE | EXEC
     UFFD = UFFD_MISSING | UFFD_WP | UFFD_MINOR
+    #: VM_SPECIAL: never merged, never locked.
+    UNUSUAL = IO | PFNMAP | DONTEXPAND
     LOCKS = LOCKED | LOCKONFAULT
     #: No hindrance to merging.
     STICKY = SOFTDIRTY | MAYBE_GUARD
@@ -99,11 +107,18 @@ class VmArea:
     chain: int = 0
     uffd: object | None = None
     name: str = ""
+    #: Of a hugetlb mapping: its file, and what was promised to it.
+    huge: HugeMap | None = None
 
     @property
     def length(self) -> int:
         """Bytes."""
         return self.end - self.start
+
+    @property
+    def shared(self) -> bool:
+        """Whether what is written goes to the file (VM_MAYSHARE)."""
+        return bool(self.flags & VmFlag.MAYSHARE)
 
 
 class VmaList:
@@ -216,9 +231,7 @@ class VmaList:
             return False
         if left.uffd is not right.uffd or left.name != right.name:
             return False
-        if right.pgoff != left.pgoff + (left.length >> self._page_shift) or left.flags & (
-            VmFlag.IO | VmFlag.PFNMAP
-        ):
+        if right.pgoff != left.pgoff + (left.length >> self._page_shift) or left.flags & VmFlag.UNUSUAL:
             return False
         if left.anon_vma is right.anon_vma:
             return True
