@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import attrs
 
@@ -17,7 +18,7 @@ from pmcore import spec
 from pmcore.errors import UnknownCapability
 from pmcore.geometry import X86_64, Geometry
 
-__all__ = ["REFERENCE_VERSION", "KernelProfile", "preset"]
+__all__ = ["REFERENCE_VERSION", "KernelProfile", "preset", "profile_from_row", "profile_row"]
 
 #: The version whose document the project implements.
 REFERENCE_VERSION = "6.12"
@@ -86,6 +87,59 @@ def _preset(version: str, config: frozenset[str], arch: str, geometry: Geometry)
     )
     return KernelProfile(
         name=version, capabilities=capabilities, config=frozenset(options), geometry=geometry, arch=arch
+    )
+
+
+def profile_row(profile: KernelProfile) -> dict[str, Any]:
+    """The profile as values that JSON can hold: by what it differs from its version's preset, if it names one.
+
+    So a capability that is written down later is told by the version, also for profiles kept before.
+    """
+    row: dict[str, Any] = {
+        "name": profile.name,
+        "preset": None,
+        "config": sorted(profile.config),
+        "arch": profile.arch,
+        "geometry": attrs.asdict(profile.geometry),
+    }
+    try:
+        row["preset"] = _release(profile.name)
+        plain = _preset_of(row).capabilities
+    except UnknownCapability:
+        row["preset"], plain = None, frozenset()
+    row["add"], row["remove"] = sorted(profile.capabilities - plain), sorted(plain - profile.capabilities)
+    return row
+
+
+def profile_from_row(row: Any) -> KernelProfile:
+    """The profile of `profile_row`; capabilities that are not known here are left out.
+
+    Raises UnknownCapability, or TypeError, ValueError, LookupError for what is no such row.
+    """
+    known = spec.features().keys()
+    base = _preset_of(row).capabilities if row["preset"] is not None else frozenset()
+    return KernelProfile(
+        name=str(row["name"])[:80],
+        capabilities=(base | known & set(row["add"])) - set(row["remove"]),
+        config=frozenset(map(str, row["config"])),
+        arch=str(row["arch"])[:80],
+        geometry=_geometry(row["geometry"]),
+    )
+
+
+def _geometry(row: Any) -> Geometry:
+    return Geometry(page_shift=row["page_shift"], levels=row["levels"], task_size=row["task_size"])
+
+
+def _preset_of(row: Any) -> KernelProfile:
+    """The preset of the row's version, with its configuration; options that no capability depends on are left out."""
+    known = set(spec.default_config()) | {
+        option.removeprefix("!") for feature in spec.features().values() for option in feature.config
+    }
+    there = known & set(row["config"])
+    config = there | {f"!{option}" for option in known - there}
+    return preset(
+        str(row["preset"]), config=config, arch=str(row["arch"]), geometry=_geometry(row["geometry"])
     )
 
 

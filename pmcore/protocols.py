@@ -186,6 +186,10 @@ class Kernel(Protocol):
         """Memory-cgroup inode numbers of `count` frames (None: all that follow), 0 for none."""
         return self._frames(FrameFile.KPAGECGROUP, start_pfn, count)
 
+    def changed_meanwhile(self) -> U64Array:
+        """Frames that changed while a recording was made, ascending. A backend that can be looked at again has none."""
+        return np.zeros(0, dtype=np.uint64)
+
     def frames_at(self, file: FrameFile, pfns: U64Array) -> U64Array:
         """The words of `file` for the frames `pfns` (any order, repeats allowed); 0 past the end of the file.
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pmcore import spec
 from pmcore.arrays import U64Array
 from pmcore.backends.recording.process import RecordedProcess
 from pmcore.errors import FormatError, syscall_error
-from pmcore.geometry import Geometry
-from pmcore.profile import KernelProfile
+from pmcore.profile import profile_from_row
 from pmcore.protocols import FrameFile, Kernel
-from pmcore.recording.container import RecordingFile, WordStream, format_errors
+from pmcore.recording.container import PIECE, RecordingFile, WordStream, format_errors
+from pmcore.uapi import PageFlag
 
 __all__ = ["RecordedKernel"]
 
@@ -41,7 +40,7 @@ class RecordedKernel(Kernel):
             raise
 
     def _open(self, index: dict[str, Any]) -> None:
-        self.profile = _profile(index["profile"])
+        self.profile = profile_from_row(index["profile"])
         self.pfn_visible = bool(index["pfn_visible"])
         #: The backend that was recorded; whether frames got other numbers; begin and end, in seconds since 1970.
         self.recorded_from = str(index["backend"])[:80]
@@ -53,8 +52,12 @@ class RecordedKernel(Kernel):
         self._streams: dict[FrameFile, WordStream] = {
             FrameFile(name): self._file.stream(row, limit=limit) for name, row in frames["files"].items()
         }
+        self._later = {
+            FrameFile(name): self._file.stream(row, limit=limit) for name, row in frames["later"].items()
+        }
         self._count = frames["count"]
-        if not isinstance(self._count, int) or any(s.words != self._count for s in self._streams.values()):
+        streams = (*self._streams.values(), *self._later.values())
+        if not isinstance(self._count, int) or any(s.words != self._count for s in streams):
             raise FormatError("frame files of different lengths", source=self._file.source)
         self._refused = _errnos(frames["refused"])
         self._texts = frozenset(map(str, index["texts"]))
@@ -96,6 +99,23 @@ class RecordedKernel(Kernel):
         """Raw words of `file` from `start_pfn` on."""
         return self._words(file).read(start_pfn, out)
 
+    def changed_meanwhile(self) -> U64Array:
+        """Frames whose flags (IDLE aside) or count were others at the end, or that entries named which were."""
+        found = [pfns for process in self._processes.values() for pfns in process.moved_frames()]
+        for first in range(0, int(self._count), PIECE):
+            changed = np.zeros(min(PIECE, int(self._count) - first), dtype=np.bool_)
+            one, other = np.zeros((2, len(changed)), dtype=np.uint64)
+            for file, later in self._later.items():
+                if file in self._streams:
+                    self._streams[file].read(first, one)
+                    later.read(first, other)
+                    unlike = one ^ other
+                    if file is FrameFile.KPAGEFLAGS:
+                        unlike &= ~np.uint64(PageFlag.IDLE)
+                    changed |= unlike != 0
+            found.append(np.flatnonzero(changed).astype(np.uint64) + np.uint64(first))
+        return np.unique(np.concatenate([np.zeros(0, dtype=np.uint64), *found]))
+
     # -- processes -------------------------------------------------------------------------------------
 
     def pids(self) -> Sequence[int]:
@@ -119,18 +139,3 @@ class RecordedKernel(Kernel):
 def _errnos(row: Any) -> dict[str, int]:
     """Refusals by file name, the errno of each."""
     return {str(name): int(number) for name, number in row.items()}
-
-
-def _profile(row: Any) -> KernelProfile:
-    """The profile that was recorded; capabilities that this pmcore does not know are left out."""
-    known = spec.features().keys()
-    shape = row["geometry"]
-    return KernelProfile(
-        name=str(row["name"])[:80],
-        capabilities=frozenset(name for name in row["capabilities"] if name in known),
-        config=frozenset(map(str, row["config"])),
-        arch=str(row["arch"])[:80],
-        geometry=Geometry(
-            page_shift=shape["page_shift"], levels=shape["levels"], task_size=shape["task_size"]
-        ),
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.errors import FormatError, syscall_error
 from pmcore.protocols import FileResidency, Process
+from pmcore.recording.capture import BLOCK
 from pmcore.recording.container import RecordingFile, WordStream
 from pmcore.scan.over_pagemap import scan_pagemap
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import ScanResult
 from pmcore.smaps import SmapsEntry, parse_smaps
-from pmcore.uapi import ClearRefs
+from pmcore.uapi import PM_PFRAME_MASK, ClearRefs
 from pmcore.vma import Vma, parse_maps
 
 if TYPE_CHECKING:
@@ -49,6 +51,10 @@ class RecordedProcess(Process):
         self._words = file.stream(row["pagemap"], limit=last)
         if self._words.words != int(self._place[-1]):
             raise FormatError(f"pagemap of {self.pid}: {self._words.words} words", source=file.source)
+        self._moved = [(int(first), int(count)) for first, count in row["moved"]]
+        blocks = -(-self._words.words // BLOCK)
+        if not all(0 <= first < first + count <= blocks for first, count in self._moved):
+            raise FormatError(f"moved entries of {self.pid}", source=file.source)
         self._files: dict[int, int | WordStream] | None = None
         if row["files"] is not None:
             self._files = {
@@ -97,6 +103,14 @@ class RecordedProcess(Process):
             self._words.read(place, out[low - start_vpn : high - start_vpn])
             index += 1
         return count
+
+    def moved_frames(self) -> Iterator[U64Array]:
+        """The frames named by entries that changed while the recording was made, a block at a time."""
+        for first, count in self._moved:
+            for block in range(first, first + count):
+                words = np.zeros(BLOCK, dtype=np.uint64)
+                self._words.read(block * BLOCK, words)
+                yield words[words.view(np.int64) < 0] & np.uint64(PM_PFRAME_MASK)
 
     def maps(self) -> tuple[Vma, ...]:
         """The VMAs."""

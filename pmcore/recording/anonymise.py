@@ -8,7 +8,7 @@ behind the last whole block, and numbers past the end of memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ _Index = NDArray[np.int64]
 
 
 class FrameShuffle:
-    """The permutation. It is made while kpageflags is read (`flags`), which comes before all else.
+    """The permutation. It is made while `blocks` is read for the first time, which comes before all else.
 
     Takes 4 bytes a frame, 8 on machines of 2^32 frames and more.
     """
@@ -36,11 +36,12 @@ class FrameShuffle:
     def __init__(self, frames: int, rng: np.random.Generator) -> None:
         self.frames = frames
         self._rng = rng
-        self._sources = self._blocks()
+        self._sources = self._places()
+        self._made = False
         #: New number of each frame.
         self._new = np.arange(frames, dtype=np.uint32 if frames < 1 << 32 else np.uint64)
 
-    def _blocks(self) -> list[tuple[int, int]]:
+    def _places(self) -> list[tuple[int, int]]:
         """(first frame, order) of the block that comes to stand at each place, by place."""
         whole = self.frames >> _BLOCK_ORDER
         firsts = np.arange(whole)
@@ -53,29 +54,24 @@ class FrameShuffle:
                 position += 1 << order
         return blocks
 
-    def flags(self, kernel: Kernel) -> Iterator[U64Array]:
-        """kpageflags in the new order, block by block."""
+    def blocks(self, kernel: Kernel, files: Sequence[FrameFile]) -> Iterator[dict[FrameFile, U64Array]]:
+        """The words of `files` (kpageflags first, the first time) in the new order, block by block."""
         place = 0
         for first, order in self._sources:
-            words = np.zeros(1 << order, dtype=np.uint64)
-            kernel.read_frames(FrameFile.KPAGEFLAGS, first, words)
-            inside = self._block(words, order) if first else self._first_block(words, order)
-            self._new[first : first + len(words)] = (place + inside).astype(self._new.dtype)
-            out = np.empty_like(words)
-            out[inside] = words
-            place += len(words)
-            yield out
-
-    def other(self, kernel: Kernel, file: FrameFile) -> Iterator[U64Array]:
-        """Another file's words in the new order, block by block; after `flags`."""
-        place = 0
-        for first, order in self._sources:
-            words = np.zeros(1 << order, dtype=np.uint64)
-            kernel.read_frames(file, first, words)
-            out = np.empty_like(words)
-            out[self._new[first : first + len(words)].astype(np.int64) - place] = words
-            place += len(words)
-            yield out
+            found = {}
+            for file in files:
+                words = np.zeros(1 << order, dtype=np.uint64)
+                kernel.read_frames(file, first, words)
+                part = slice(first, first + len(words))
+                if not self._made and file is FrameFile.KPAGEFLAGS:
+                    inside = self._block(words, order) if first else self._first_block(words, order)
+                    self._new[part] = (place + inside).astype(self._new.dtype)
+                out = np.empty_like(words)
+                out[self._new[part].astype(np.int64) - place] = words
+                found[file] = out
+            place += 1 << order
+            yield found
+        self._made = True
 
     def entries(self, words: U64Array) -> None:
         """Give the present entries among pagemap `words` their new frame numbers, in place."""

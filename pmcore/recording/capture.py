@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from pmcore._version import __version__
 from pmcore.arrays import U64Array
 from pmcore.errors import ArgumentError, HiddenPfn, Missing, NotPermitted, ProcessGone, SyscallError
-from pmcore.profile import KernelProfile
+from pmcore.profile import profile_row
 from pmcore.protocols import FrameFile, Kernel, Process
 from pmcore.recording.anonymise import FrameShuffle
 from pmcore.recording.container import FORMAT_VERSION, PIECE, RecordingWriter
@@ -26,6 +27,11 @@ __all__ = ["Captured", "record"]
 KERNEL_TEXTS = ("version", "meminfo", "vmstat", "buddyinfo", "swaps", "config.gz")
 PROCESS_TEXTS = ("maps", "smaps", "smaps_rollup", "comm")
 _ALL = 1 << 40
+#: Entries that are noted together when it comes to what changed; sums with odd weights tell whether they did.
+BLOCK = 512
+_WEIGHTS = np.random.default_rng(1).integers(0, 1 << 63, BLOCK, dtype=np.uint64) << np.uint64(1) | np.uint64(
+    1
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -76,14 +82,24 @@ def record(
         rng = np.random.default_rng(seed)
         frames, shuffle = _frames(kernel, writer, rng if anonymise else None)
         rows: list[dict[str, Any]] = []
+        blocks: list[list[U64Array]] = []
         gone: list[int] = []
         for number, pid in enumerate(chosen):
             if progress is not None:
                 progress(number, len(chosen))
             try:
-                rows.append(_process(writer, kernel.process(pid), shuffle, files=files))
+                sums: list[U64Array] = []
+                rows.append(_process(writer, kernel.process(pid), shuffle, sums, files=files))
+                blocks.append(sums)
             except ProcessGone:
                 gone.append(pid)
+        # What changes while it is recorded is told: entries first, then flags and counts, are looked at once more.
+        for row, sums in zip(rows, blocks, strict=True):
+            row["moved"] = _moved(kernel, row, sums)
+        later = [
+            file for file in (FrameFile.KPAGEFLAGS, FrameFile.KPAGECOUNT) if str(file) in frames["files"]
+        ]
+        frames["later"] = _frame_words(kernel, writer, "later", later, frames["count"], shuffle)
         index = {
             "pmcore_recording": FORMAT_VERSION,
             "made_by": f"pmcore {__version__}",
@@ -93,7 +109,7 @@ def record(
             "pfn_visible": bool(kernel.pfn_visible),
             "anonymised": anonymise,
             "whole_machine": pids is None,
-            "profile": _profile(kernel.profile),
+            "profile": profile_row(kernel.profile),
             "frames": frames,
             "texts": _texts(writer, "kernel", kernel, KERNEL_TEXTS)[0],
             "processes": rows,
@@ -111,54 +127,52 @@ def record(
     )
 
 
-def _profile(profile: KernelProfile) -> dict[str, Any]:
-    return {
-        "name": profile.name,
-        "capabilities": sorted(profile.capabilities),
-        "config": sorted(profile.config),
-        "arch": profile.arch,
-        "geometry": attrs.asdict(profile.geometry),
-    }
-
-
 def _frames(
     kernel: Kernel, writer: RecordingWriter, rng: np.random.Generator | None
 ) -> tuple[dict[str, Any], FrameShuffle | None]:
     """Write the frame files; their rows for the index, and the permutation that was used."""
-    row: dict[str, Any] = {"count": 0, "files": {}, "refused": {}}
+    row: dict[str, Any] = {"count": 0, "files": {}, "later": {}, "refused": {}}
     try:
         count = row["count"] = kernel.frame_count()
     except (NotPermitted, Missing) as error:
         row["refused"] = {str(file): error.errno for file in FrameFile}
         return row, None
     shuffle = FrameShuffle(count, rng) if rng is not None else None
+    files = []
     for file in (FrameFile.KPAGEFLAGS, FrameFile.KPAGECOUNT, FrameFile.KPAGECGROUP):
         try:
             kernel.read_frames(file, 0, np.zeros(min(count, 1), dtype=np.uint64))
+            files.append(file)
         except (NotPermitted, Missing) as error:
             row["refused"][str(file)] = error.errno
-            continue
-        if shuffle is None:
-            chunks = _straight(kernel, file, count)
-        elif file is FrameFile.KPAGEFLAGS:
-            chunks = shuffle.flags(kernel)
-        else:
-            chunks = shuffle.other(kernel, file)
-        row["files"][str(file)] = writer.words(f"frames/{file}", _pieces(chunks))
+    row["files"] = _frame_words(kernel, writer, "frames", files, count, shuffle)
     return row, shuffle
 
 
-def _straight(kernel: Kernel, file: FrameFile, count: int) -> Iterator[U64Array]:
+def _frame_words(
+    kernel: Kernel,
+    writer: RecordingWriter,
+    folder: str,
+    files: Sequence[FrameFile],
+    count: int,
+    shuffle: FrameShuffle | None,
+) -> dict[str, Any]:
+    """Write `files` side by side, so that what they say of a frame is of about the same moment; their rows."""
+    streams = {file: writer.stream(f"{folder}/{file}") for file in files}
+    blocks = _straight(kernel, files, count) if shuffle is None else shuffle.blocks(kernel, files)
+    for block in blocks:
+        for file, words in block.items():
+            streams[file].add(words)
+    return {str(file): stream.row() for file, stream in streams.items()}
+
+
+def _straight(kernel: Kernel, files: Sequence[FrameFile], count: int) -> Iterator[dict[FrameFile, U64Array]]:
     for first in range(0, count, PIECE):
-        words = np.zeros(min(PIECE, count - first), dtype=np.uint64)
-        kernel.read_frames(file, first, words)
-        yield words
-
-
-def _pieces(chunks: Iterable[U64Array]) -> Iterator[U64Array]:
-    for words in chunks:
-        for first in range(0, len(words), PIECE):
-            yield words[first : first + PIECE]
+        block = {}
+        for file in files:
+            block[file] = np.zeros(min(PIECE, count - first), dtype=np.uint64)
+            kernel.read_frames(file, first, block[file])
+        yield block
 
 
 def _texts(
@@ -184,14 +198,19 @@ def _texts(
 
 
 def _process(
-    writer: RecordingWriter, process: Process, shuffle: FrameShuffle | None, *, files: bool
+    writer: RecordingWriter,
+    process: Process,
+    shuffle: FrameShuffle | None,
+    sums: list[U64Array],
+    *,
+    files: bool,
 ) -> dict[str, Any]:
     """Write one process; its row for the index. Raises ProcessGone."""
     folder = f"processes/{process.pid}"
     texts, refused, kept = _texts(writer, folder, process, PROCESS_TEXTS)
     vmas = parse_maps(kept.get("maps", b""), source=f"maps of {process.pid}")
     spans = _spans(process, vmas)
-    stream = writer.words(f"{folder}/pagemap", _entries(process, spans, shuffle))
+    stream = writer.words(f"{folder}/pagemap", _entries(process, spans, shuffle, sums))
     if stream["words"] != sum(pages for _, pages in spans):
         raise _gone(process)
     return {
@@ -222,8 +241,10 @@ def _spans(process: Process, vmas: Iterable[Vma]) -> list[list[int]]:
     return joined
 
 
-def _entries(process: Process, spans: list[list[int]], shuffle: FrameShuffle | None) -> Iterator[U64Array]:
-    """The entries of all spans, one after the other, PIECE at a time."""
+def _entries(
+    process: Process, spans: list[list[int]], shuffle: FrameShuffle | None, sums: list[U64Array]
+) -> Iterator[U64Array]:
+    """The entries of all spans, one after the other, PIECE at a time; sums of their blocks are added to `sums`."""
     out = np.zeros(PIECE, dtype=np.uint64)
     filled = 0
     for first, pages in spans:
@@ -233,13 +254,35 @@ def _entries(process: Process, spans: list[list[int]], shuffle: FrameShuffle | N
             got = process.read_pagemap(position, part)
             if got < len(part):
                 return  # the process is gone: the caller sees that words are missing
-            if shuffle is not None:
-                shuffle.entries(part)
             position, filled = position + got, filled + got
             if filled == PIECE:
-                yield out
+                yield _noted(out, shuffle, sums)
                 filled = 0
-    yield out[:filled]
+    yield _noted(out[:filled], shuffle, sums)
+
+
+def _noted(words: U64Array, shuffle: FrameShuffle | None, sums: list[U64Array]) -> U64Array:
+    whole = np.zeros(-(-len(words) // BLOCK) * BLOCK, dtype=np.uint64)
+    whole[: len(words)] = words
+    sums.append((whole.reshape(-1, BLOCK) * _WEIGHTS).sum(axis=1, dtype=np.uint64))
+    if shuffle is not None:
+        shuffle.entries(words)
+    return words
+
+
+def _moved(kernel: Kernel, row: dict[str, Any], sums: list[U64Array]) -> list[list[int]]:
+    """[first, number] of the blocks of entries that are others now than when they were recorded."""
+    before = np.concatenate([np.zeros(0, dtype=np.uint64), *sums])
+    changed = np.ones(len(before), dtype=np.bool_)
+    again: list[U64Array] = []
+    with suppress(ProcessGone, NotPermitted):
+        for _ in _entries(kernel.process(row["pid"]), row["spans"], None, again):
+            pass
+        after = np.concatenate([np.zeros(0, dtype=np.uint64), *again])
+        if len(after) == len(before):
+            changed = before != after
+    edges = np.flatnonzero(np.diff(changed, prepend=False, append=False)).reshape(-1, 2)
+    return [[int(first), int(end - first)] for first, end in edges]
 
 
 def _files(
@@ -256,7 +299,5 @@ def _files(
             rows.append({"start": vma.start, "errno": error.errno})
             continue
         words = found.data.astype(np.uint64) | found.in_core.astype(np.uint64) << np.uint64(1)
-        rows.append(
-            {"start": vma.start, "pages": writer.words(f"{folder}/file-{vma.start:x}", _pieces([words]))}
-        )
+        rows.append({"start": vma.start, "pages": writer.words(f"{folder}/file-{vma.start:x}", [words])})
     return rows

@@ -14,7 +14,7 @@ import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,8 +33,8 @@ PIECE = 1 << 16
 INDEX = "recording.json"
 #: A text may be this many times as long as its member; a longer one is stored as it is.
 _MOST_RATIO = 256
-#: Unpacked pieces that a reader keeps.
-_KEPT = 8
+#: Unpacked pieces that a reader keeps, 64 MiB at the most.
+_KEPT = 128
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -78,6 +78,35 @@ def decode_piece(data: bytes) -> U64Array:
     return np.cumsum(steps, dtype=np.uint64)
 
 
+class StreamWriter:
+    """A stream in the making."""
+
+    def __init__(self, add: Callable[..., None], name: str) -> None:
+        self._add, self._name = add, name
+        self._pieces: list[list[int]] = []
+        self._total = 0
+
+    def add(self, words: U64Array) -> None:
+        """Write the words that follow."""
+        for first in range(0, len(words), PIECE):
+            self._piece(words[first : first + PIECE])
+
+    def _piece(self, words: U64Array) -> None:
+        pieces = self._pieces
+        self._total += len(words)
+        if not (words == words[0]).all():
+            self._add(f"{self._name}.{len(pieces)}", encode_piece(words), pack=True)
+            pieces.append([len(words)])
+        elif pieces and pieces[-1][1:] == [int(words[0])]:
+            pieces[-1][0] += len(words)
+        else:
+            pieces.append([len(words), int(words[0])])
+
+    def row(self) -> dict[str, Any]:
+        """Its description for the index."""
+        return {"name": self._name, "words": self._total, "pieces": self._pieces}
+
+
 class RecordingWriter:
     """Writes a recording beside `path`, and puts it there when it is complete. Use it as a context manager.
 
@@ -102,24 +131,16 @@ class RecordingWriter:
         except OSError as error:
             raise syscall_error(error.errno or 5, f"write({self.path})") from None
 
+    def stream(self, name: str) -> StreamWriter:
+        """A stream to be written; several can be at a time."""
+        return StreamWriter(self._add, name)
+
     def words(self, name: str, chunks: Iterable[U64Array]) -> dict[str, Any]:
-        """Write a stream; `chunks` are its words in order, at most PIECE at a time. Its description for the index."""
-        pieces: list[list[int]] = []
-        total = 0
+        """Write a whole stream; its description for the index."""
+        stream = self.stream(name)
         for words in chunks:
-            if not len(words):
-                continue
-            total += len(words)
-            if (words == words[0]).all():
-                value = int(words[0])
-                if pieces and pieces[-1][1:] == [value]:
-                    pieces[-1][0] += len(words)
-                else:
-                    pieces.append([len(words), value])
-                continue
-            self._add(f"{name}.{len(pieces)}", encode_piece(words), pack=True)
-            pieces.append([len(words)])
-        return {"name": name, "words": total, "pieces": pieces}
+            stream.add(words)
+        return stream.row()
 
     def text(self, name: str, data: bytes) -> None:
         """Write a text."""
@@ -221,6 +242,7 @@ class RecordingFile:
                 self._kept[name] = found
                 if len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
+            self._kept.move_to_end(name)
             return found
 
     def stream(self, row: Any, *, limit: int) -> WordStream:

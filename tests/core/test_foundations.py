@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
+import attrs
 import numpy as np
 import pytest
 from hypothesis import given
@@ -297,3 +298,22 @@ def test_frames_past_the_end_read_zero():
     assert len(kernel.kpageflags(9)) == 0
     with pytest.raises(errors.ArgumentError):
         kernel.kpageflags(-1)
+
+
+@pytest.mark.parametrize("version", ["6.18", "6.12", "6.1", "4.1", "2.6.25"])
+def test_profiles_as_rows(version):
+    """Kept by their difference from the preset: what is written down later holds for them, too."""
+    import json
+
+    from pmcore.profile import profile_from_row, profile_row
+
+    plain = preset(version, config=["!CONFIG_MEM_SOFT_DIRTY"])
+    changed = plain.changed(name=f"{version}.99-x (probed)", add=["scan"], remove=["kpagecount"])
+    for profile in (plain, changed, attrs.evolve(plain, name="mine")):
+        row = json.loads(json.dumps(profile_row(profile)))
+        assert profile_from_row(row) == profile
+        assert profile_from_row({**row, "add": [*row["add"], "from.tomorrow"]}) == profile
+    row = profile_row(changed)
+    assert row["preset"] == version
+    assert len(row["add"]) <= 1
+    assert row["remove"] == ["kpagecount"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmcore.errors import ArgumentError
@@ -54,6 +54,7 @@ def test_arrays_say_what_scalars_say(values, profile, cleared):
         assert getattr(fields, name).tolist() == getattr(entries, name).tolist(), name
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.sampled_from([-1, 0, 1]), st.integers(0, (1 << 64) - 1))
 def test_decode_is_right_at_the_edges_of_its_chunks(chunks, more, seed):
     count = chunks * (1 << 15) + more
