@@ -31,6 +31,7 @@ COMMANDS = {
     "dirty": "Which pages a process writes, interval by interval.",
     "thp": "How transparent huge pages are mapped, as thpmaps does.",
     "record": "Record a machine or processes to a file, to be looked at anywhere.",
+    "check": "Whether frames, page tables and counters agree with each other.",
     "lockstep": "The same programs on a model and on a kernel, every difference shown.",
     "decode": "Explain raw pagemap, kpageflags or category words.",
     "spec": "Show rules, divergences, flags and capabilities.",

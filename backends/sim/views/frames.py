@@ -53,6 +53,8 @@ def fill(core: Core, file: FrameFile, start: int, out: U64Array) -> int:
         mapped = (frames.mapcount[span] > 0).view(np.uint8).astype(np.uint64)
         mapped <<= np.uint64(_MMAP)
         touched |= mapped
+        if core.memory.large:
+            _partly_mapped(core, touched, start)
         if not core.caps.folio_flags:
             tails = (touched & _TAIL) != 0
             touched[tails] &= np.uint64(core.caps.tail_flags)
@@ -85,6 +87,18 @@ def _untouched(core: Core, start: int, out: U64Array) -> None:
         position = zone.end
     if position < end:
         out[max(position, start) - start :] = core.caps.hole_flags
+
+
+def _partly_mapped(core: Core, touched: U64Array, start: int) -> None:
+    """A page of a large folio shows MMAP if any page of the folio is mapped (KF-012)."""
+    frames = core.memory.frames
+    compound = np.uint64(PageFlag.COMPOUND_HEAD | PageFlag.COMPOUND_TAIL)
+    loose = np.flatnonzero(((touched & compound) != 0) & ((touched & np.uint64(PageFlag.MMAP)) == 0))
+    heads = loose + start - frames.behind[start : start + len(touched)][loose]
+    for head in np.unique(heads).tolist():
+        folio = core.memory.large.get(head)
+        if folio is not None and folio.mapped:
+            touched[loose[heads == head]] |= np.uint64(PageFlag.MMAP)
 
 
 def _heads_only(core: Core, start: int, out: U64Array) -> None:
