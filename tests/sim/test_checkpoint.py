@@ -104,7 +104,7 @@ def test_golden_digest():
     for step in program.steps:
         run.advance(step)
     machine.check()
-    assert machine.digest() == "9ad1aeb30715e9cda7dc0b2c8da4e5a29f0b4fb970a1bb4396d9dc00f9ad008e"
+    assert machine.digest() == "0e5647e3dd377bfdcacfb1d3efa940b10d1c3f5d9a12637c9c6b516d9a000cc1"
 
 
 def test_policies_are_part_of_the_state():

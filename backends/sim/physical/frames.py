@@ -39,6 +39,8 @@ class Frames:
         ("swap", np.int64),
         # When it went on its LRU list: smaller is nearer to the tail.
         ("lru", np.int64),
+        # Of the head of a large folio that one process maps whole: that, see folios.py; else 0.
+        ("whole", np.int64),
         # 1 + order for the first page of a free block, else 0.
         ("free_order", np.uint8),
     )
@@ -49,6 +51,7 @@ class Frames:
     content: NDArray[np.int32]
     swap: NDArray[np.int64]
     lru: NDArray[np.int64]
+    whole: NDArray[np.int64]
     free_order: NDArray[np.uint8]
     flags_at: memoryview[int]
     mapcount_at: memoryview[int]
@@ -56,6 +59,7 @@ class Frames:
     content_at: memoryview[int]
     swap_at: memoryview[int]
     lru_at: memoryview[int]
+    whole_at: memoryview[int]
     free_order_at: memoryview[int]
 
     def __init__(self, count: int) -> None:
