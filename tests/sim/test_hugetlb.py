@@ -227,6 +227,19 @@ def test_shared_pages_are_the_files(machine):
     assert numbers(machine) == (8, 8, 0, 0)
 
 
+@pytest.mark.rule("HT-002")
+def test_a_replaced_file_still_has_its_pages_while_the_call_lasts():
+    """Its page would have been the second one."""
+    machine = make(2)
+    task = machine.spawn()
+    start = task.mmap(HUGE, addr=1 << 40, flags=SHARED)
+    task.touch(start, HUGE)
+    assert errno_of(task.mmap, 2 * HUGE, addr=start, flags=PRIVATE | MapFlag.FIXED) == 12
+    assert not task.process.maps()
+    assert numbers(machine) == (2, 2, 0, 0)
+    machine.check()
+
+
 @pytest.mark.rule("HT-008")
 def test_what_the_owner_gives_up_is_promised_again(machine):
     task = machine.spawn()

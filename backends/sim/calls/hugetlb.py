@@ -39,7 +39,8 @@ def mmap(core: Core, mm: AddressSpace, addr: int, length: int, prot: int, flags:
     if not length:
         refuse(Errno.EINVAL, call, "no length")
     file = HugeFile(pool, length, "/anon_hugepage (deleted)")
-    return map_file(core, mm, call, file, addr, length, prot, flags, offset)
+    with core.hugetlb.files_go_later():
+        return map_file(core, mm, call, file, addr, length, prot, flags, offset)
 
 
 def map_file(

@@ -7,6 +7,7 @@ it is made: `Pool.reserved` counts promises that no fault has called in yet.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
@@ -104,6 +105,7 @@ class Hugetlb:
             geometry.page_size << order: Pool(geometry.page_size << order, order, level)
             for level, order in enumerate(orders, start=1)
         }
+        self._later: list[HugeFile] | None = None
         #: Pool by the head of every huge page that there is.
         self.folios: dict[int, Pool] = {}
 
@@ -304,7 +306,21 @@ class Hugetlb:
             self.unreserve(file.pool, last - first - consumed)
         file.add_user(mm, -1)
         if not file.users:
-            self.evict(file)
+            if self._later is None:
+                self.evict(file)
+            else:
+                self._later.append(file)
+
+    @contextmanager
+    def files_go_later(self) -> Iterator[None]:
+        """Files that lose their last mapping meanwhile go at the end: the kernel lets go of them after the call."""
+        self._later = []
+        try:
+            yield
+        finally:
+            gone, self._later = self._later, None
+            for file in gone:
+                self.evict(file)
 
     def in_use(self) -> Iterator[int]:
         """Heads of the pages that are not free."""
