@@ -178,6 +178,7 @@ class Errno(enum.IntEnum):
     ESRCH = 3
     EINTR = 4
     EIO = 5
+    ENXIO = 6
     EBADF = 9
     EAGAIN = 11
     ENOMEM = 12
@@ -188,7 +189,9 @@ class Errno(enum.IntEnum):
     ENODEV = 19
     EINVAL = 22
     ENOTTY = 25
+    EFBIG = 27
     ENOSPC = 28
+    ESPIPE = 29
     ENOSYS = 38
     EOPNOTSUPP = 95
 
@@ -210,6 +213,7 @@ class MapFlag(enum.IntFlag, boundary=enum.KEEP):
 
     SHARED = 0x01
     PRIVATE = 0x02
+    SHARED_VALIDATE = 0x03
     FIXED = 0x10
     ANONYMOUS = 0x20
     GROWSDOWN = 0x0100

@@ -50,9 +50,6 @@ class Capabilities:
     pagemap_uffd_wp: bool
     pagemap_file: bool
     thp: bool
-    mthp: bool
-    folio_mm_ids: bool
-    lazyfree_batch: bool
     thp_aligned_mmap: bool
     large_folio_reuse: bool
     huge_zero_write_gives_huge: bool
@@ -80,6 +77,11 @@ class Capabilities:
     mremap_checks_early: bool
     scan: bool
     scan_guard: bool
+    #: Whether MADV_REMOVE asks if the mapping might be made writable, instead of whether it is.
+    remove_needs_maywrite: bool
+    #: Whether mappings of files may have guard regions, and whether those leave a shared mapping without an anon_vma.
+    guard_files: bool
+    guard_files_keep_sharing: bool
     uffd_wp: bool
     hugetlb: bool
     hugetlb_dontneed: bool
@@ -125,9 +127,6 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         pagemap_uffd_wp=has("pagemap.uffd_wp"),
         pagemap_file=has("pagemap.file"),
         thp=has("mm.thp"),
-        mthp=has("mm.mthp"),
-        folio_mm_ids=has("mm.folio_mm_ids"),
-        lazyfree_batch=has("mm.lazyfree_batch"),
         thp_aligned_mmap=has("mm.thp_aligned_mmap"),
         large_folio_reuse=has("mm.large_folio_reuse"),
         huge_zero_write_gives_huge=has("mm.huge_zero_write_gives_huge"),
@@ -155,6 +154,9 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mremap_checks_early=has("mm.mremap_checks_early"),
         scan=has("scan"),
         scan_guard=has("scan.guard"),
+        remove_needs_maywrite=has("mm.remove_needs_maywrite"),
+        guard_files=has("mm.guard_files"),
+        guard_files_keep_sharing=has("mm.maybe_guard"),
         uffd_wp=has("uffd.wp"),
         hugetlb=has("mm.hugetlb"),
         hugetlb_dontneed=has("mm.hugetlb_dontneed"),

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
+from pmcore.backends.sim.services.pagecache import OpenFile
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -62,6 +63,7 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     yield from _compound(core, maps)
     yield from _free(core)
     yield from _pools(core, spaces, maps)
+    yield from _files(core, spaces)
     yield from _swap(core, maps)
     yield from _owners(core, maps)
     yield from _contents(core)
@@ -122,6 +124,9 @@ class _Mappings:
         self.bad: list[Finding] = []
         for mm in spaces:
             self._space(mm)
+        for inode in core.inodes.values():
+            words = inode.index.used()[1]
+            self.slots.update((words[swap_entries(words)] & _FIELD).tolist())
 
     def _space(self, mm: AddressSpace) -> None:
         core, total = self.core, 0
@@ -238,20 +243,6 @@ def _compound(core: Core, maps: _Mappings) -> Iterator[Finding]:
             or folio.entire != maps.entire[head]
         ):
             yield Finding("a large folio counts its mappings by address space", f"{head:#x}")
-        if any(count > counted[mm] for mm, count in folio.known.items()) or len(folio.known) > 2:
-            yield Finding(
-                "a large folio knows at most two address spaces, with no more than they map", f"{head:#x}"
-            )
-        if folio.mapped > 1 and (
-            (not folio.shared and len(counted) > 1)
-            or (folio.shared and folio.known == dict(counted) and len(counted) == 1)
-        ):
-            yield Finding(
-                "a large folio is shared where several map it, or one more than is known", f"{head:#x}"
-            )
-    words = np.flatnonzero(frames.whole)
-    if len(words) != core.memory.large.words or (frames.behind[words] != 0).any():
-        yield Finding("large folios that are words have them at their heads, and are counted", _some(words))
 
 
 def _free(core: Core) -> Iterator[Finding]:
@@ -326,6 +317,45 @@ def _pools(core: Core, spaces: list[AddressSpace], maps: _Mappings) -> Iterator[
         yield Finding("a huge page is one file's", f"{held}")
 
 
+def _files(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
+    """Page caches and frame table name each other; mappings of files map the pages that they should."""
+    frames, shift = core.memory.frames, core.geometry.page_shift
+    owner, index = np.zeros(frames.rows, dtype=np.int32), np.zeros(frames.rows, dtype=np.int64)
+    for inode in core.inodes.values():
+        pages, words = inode.index.used()
+        present = (words & _PRESENT) != 0
+        pfns = (words[present] & _FIELD).astype(np.int64)
+        owner[pfns], index[pfns] = inode.number, pages[present]
+        if len(np.unique(pfns)) != len(pfns):
+            yield Finding("a frame is one page of one file", f"inode {inode.number}")
+        if not present.all() and not swap_entries(words[~present]).all():
+            yield Finding("a page of a file is a hole, in memory or in swap", f"inode {inode.number}")
+    wrong = np.flatnonzero((owner != frames.owner) | (index != frames.index))
+    wrong_flag = np.flatnonzero((frames.owner != 0) != ((frames.flags & np.uint64(CACHED)) != 0))
+    if len(wrong) or len(wrong_flag):
+        yield Finding("page cache and frame table name each other", _some(np.append(wrong, wrong_flag)))
+    used = set()
+    for mm in spaces:
+        used |= {file.inode.number for file in mm.files.values() if isinstance(file, OpenFile)}
+        for vma in mm.vmas:
+            if vma.file is None:
+                continue
+            used.add(vma.file.number)
+            for extent in mm.tables.extents(vma.start, vma.end):
+                pfns = (extent.entries[(extent.entries & _PRESENT) != 0] & _FIELD).astype(np.int64)
+                places = np.flatnonzero((extent.entries & _PRESENT) != 0) + (
+                    extent.start - vma.start >> shift
+                )
+                cached = (frames.flags[pfns] & np.uint64(CACHED)) != 0
+                bad = cached & (
+                    (frames.owner[pfns] != vma.file.number) | (frames.index[pfns] != places + vma.pgoff)
+                )
+                if bad.any():
+                    yield Finding("a mapping of a file maps its pages, each at its place", _some(pfns[bad]))
+    if used != core.inodes.keys():
+        yield Finding("a file is there while something refers to it", f"{used ^ core.inodes.keys()}")
+
+
 def _swap(core: Core, maps: _Mappings) -> Iterator[Finding]:
     frames = core.memory.frames
     for area in core.swap.areas:
@@ -354,7 +384,11 @@ def _owners(core: Core, maps: _Mappings) -> Iterator[Finding]:
     """Every frame that is not free belongs to somebody."""
     frames = core.memory.frames
     flags = frames.flags
-    owned = (maps.counts > 0) | ((flags & np.uint64(_KERNEL | _PGTABLE | _BUDDY | _SWAPCACHE)) != 0)
+    owned = (
+        (maps.counts > 0)
+        | (frames.owner != 0)
+        | ((flags & np.uint64(_KERNEL | _PGTABLE | _BUDDY | _SWAPCACHE)) != 0)
+    )
     for folio in core.memory.large.values():
         if folio.mapped:
             owned[folio.head : folio.head + folio.pages] = True

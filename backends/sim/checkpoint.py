@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Zone
-from pmcore.backends.sim.physical.folios import LargeFolio
+from pmcore.backends.sim.physical.memory import LargeFolio
 from pmcore.backends.sim.services.hugetlb import HugeFile, HugeMap, Hugetlb, Promise
+from pmcore.backends.sim.services.pagecache import FileSystem, Inode, OpenFile
 from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual.space import AddressSpace
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["State", "capture", "load", "rebuild", "save"]
 
 _VERSION = 1
-_FRAMES = ("flags", "mapcount", "behind", "content", "swap", "lru", "whole", "free_order")
+_FRAMES = ("flags", "mapcount", "behind", "content", "swap", "lru", "owner", "index", "free_order")
 _AREA = ("counts", "cached", "content", "shadow")
 _SCALARS = ("zero_pfn", "huge_zero_pfn", "mmap_min", "mmap_base", "stack_limit")
 
@@ -53,7 +54,7 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
     """The state now; later changes do not touch it."""
     memory, pool = core.memory, core.pool
     frames, contents = memory.frames, memory.contents
-    large, rows = memory.large.capture(), frames.rows
+    rows = frames.rows
     arrays: dict[str, NDArray[Any]] = {
         f"frames.{name}": getattr(frames, name)[:rows].copy() for name in _FRAMES
     }
@@ -67,7 +68,16 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         return uffds.setdefault(id(context), (len(uffds), context))[0]
 
     files = HugeFiles()
-    spaces = [_space(mm, uffd, files) for mm in tasks.values()]
+    opened: dict[int, tuple[int, OpenFile]] = {}
+
+    def descriptor(file: object) -> list[Any]:
+        if isinstance(file, OpenFile):
+            return ["file", opened.setdefault(id(file), (len(opened), file))[0]]
+        return ["uffd", uffd(file)]
+
+    spaces = [_space(mm, uffd, descriptor, files) for mm in tasks.values()]
+    for inode in core.inodes.values():
+        arrays[f"inode.{inode.number}.pages"], arrays[f"inode.{inode.number}.words"] = inode.index.used()
     for area in core.swap.areas:
         if area is not None:
             arrays |= {f"swap.{area.number}.{name}": getattr(area, name).copy() for name in _AREA}
@@ -82,12 +92,17 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         "frames": [frames.count, rows],
         "zones": [_zone(zone) for zone in memory.zones],
         "kernel_folios": sorted(memory.kernel_folios.items()),
-        "large": [_folio(folio) for folio in large],
+        "large": [
+            [f.head, f.order, f.entire, f.mapped, sorted(f.by_mm.items())]
+            for _, f in sorted(memory.large.items())
+        ],
         "contents_free": list(contents.free_rows),
         "pool_free": list(pool.free_rows),
         "swap": [None if area is None else _area(area) for area in core.swap.areas],
         "spaces": spaces,
         "pids": list(tasks),
+        "inodes": [[i.number, str(i.kind), i.name, i.size] for i in core.inodes.values()],
+        "opened": [file.inode.number for _, file in sorted(opened.values(), key=lambda o: o[0])],
         "uffds": [
             [context.mm.number, context.features] for _, context in sorted(uffds.values(), key=lambda u: u[0])
         ],
@@ -145,8 +160,7 @@ def _rebuild_hugetlb(core: Core, words: dict[str, Any] | None) -> list[list[Any]
 
 
 def _folio(folio: LargeFolio) -> list[Any]:
-    maps = [sorted(folio.by_mm.items()), sorted(folio.known.items()), folio.shared]
-    return [folio.head, folio.order, folio.entire, folio.mapped, *maps]
+    return [folio.head, folio.order, folio.entire, folio.mapped, sorted(folio.by_mm.items())]
 
 
 def _zone(zone: Zone) -> list[Any]:
@@ -165,7 +179,7 @@ def _area(area: SwapArea) -> list[Any]:
     ]
 
 
-def _space(mm: AddressSpace, uffd: Any, files: HugeFiles) -> dict[str, Any]:
+def _space(mm: AddressSpace, uffd: Any, descriptor: Any, files: HugeFiles) -> dict[str, Any]:
     vmas = [
         [
             v.start,
@@ -176,6 +190,7 @@ def _space(mm: AddressSpace, uffd: Any, files: HugeFiles) -> dict[str, Any]:
             v.chain,
             uffd(v.uffd),
             v.name,
+            v.file.number if v.file else None,
             *([files.words(v.huge)] if v.huge is not None else []),
         ]
         for v in mm.vmas
@@ -188,7 +203,7 @@ def _space(mm: AddressSpace, uffd: Any, files: HugeFiles) -> dict[str, Any]:
         "def_flags": mm.def_flags,
         "brk": [mm.brk_start, mm.brk],
         "soft_dirty_cleared": mm.soft_dirty_cleared,
-        "files": [[fd, uffd(file)] for fd, file in sorted(mm.files.items())],
+        "files": [[fd, *descriptor(file)] for fd, file in sorted(mm.files.items())],
     }
 
 
@@ -204,12 +219,10 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     for name, value in words["memory"].items():
         setattr(memory, name, value)
     memory.kernel_folios = dict(map(tuple, words["kernel_folios"]))
-    memory.large.restore(
-        [
-            LargeFolio(head, order, entire, mapped, dict(map(tuple, by_mm)), dict(map(tuple, known)), shared)
-            for head, order, entire, mapped, by_mm, known, shared in words["large"]
-        ]
-    )
+    memory.large = {
+        head: LargeFolio(head, order, entire, mapped, dict(map(tuple, by_mm)))
+        for head, order, entire, mapped, by_mm in words["large"]
+    }
     memory.contents.restore(arrays["contents"], words["contents_free"])
     core.pool.restore(arrays["pool.rows"], arrays["pool.pfns"], words["pool_free"])
     for name, value in words["scalars"].items():
@@ -227,12 +240,18 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     ]
     anon: dict[int, AnonVma] = {}
     huge = _rebuild_hugetlb(core, words.get("hugetlb"))
+    core.spaces.clear()
+    core.inodes.clear()
+    for number, kind, name, size in words["inodes"]:
+        inode = core.inodes[number] = Inode(number, FileSystem(kind), name, size)
+        inode.index.put(arrays[f"inode.{number}.pages"], arrays[f"inode.{number}.words"])
+    opened = [OpenFile(core.inodes[number]) for number in words["opened"]]
     spaces = {space["number"]: AddressSpace.bare(core, space["number"]) for space in words["spaces"]}
     contexts = [
         Userfaultfd(spaces.get(number) or AddressSpace.gone(core, number), f) for number, f in words["uffds"]
     ]
     for space in words["spaces"]:
-        _rebuild_space(spaces[space["number"]], space, anon, contexts, huge)
+        _rebuild_space(spaces[space["number"]], space, anon, contexts, huge, opened)
     return {pid: spaces[space["number"]] for pid, space in zip(words["pids"], words["spaces"], strict=True)}
 
 
@@ -260,11 +279,13 @@ def _rebuild_space(
     anon: dict[int, AnonVma],
     contexts: list[Userfaultfd],
     huge: list[list[Any]],
+    opened: list[OpenFile],
 ) -> None:
-    for start, end, flags, pgoff, number, chain, uffd, name, *mapped in words["vmas"]:
+    for start, end, flags, pgoff, number, chain, uffd, name, inode, *mapped in words["vmas"]:
         owner = None if number is None else anon.setdefault(number, AnonVma(number))
         context = None if uffd is None else contexts[uffd]
-        vma = VmArea(start, end, flags, pgoff, owner, chain, context, name)
+        file_of = None if inode is None else mm.core.inodes[inode]
+        vma = VmArea(start, end, flags, pgoff, owner, chain, context, name, file_of)
         for file, promise in mapped:
             vma.huge = HugeMap(huge[0][file], None if promise is None else huge[1][promise])
             vma.huge.file.add_user(mm, 1)
@@ -274,7 +295,7 @@ def _rebuild_space(
     mm.def_flags = words["def_flags"]
     mm.brk_start, mm.brk = words["brk"]
     mm.soft_dirty_cleared = words["soft_dirty_cleared"]
-    mm.files = {fd: contexts[uffd] for fd, uffd in words["files"]}
+    mm.files = {fd: (opened if kind == "file" else contexts)[n] for fd, kind, n in words["files"]}
 
 
 def save(state: State, settings: dict[str, Any], path: str | Path) -> None:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.arrays import U64Array
+from pmcore.backends.sim.calls.files import data_pages
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.services import clear_refs
+from pmcore.backends.sim.services.mincore import in_core
 from pmcore.backends.sim.views import maps as maps_view
 from pmcore.backends.sim.views import pagemap as pagemap_view
 from pmcore.backends.sim.views.scan import SimTables
@@ -93,5 +95,12 @@ class SimProcess(Process):
         clear_refs.write(self._machine.core, self._task.mm, int(what))
 
     def file_residency(self, vma: Vma, start: int, end: int) -> FileResidency:
-        """Refused: only anonymous memory is mapped."""
-        refuse(Errno.EINVAL, f"file_residency({vma})", "no file is mapped there")
+        """SEEK_DATA and mincore of the file behind a mapping."""
+        area = self._task.mm.vmas.at(start)
+        if area is None or area.file is None or end > area.end:
+            refuse(Errno.EINVAL, f"file_residency({vma})", "no file is mapped there")
+        core, shift = self._machine.core, self._machine.geometry.page_shift
+        first, count = area.pgoff + (start - area.start >> shift), end - start >> shift
+        return FileResidency(
+            data=data_pages(core, area.file, first, count), in_core=in_core(core, area.file, first, count)
+        )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pmcore.arrays import BoolArray
+from pmcore.backends.sim.calls import files as file_calls
 from pmcore.backends.sim.calls import madvise as madvise_call
 from pmcore.backends.sim.calls import mlock as mlock_call
 from pmcore.backends.sim.calls import mmap as mmap_call
 from pmcore.backends.sim.calls import mremap as mremap_call
 from pmcore.backends.sim.calls import uffd as uffd_call
-from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.process import SimProcess
 from pmcore.backends.sim.services import mincore
@@ -169,62 +169,48 @@ class SimTask(Task):
     # -- files -----------------------------------------------------------------------------------------
 
     def memfd_create(self, name: str, *, flags: int = 0) -> int:
-        """Not modelled."""
-        raise NotModelled("memfd_create: files and shared memory")
+        """memfd_create(2)."""
+        return int(self._call(file_calls.memfd_create, name, flags))
 
     def open_file(self, name: str) -> int:
         """Not modelled."""
         raise NotModelled("open: files")
 
-    def _descriptor(self, fd: int, call: str) -> object:
-        self._ready(call)
-        if fd not in self.mm.files:
-            refuse(Errno.EBADF, f"{call}({fd})")
-        return self.mm.files[fd]
-
     def ftruncate(self, fd: int, length: int) -> None:
-        """ftruncate(2): there is nothing but userfaultfds to truncate."""
-        self._descriptor(fd, "ftruncate")
-        refuse(Errno.EINVAL, f"ftruncate({fd}, {length})")
+        """ftruncate(2)."""
+        self._call(file_calls.ftruncate, fd, length)
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """fallocate(2)."""
-        self._descriptor(fd, "fallocate")
-        refuse(Errno.ENODEV, f"fallocate({fd})")
+        self._call(file_calls.fallocate, fd, mode, offset, length)
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         """pread(2)."""
-        self._descriptor(fd, "pread")
-        raise NotModelled("reading a userfaultfd")
+        found: bytes = self._call(file_calls.pread, fd, length, offset)
+        return found
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         """pwrite(2)."""
-        self._descriptor(fd, "pwrite")
-        refuse(Errno.EINVAL, f"pwrite({fd})")
+        return int(self._call(file_calls.pwrite, fd, data, offset))
 
     def lseek(self, fd: int, offset: int, whence: int) -> int:
         """lseek(2)."""
-        self._descriptor(fd, "lseek")
-        raise NotModelled("lseek on a userfaultfd")
+        return int(self._call(file_calls.lseek, fd, offset, whence))
 
     def fsync(self, fd: int) -> None:
         """fsync(2)."""
-        self._descriptor(fd, "fsync")
-        refuse(Errno.EINVAL, f"fsync({fd})")
+        self._call(file_calls.fsync, fd)
 
     def close(self, fd: int) -> None:
-        """close(2): ranges registered with a userfaultfd are so no more once the last copy of it is closed."""
-        self._descriptor(fd, "close")
-        uffd_call.close(self._core, self.mm, fd, self._machine.tasks())
+        """close(2): what nothing refers to any more is gone; see `uffd.close` for userfaultfds."""
+        self._call(file_calls.close, fd, self._machine.tasks())
 
     # -- userfaultfd -----------------------------------------------------------------------------------
 
     def userfaultfd(self, features: UffdFeature | int = 0) -> int:
         """userfaultfd(2) with UFFDIO_API."""
         context = self._call(uffd_call.api, int(features))
-        fd = next(number for number in range(3, 1 << 20) if number not in self.mm.files)
-        self.mm.files[fd] = context
-        return fd
+        return file_calls.install(self.mm, context)
 
     def uffd_register(self, fd: int, start: int, length: int, mode: int) -> int:
         """UFFDIO_REGISTER."""
@@ -262,7 +248,7 @@ class SimTask(Task):
         self.alive = False
         self._machine.forget(self)
         for fd in list(self.mm.files):
-            uffd_call.close(self._core, self.mm, fd, self._machine.tasks())
+            file_calls.close(self._core, self.mm, fd, self._machine.tasks())
         self.mm.tear_down()
 
 

@@ -15,6 +15,7 @@ from pmcore.lockstep.masks import COUNTER_MASKS, FLAG_MASKS
 from pmcore.pageflags import FrameFlags
 from pmcore.pagemap import PagemapEntry
 from pmcore.uapi import MAX_SWAPFILES, PM_PFRAME_MASK, PM_PRESENT, PM_SWAP, PM_SWAP_TYPE_MASK, PageFlag
+from pmcore.vma import Vma, VmaKind
 
 __all__ = ["Comparer", "Difference"]
 
@@ -87,7 +88,7 @@ class Comparer:
         yield from self._vmas(name, left, right)
 
     def _vmas(self, name: str, left: TaskLook, right: TaskLook) -> Iterator[Difference]:
-        lines = [[str(e.vma) for e in side.vmas] for side in (left, right)]
+        lines = [[_line(e.vma) for e in side.vmas] for side in (left, right)]
         if lines[0] != lines[1]:
             for line in sorted(set(lines[0]) ^ set(lines[1])):
                 there = "there" if line in lines[0] else "-"
@@ -138,7 +139,8 @@ class Comparer:
         for mask in FLAG_MASKS:
             hidden = (differ & np.uint64(mask.bits)) != 0
             if mask.where:
-                hidden &= (flags[0] & flags[1] & np.uint64(mask.where)) != 0
+                shown = flags[0] | flags[1] if mask.either else flags[0] & flags[1]
+                hidden &= (shown & np.uint64(mask.where)) != 0
             if hidden.any():
                 self.masked[mask.divergence] += int(hidden.sum())
                 differ = np.where(hidden, differ & ~np.uint64(mask.bits), differ)
@@ -204,6 +206,13 @@ def _pairs(
         addresses.append(one.addresses[both])
         lengths.append(int(both.sum()))
     return (np.concatenate(a), np.concatenate(b)), _Places(names, lengths, np.concatenate(addresses))
+
+
+def _line(vma: Vma) -> str:
+    """A line of maps but for what differs from machine to machine: device, inode, and the file's directory."""
+    name = vma.name.rsplit("/", 1)[-1] if vma.kind is VmaKind.FILE else vma.name
+    where = f" at {vma.offset:#x}" if vma.offset else ""
+    return f"{vma.start:x}-{vma.end:x} {vma.perms} {name}{where}".rstrip()
 
 
 def _present(words: U64Array) -> BoolArray:

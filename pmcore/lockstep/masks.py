@@ -14,14 +14,20 @@ __all__ = ["COUNTER_MASKS", "FLAG_MASKS", "FlagMask"]
 
 @attrs.frozen
 class FlagMask:
-    """These bits of kpageflags are not compared, on frames that show one of the bits `where` (0: on all)."""
+    """These bits of kpageflags are not compared, on frames that show one of the bits `where` (0: on all).
+
+    `either`: it is enough that one side shows it.
+    """
 
     divergence: str
     bits: int
     where: int = 0
+    either: bool = False
 
 
 FLAG_MASKS = (
+    # Who watches idle pages takes the accessed bit from entries: what noting the access would have set is missing.
+    FlagMask("DV-020", int(PageFlag.REFERENCED | PageFlag.ACTIVE), int(PageFlag.IDLE), either=True),
     # Set and taken by whoever watches idle pages.
     FlagMask("DV-018", int(PageFlag.IDLE)),
     # The zero page is everybody's.

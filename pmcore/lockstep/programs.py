@@ -16,13 +16,13 @@ from pmcore.program import Program
 from pmcore.program import steps as s
 from pmcore.uapi import Madvise, MapFlag, MremapFlag, UffdFeature
 
-__all__ = ["KEPT", "programs", "thp_settings"]
+__all__ = ["KEPT", "programs"]
 
 _HUGE = 512
 _FLAGS = int(MapFlag.PRIVATE | MapFlag.ANONYMOUS)
 _MAX_AREAS = 5
 #: A page that every program with hugetlb mappings touches first and then leaves alone: on a running kernel of before
-#: 2026-07 a scan that write-protects a hugetlb mapping where the level above the PMDs is empty never ends (DV-024).
+#: 2026-07 a scan that write-protects a hugetlb mapping where the level above the PMDs is empty never ends (DV-026).
 KEPT = "kept"
 _MAX_TASKS = 3
 
@@ -69,12 +69,15 @@ class _State:
 
     areas: dict[str, int] = attrs.field(factory=dict)
     tasks: list[str] = attrs.field(factory=lambda: ["main"])
-    fds: list[str] = attrs.field(factory=list)
+    #: Userfaultfds, and the task that opened each.
+    fds: dict[str, str] = attrs.field(factory=dict)
+    #: Descriptors of files: how many pages the file was made with, and the tasks that have it.
+    files: dict[str, tuple[int, list[str]]] = attrs.field(factory=dict)
+    #: Areas that map files.
+    shared: set[str] = attrs.field(factory=set)
     #: Areas of hugetlb, and the flags that they were mapped with.
     huge: dict[str, int] = attrs.field(factory=dict)
     made: int = 0
-    #: Pages of the smaller huge pages that may be met: ranges like their edges.
-    folios: tuple[int, ...] = ()
 
     def name(self, kind: str) -> str:
         self.made += 1
@@ -82,41 +85,14 @@ class _State:
 
 
 @st.composite
-def thp_settings(draw: st.DrawFn) -> dict[str, str]:
-    """What an administrator may set of huge pages (`Program.thp`): one to three sizes below 2 MiB, perhaps more.
-
-    Small pages of 4 KiB are assumed. The size that a PMD maps is never switched off: that would end khugepaged.
-    """
-    sizes = st.sampled_from([f"{16 << n}kB" for n in (0, 0, 1, 2, 2, 3, 4, 5, 6)])
-    hows = st.sampled_from(("always",) * 4 + ("madvise", "madvise", "inherit", "never"))
-    found = draw(st.dictionaries(sizes, hows, min_size=1, max_size=3))
-    for what, choices in (
-        ("2048kB", ("always", "madvise", "inherit")),
-        ("enabled", ("always", "madvise")),
-    ):
-        if draw(st.integers(0, 3)) == 0:
-            found[what] = draw(st.sampled_from(choices))
-    return found
-
-
-@st.composite
 def programs(
-    draw: st.DrawFn,
-    profile: KernelProfile | None = None,
-    *,
-    max_steps: int = 40,
-    hugetlb: bool | None = None,
-    thp: st.SearchStrategy[dict[str, str]] | None = None,
+    draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps: int = 40, hugetlb: bool | None = None
 ) -> Program:
     """A program of up to `max_steps` steps for the kernel of `profile`: with soft-dirty that is cleared often.
 
     `hugetlb`: with mappings of it, without, or now and then.
-    `thp` draws what it says of huge pages (`thp_settings()`, or `just` one); without, it says nothing of them.
     """
     state = _State()
-    settings = draw(thp) if thp is not None else {}
-    named = (int(size.removesuffix("kB")) // 4 for size in settings if size != "enabled")
-    state.folios = tuple(sorted(pages for pages in named if 0 < pages < _HUGE))
     soft_dirty = profile is not None and profile.has("clear_refs.soft_dirty")
     kinds = (*_KINDS, *(_clear_soft_dirty,) * 6) if soft_dirty else _KINDS
     first = _map(draw, state)
@@ -135,7 +111,7 @@ def programs(
             steps.append(step)
         if isinstance(step, s.Map) and step.pages >= _HUGE and draw(st.integers(0, 2)):
             steps.append(s.Advise(area=step.area, pages=step.pages, advice=int(Madvise.HUGEPAGE)))
-    return Program(name="random", steps=tuple(steps), thp=settings)
+    return Program(name="random", steps=tuple(steps))
 
 
 _Maker = Callable[[st.DrawFn, _State], s.Step | None]
@@ -156,12 +132,9 @@ def _range(draw: st.DrawFn, state: _State) -> tuple[str, int, int]:
     edges = sorted(
         {e for e in (0, 1, pages // 2, pages - 1, _HUGE - 1, _HUGE, _HUGE + 1, 2 * _HUGE) if 0 <= e < pages}
     )
-    near = (n + k for n in state.folios for k in (-1, 0, 1, n, pages // n // 2 * n))
-    edges = sorted({*edges, *(e for e in near if 0 <= e < pages)})
     page = draw(st.one_of(st.sampled_from(edges), st.integers(0, pages - 1)))
     left = pages - page
-    lengths = (1, 2, left, left - 1, left // 2, _HUGE, _HUGE - 1, 8, *state.folios)
-    spans = sorted({n for n in lengths if 1 <= n <= left})
+    spans = sorted({n for n in (1, 2, left, left - 1, left // 2, _HUGE, _HUGE - 1, 8) if 1 <= n <= left})
     return area, page, draw(st.one_of(st.sampled_from(spans), st.integers(1, left)))
 
 
@@ -171,6 +144,8 @@ def _map(draw: st.DrawFn, state: _State) -> s.Step | None:
     name = state.name("a")
     huge = draw(st.booleans())
     pages = draw(st.sampled_from((_HUGE, 2 * _HUGE, 2 * _HUGE + 7) if huge else (1, 2, 3, 5, 8, 16, 33, 64)))
+    if draw(st.integers(0, 3)) == 0:
+        return _map_shared(draw, state, name, huge, pages)
     extra = draw(st.sampled_from((0,) * 8 + (MapFlag.POPULATE, MapFlag.LOCKED, MapFlag.NORESERVE)))
     prot = draw(st.sampled_from((3,) * 8 + (1, 0, 2, 7)))
     state.areas[name] = pages
@@ -223,16 +198,17 @@ def _track_huge(draw: st.DrawFn, state: _State) -> s.Step | None:
         return None
     if not state.fds:
         fd = state.name("u")
-        state.fds.append(fd)
+        state.fds[fd] = state.tasks[0]
         return s.UffdOpen(task=state.tasks[0], fd=fd, features=int(draw(st.sampled_from(_UFFD[:4]))))
     area, page, pages = _range_huge(draw, state)
-    common: dict[str, Any] = {"task": state.tasks[0], "area": area}
+    fd, owner = next(iter(state.fds.items()))
+    common: dict[str, Any] = {"task": owner, "area": area}
     what = draw(st.sampled_from(("register", "register", "protect", "protect", "scan", "scan")))
     if what == "register":
-        return s.UffdRegister(**common, pages=-(-state.areas[area] // _HUGE) * _HUGE, fd=state.fds[0])
+        return s.UffdRegister(**common, pages=-(-state.areas[area] // _HUGE) * _HUGE, fd=fd)
     common |= {"page": page, "pages": pages}
     if what == "protect":
-        return s.UffdProtect(**common, fd=state.fds[0], protect=draw(st.sampled_from((True, True, False))))
+        return s.UffdProtect(**common, fd=fd, protect=draw(st.sampled_from((True, True, False))))
     cut = draw(st.sampled_from((0, 0, 0, 1, 100)))
     return s.Scan(
         **(common | {"page": page + cut, "pages": pages}),
@@ -252,6 +228,62 @@ def _touch_huge(draw: st.DrawFn, state: _State) -> s.Step | None:
     task, write = _task(draw, state), draw(st.booleans())
     stride = draw(st.sampled_from((1, _HUGE, _HUGE - 1)))
     return s.Touch(task=task, area=area, page=page, pages=pages, write=write, stride=stride)
+
+
+def _map_shared(draw: st.DrawFn, state: _State, name: str, huge: bool, pages: int) -> s.Step:
+    """Shared anonymous memory, or a file."""
+    align = _HUGE * 4096 if huge else 4096
+    extra = int(draw(st.sampled_from((0,) * 8 + (MapFlag.POPULATE, MapFlag.NORESERVE))))
+    prot = draw(st.sampled_from((3,) * 8 + (1, 0, 2)))
+    state.areas[name] = pages
+    state.shared.add(name)
+    if not state.files or draw(st.integers(0, 2)) == 0:
+        flags = int(MapFlag.SHARED | MapFlag.ANONYMOUS) | extra
+        return s.Map(area=name, pages=pages, prot=prot, flags=flags, align=align)
+    fd, size, tasks = _pick_file(draw, state)
+    return s.Map(
+        task=draw(st.sampled_from(tasks)),
+        area=name,
+        pages=pages,
+        prot=prot,
+        flags=int(draw(st.sampled_from((MapFlag.SHARED, MapFlag.SHARED, MapFlag.PRIVATE)))) | extra,
+        align=align,
+        fd=fd,
+        page_offset=draw(st.sampled_from((0, 0, 0, 1, size // 2, max(size - 1, 0)))),
+    )
+
+
+def _pick_file(draw: st.DrawFn, state: _State) -> tuple[str, int, list[str]]:
+    fd = draw(st.sampled_from(sorted(state.files)))
+    return fd, *state.files[fd]
+
+
+def _file(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """Something done to a file through its descriptor; the file itself, as long as there are few."""
+    if not state.files or (len(state.files) < 2 and draw(st.integers(0, 3)) == 0):
+        fd, task = state.name("m"), _task(draw, state)
+        pages = draw(st.sampled_from((0, 1, 3, 8, 20, 64, _HUGE, _HUGE + 5)))
+        state.files[fd] = (pages, [task])
+        return s.MemfdCreate(task=task, fd=fd, pages=pages, flags=draw(st.sampled_from((0, 0, 0, 2, 64))))
+    fd, size, tasks = _pick_file(draw, state)
+    task = draw(st.sampled_from(tasks))
+    page = draw(st.integers(0, size + 2))
+    offset = page * 4096 + draw(st.sampled_from((0, 0, 0, 1, 4090)))
+    length = draw(st.sampled_from((1, 10, 4096, 8192, 3 * 4096 + 5, _HUGE * 4096)))
+    what = draw(
+        st.sampled_from(("pwrite",) * 4 + ("pread", "lseek", "lseek", "truncate", "punch", "punch", "falloc"))
+    )
+    if what == "pwrite":
+        text = draw(st.sampled_from(("x", "hello", "0123456789")))
+        return s.Pwrite(task=task, fd=fd, offset=offset, text=text)
+    if what == "pread":
+        return s.Pread(task=task, fd=fd, offset=offset, length=min(length, 20000))
+    if what == "lseek":
+        return s.Lseek(task=task, fd=fd, offset=offset, whence=draw(st.sampled_from((0, 3, 3, 4, 4, 9))))
+    if what == "truncate":
+        return s.Ftruncate(task=task, fd=fd, length=offset)
+    mode = 3 if what == "punch" else draw(st.sampled_from((0, 0, 1, 2, 8)))
+    return s.Fallocate(task=task, fd=fd, mode=mode, offset=offset, length=length)
 
 
 def _map_over(draw: st.DrawFn, state: _State) -> s.Step | None:
@@ -279,10 +311,21 @@ def _ranged(kind: Any, **fields: Any) -> _Maker:
         aligned = bool(state.huge) and draw(st.booleans())
         area, page, pages = (_range_huge if aligned else _range)(draw, state)
         drawn = {name: draw(strategy) for name, strategy in fields.items()}
+        if area in state.shared and (kind is s.Lock or drawn.get("advice") in _not_for_files(state)):
+            return None
         step: s.Step = kind(task=_task(draw, state), area=area, page=page, pages=pages, **drawn)
         return step
 
     return make
+
+
+def _not_for_files(state: _State) -> tuple[int, ...]:
+    """Advice that would end the comparison: what is not modelled, and what the kernel never returns from (DV-026).
+
+    (Nor is shared memory locked: the locks of a page are counted no better than in batches, DV-027.)
+    """
+    collapse = (int(Madvise.COLLAPSE),)
+    return (*collapse, int(Madvise.GUARD_INSTALL)) if state.fds else collapse
 
 
 def _write(draw: st.DrawFn, state: _State) -> s.Step | None:
@@ -325,6 +368,8 @@ def _move(draw: st.DrawFn, state: _State) -> s.Step | None:
     state.areas[to] = new
     if huge is not None:
         state.huge[to] = huge
+    if area in state.shared:
+        state.shared.add(to)
     align = draw(st.sampled_from((4096, _HUGE * 4096)))
     return s.Move(
         task=task, area=area, page=page, pages=pages, new_pages=new, flags=flags, to=to, align=align
@@ -336,6 +381,9 @@ def _fork(draw: st.DrawFn, state: _State) -> s.Step | None:
         return None
     parent, child = _task(draw, state), state.name("t")
     state.tasks.append(child)
+    for _, tasks in state.files.values():
+        if parent in tasks:
+            tasks.append(child)
     return s.Fork(task=parent, child=child)
 
 
@@ -344,6 +392,12 @@ def _exit(draw: st.DrawFn, state: _State) -> s.Step | None:
         return None
     task = _task(draw, state)
     state.tasks.remove(task)
+    state.fds = {fd: owner for fd, owner in state.fds.items() if owner != task}
+    for fd, (_, tasks) in list(state.files.items()):
+        if task in tasks:
+            tasks.remove(task)
+        if not tasks:
+            del state.files[fd]
     return s.Exit(task=task)
 
 
@@ -351,7 +405,7 @@ def _uffd_open(draw: st.DrawFn, state: _State) -> s.Step | None:
     if len(state.fds) >= 2:
         return None
     fd = state.name("u")
-    state.fds.append(fd)
+    state.fds[fd] = state.tasks[0]
     return s.UffdOpen(task=state.tasks[0], fd=fd, features=int(draw(st.sampled_from(_UFFD))))
 
 
@@ -359,16 +413,15 @@ def _uffd(draw: st.DrawFn, state: _State) -> s.Step | None:
     if not state.fds:
         return _uffd_open(draw, state)
     area, page, pages = (_range_huge if bool(state.huge) and draw(st.booleans()) else _range)(draw, state)
-    fd = draw(st.sampled_from(state.fds))
-    common: dict[str, Any] = {"task": state.tasks[0], "area": area, "page": page, "pages": pages, "fd": fd}
+    fd = draw(st.sampled_from(sorted(state.fds)))
+    common: dict[str, Any] = {"task": state.fds[fd], "area": area, "page": page, "pages": pages, "fd": fd}
     what = draw(st.sampled_from(("register",) * 4 + ("protect",) * 5 + ("unregister", "close")))
     if what == "register":
         return s.UffdRegister(**common, mode=draw(st.sampled_from((2,) * 6 + (0, 8))))
     if what == "protect":
         return s.UffdProtect(**common, protect=draw(st.sampled_from((True, True, False))))
     if what == "close":
-        state.fds.remove(fd)
-        return s.CloseFd(task=state.tasks[0], fd=fd)
+        return s.CloseFd(task=state.fds.pop(fd), fd=fd)
     return s.UffdUnregister(**common)
 
 
@@ -407,6 +460,7 @@ _KINDS: tuple[_Maker, ...] = (
     *(_advise,) * 10,
     *(_ranged(s.Touch, write=st.booleans(), stride=st.sampled_from((1, 1, 2, 7))),) * 8,
     *(_write,) * 4,
+    *(_file,) * 5,
     *(_move,) * 3,
     *(_fork,) * 2,
     _exit,

@@ -37,10 +37,7 @@ class Outcome:
 
 @attrs.define
 class Run:
-    """A program under way, and its record: names, and the outcomes so far.
-
-    Making one sets what the program says of huge pages (`Workbench.set_thp`).
-    """
+    """A program under way, and its record: names, and the outcomes so far."""
 
     program: Program
     workbench: Workbench
@@ -50,9 +47,6 @@ class Run:
     fds: dict[str, int] = attrs.field(factory=dict)
     outcomes: list[Outcome] = attrs.field(factory=list)
     _next: int = ARENA
-
-    def __attrs_post_init__(self) -> None:
-        self.workbench.set_thp(dict(self.program.thp))
 
     def place(self, length: int, align: int) -> int:
         """An address of the arena, aligned, with a gap behind it."""
@@ -242,6 +236,9 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Ftruncate: lambda r, st: r.task(st.task).ftruncate(r.fd(st.fd), st.length),
     s.Fallocate: lambda r, st: r.task(st.task).fallocate(r.fd(st.fd), st.mode, st.offset, st.length),
     s.Pwrite: lambda r, st: r.task(st.task).pwrite(r.fd(st.fd), st.text.encode(), st.offset),
+    s.Pread: lambda r, st: r.task(st.task).pread(r.fd(st.fd), st.length, st.offset),
+    s.Lseek: lambda r, st: r.task(st.task).lseek(r.fd(st.fd), st.offset, st.whence),
+    s.Fsync: lambda r, st: r.task(st.task).fsync(r.fd(st.fd)),
     s.CloseFd: _close,
     s.UffdOpen: _open_uffd,
     s.UffdRegister: lambda r, st: (

@@ -21,13 +21,16 @@ __all__ = [
     "Exit",
     "Fallocate",
     "Fork",
+    "Fsync",
     "Ftruncate",
     "Lock",
+    "Lseek",
     "Map",
     "MemfdCreate",
     "Mincore",
     "Move",
     "OpenFile",
+    "Pread",
     "Protect",
     "Pwrite",
     "Read",
@@ -214,6 +217,31 @@ class Pwrite(Step):
 
 
 @attrs.frozen(kw_only=True)
+class Pread(Step):
+    """pread."""
+
+    fd: str = name()
+    offset: int = number(0)
+    length: int = number(1)
+
+
+@attrs.frozen(kw_only=True)
+class Lseek(Step):
+    """lseek; `whence` 3 is SEEK_DATA, 4 SEEK_HOLE."""
+
+    fd: str = name()
+    offset: int = number(0)
+    whence: int = number(3)
+
+
+@attrs.frozen(kw_only=True)
+class Fsync(Step):
+    """fsync."""
+
+    fd: str = name()
+
+
+@attrs.frozen(kw_only=True)
 class CloseFd(Step):
     """close."""
 
@@ -303,6 +331,9 @@ STEPS: dict[str, type[Step]] = {
         Ftruncate,
         Fallocate,
         Pwrite,
+        Pread,
+        Lseek,
+        Fsync,
         CloseFd,
         UffdOpen,
         UffdRegister,

@@ -87,7 +87,7 @@ def test_anonymous_page_goes_to_swap_and_back(task, area, swap, look):
     assert task.process.pagemap(start, start + PAGE).present[0]
 
 
-@pytest.mark.rule("SH-001", "SH-002", "SH-003", "SH-004", "SH-005", "SH-006", "SH-007", "SH-008")
+@pytest.mark.rule("SH-001", "SH-002", "SH-003", "SH-004", "SH-005", "SH-006", "SH-007", "SH-008", "FM-009")
 def test_three_witnesses_tell_shared_pages_apart(task, area, swap, look):
     """Present, swapped out and never allocated: pagemap alone shows the last two alike."""
     start = area(3, flags=0x21)
@@ -112,6 +112,7 @@ def test_three_witnesses_tell_shared_pages_apart(task, area, swap, look):
         SharedState.NONE,
     ]
     assert task.read(start + PAGE, 7) == b"swapped"
+    assert look(task, start, 2)[1].has(PageFlag.DIRTY)[1]
 
 
 @pytest.mark.rule("SH-005", "SH-008")

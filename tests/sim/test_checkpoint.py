@@ -104,7 +104,7 @@ def test_golden_digest():
     for step in program.steps:
         run.advance(step)
     machine.check()
-    assert machine.digest() == "0e5647e3dd377bfdcacfb1d3efa940b10d1c3f5d9a12637c9c6b516d9a000cc1"
+    assert machine.digest() == "5fc29aa96c3b3ff37c011ca56d3e8fd868bbc209c8493c4477aef71e2b244e56"
 
 
 def test_policies_are_part_of_the_state():

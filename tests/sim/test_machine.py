@@ -141,10 +141,6 @@ class TestWorkbenchConformance(WorkbenchConformance):
     def make_workbench(self):
         return pmcore.open("sim", memory="64 MiB", swap="8 MiB", kernel="6.18")
 
-    def test_shared_file(self, task, size):
-        with pytest.raises(NotModelled):
-            task.memfd_create("x")
-
 
 def test_contents_survive_fork_swap_and_collapse(machine):
     task = machine.spawn()
@@ -239,9 +235,9 @@ def test_what_is_refused_changes_nothing(machine, call, number):
 def test_what_is_not_modelled_says_so(machine):
     task = machine.spawn()
     for call in (
-        lambda: task.memfd_create("x"),
+        lambda: task.memfd_create("x", flags=4),
         lambda: task.open_file("x"),
-        lambda: task.mmap(PAGE, flags=0x21),
+        lambda: task.madvise(task.mmap(PMD, flags=0x21), PMD, Madvise.COLLAPSE),
         lambda: task.madvise(task.mmap(PAGE), PAGE, Madvise.MERGEABLE),
     ):
         with pytest.raises(NotModelled, match="not modelled"):

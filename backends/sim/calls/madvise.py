@@ -10,10 +10,10 @@ import numpy as np
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import collapse, reclaim, swapping
+from pmcore.backends.sim.services import collapse, reclaim, shmem, swapping
 from pmcore.backends.sim.virtual import zap
 from pmcore.backends.sim.virtual.populate import fault_in
-from pmcore.backends.sim.virtual.pte import FIELD, GUARD, GUARD_MARKER
+from pmcore.backends.sim.virtual.pte import FIELD, GUARD, GUARD_MARKER, UFFD_WP
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.errors import AddressSpaceFault, NotModelled
 from pmcore.geometry import align_up
@@ -72,7 +72,7 @@ def madvise(core: Core, mm: AddressSpace, start: int, length: int, advice: int) 
 
         def set_flags(vma: VmArea, low: int, high: int) -> None:
             hugetlb_call.check_advice(call, vma, wipe=wipe)
-            _set_flags(mm, vma, low, high, *_FLAGS[known])
+            _set_flags(mm, call, vma, low, high, *_FLAGS[known])
 
         _walk(mm, call, start, end, set_flags)
         return
@@ -94,7 +94,9 @@ def _walk(
         refuse(Errno.ENOMEM, call, "part of the range is not mapped")
 
 
-def _set_flags(mm: AddressSpace, vma: VmArea, low: int, high: int, add: int, remove: int) -> None:
+def _set_flags(mm: AddressSpace, call: str, vma: VmArea, low: int, high: int, add: int, remove: int) -> None:
+    if add & VmFlag.WIPEONFORK and (vma.file is not None or vma.flags & VmFlag.SHARED):
+        refuse(Errno.EINVAL, call, "only private anonymous memory can be wiped")
     if vma.flags & ~remove | add == vma.flags:
         return
     mm.vmas.change(vma, low, high, vma.flags & ~remove | add)
@@ -148,6 +150,8 @@ def _dontneed_locked(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: 
 def _free(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP | VmFlag.HUGETLB):
         refuse(Errno.EINVAL, call, "the range is locked")
+    if vma.file is not None:
+        refuse(Errno.EINVAL, call, "only private anonymous memory can be freed lazily")
     reclaim.lazy_free(core, mm, vma, low, high)
 
 
@@ -170,18 +174,33 @@ def _willneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hi
         if not extent.huge:
             for field in (extent.entries[zap.swap_entries(extent.entries)] & np.uint64(FIELD)).tolist():
                 swapping.bring_in(core, field)
+    if vma.file is not None:
+        first = vma.pgoff + (low - vma.start >> core.geometry.page_shift)
+        words = vma.file.index.load(first, high - low >> core.geometry.page_shift)
+        for field in (words[zap.swap_entries(words)] & np.uint64(FIELD)).tolist():
+            swapping.bring_in(core, field)
 
 
 def _remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         hugetlb_call.remove(core, mm, call, vma, low, high)
         return
-    refuse(Errno.EINVAL, call, "no file is mapped there")
+    if vma.flags & VmFlag.LOCKED:
+        refuse(Errno.EINVAL, call, "the range is locked")
+    if vma.file is None:
+        refuse(Errno.EINVAL, call, "no file is mapped there")
+    needed = VmFlag.SHARED | (VmFlag.MAYWRITE if core.caps.remove_needs_maywrite else VmFlag.WRITE)
+    if vma.flags & needed != needed:
+        refuse(Errno.EACCES, call, "only what is shared and may be written can be removed")
+    first = vma.pgoff + (low - vma.start >> core.geometry.page_shift) << core.geometry.page_shift
+    shmem.punch_hole(core, vma.file, first, high - low)
 
 
 def _collapse(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         refuse(Errno.EINVAL, call, "hugetlb")
+    if vma.file is not None:
+        raise NotModelled("MADV_COLLAPSE of a file's pages")
     errno = collapse.collapse_range(core, mm, vma, low, high)
     if errno:
         refuse(errno, call)
@@ -189,6 +208,8 @@ def _collapse(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hi
 
 def _guardable(core: Core, call: str, vma: VmArea, *, locked: bool) -> None:
     forbidden = VmFlag.HUGETLB | _SPECIAL | (0 if locked else VmFlag.LOCKED)
+    if vma.file is not None and not core.caps.guard_files:
+        refuse(Errno.EINVAL, call, "this kernel guards private anonymous memory only")
     if vma.flags & forbidden or not vma.flags & VmFlag.MAYWRITE:
         refuse(Errno.EINVAL, call, "no guard region may be there")
 
@@ -197,7 +218,15 @@ def _guard_install(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: in
     _guardable(core, call, vma, locked=False)
     if core.caps.maybe_guard:
         vma.flags |= VmFlag.MAYBE_GUARD
-    mm.prepare_anon(vma)
+    if vma.file is not None and vma.flags & VmFlag.UFFD_WP:
+        for extent in mm.tables.extents(low, high):
+            if (extent.entries & np.uint64(UFFD_WP)).any():
+                raise NotModelled(
+                    "MADV_GUARD_INSTALL over write-protected pages of a file",
+                    remedy="the kernel never returns: emptying them leaves markers, and it tries again",
+                )
+    if vma.file is None or not core.caps.guard_files_keep_sharing:
+        mm.prepare_anon(vma)
     zap.zap(core, mm, vma, low, high, keep_guards=True)
     mm.tables.make(low, high)
     for extent in mm.tables.extents(low, high):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.services import pagecache
+from pmcore.backends.sim.services.pagecache import FileSystem, OpenFile
 from pmcore.backends.sim.virtual import hugetlb, protect, zap
 from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
 
-__all__ = ["brk", "mmap", "mprotect", "munmap", "populate"]
+__all__ = ["breaks_cow", "brk", "mmap", "mprotect", "munmap", "populate"]
 
 _PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
 _KNOWN = int(
@@ -38,16 +40,16 @@ _IGNORED = 0x0800 | 0x1000 | 0x10000  # MAP_DENYWRITE, MAP_EXECUTABLE, MAP_NONBL
 def mmap(
     core: Core, mm: AddressSpace, addr: int, length: int, prot: int, flags: int, fd: int, offset: int
 ) -> int:
-    """mmap(2) of private anonymous memory; the address."""
+    """mmap(2); the address."""
     geometry = core.geometry
     size, call = geometry.page_size, f"mmap({addr:#x}, {length:#x}, {prot:#x}, {flags:#x}, {fd}, {offset:#x})"
     if offset & size - 1:
         refuse(Errno.EINVAL, call, "the offset is not page-aligned")
-    if not flags & MapFlag.ANONYMOUS:
-        if fd not in mm.files:
-            refuse(Errno.EBADF, call)
-        raise NotModelled("mapping files", remedy="the simulator maps private anonymous memory so far")
+    if not flags & MapFlag.ANONYMOUS and fd not in mm.files:
+        refuse(Errno.EBADF, call)
     if flags & MapFlag.HUGETLB:
+        if not flags & MapFlag.ANONYMOUS:
+            refuse(Errno.EINVAL, call, "that file has no huge pages")
         return hugetlb_call.mmap(core, mm, addr, length, prot, flags, offset)
     if not length:
         refuse(Errno.EINVAL, call, "no length")
@@ -70,23 +72,41 @@ def mmap(
     if flags & MapFlag.LOCKED and not core.may_lock(mm, length):
         refuse(Errno.EAGAIN, call)
     kind = flags & 0x0F
+    inode, pgoff = None, addr >> geometry.page_shift
+    if not flags & MapFlag.ANONYMOUS:
+        file = mm.files[fd]
+        pgoff = offset >> geometry.page_shift
+        if kind == MapFlag.SHARED_VALIDATE and flags & ~(_KNOWN | _IGNORED | MapFlag.HUGETLB):
+            refuse(Errno.EOPNOTSUPP, call)
+        if kind in (MapFlag.SHARED, MapFlag.PRIVATE, MapFlag.SHARED_VALIDATE):
+            if not isinstance(file, OpenFile):
+                refuse(Errno.ENODEV, call, "that descriptor cannot be mapped")
+            if flags & MapFlag.GROWSDOWN:
+                refuse(Errno.EINVAL, call, "a file does not grow down")
+            inode = file.inode
+            kind = MapFlag.SHARED if kind == MapFlag.SHARED_VALIDATE else MapFlag(kind)
     if kind not in (MapFlag.SHARED, MapFlag.PRIVATE):
         refuse(Errno.EINVAL, call, "neither MAP_PRIVATE nor MAP_SHARED")
-    if kind == MapFlag.SHARED:
-        raise NotModelled("shared anonymous memory")
     vm_flags = prot & _PROT | VmFlag.MAY_ALL | mm.def_flags
+    if kind == MapFlag.SHARED:
+        if flags & MapFlag.GROWSDOWN:
+            refuse(Errno.EINVAL, call, "shared memory does not grow down")
+        vm_flags |= VmFlag.SHARED | VmFlag.MAYSHARE
     if flags & MapFlag.LOCKED:
         vm_flags |= VmFlag.LOCKED
     if flags & MapFlag.GROWSDOWN:
         vm_flags |= VmFlag.GROWSDOWN
     if flags & MapFlag.NORESERVE and core.policy.overcommit != "never":
         vm_flags |= VmFlag.NORESERVE
-    if vm_flags & VmFlag.WRITE and not vm_flags & VmFlag.NORESERVE:
+    if vm_flags & (VmFlag.WRITE | VmFlag.SHARED | VmFlag.NORESERVE) == VmFlag.WRITE:
         vm_flags |= VmFlag.ACCOUNT
     if core.caps.soft_dirty:
         vm_flags |= VmFlag.SOFTDIRTY
     _unmap(core, mm, addr, addr + length)
-    mm.vmas.add(VmArea(addr, addr + length, vm_flags, addr >> geometry.page_shift))
+    if kind == MapFlag.SHARED and inode is None:
+        inode, pgoff = pagecache.make(core, FileSystem.SHMEM, "/dev/zero (deleted)", length), 0
+    name = "" if inode is None else inode.name
+    mm.vmas.add(VmArea(addr, addr + length, vm_flags, pgoff, name=name, file=inode))
     mm.vmas.merge(addr, addr + length)  # the whole of it is soft-dirty then
     if flags & MapFlag.POPULATE or (vm_flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
         populate(core, mm, addr, addr + length)
@@ -123,9 +143,14 @@ def populate(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         if vma.flags & VmFlag.LOCKONFAULT:
             continue
         try:
-            fault_in(core, mm, low, high, write=vma.flags & (VmFlag.WRITE | VmFlag.SHARED) == VmFlag.WRITE)
+            fault_in(core, mm, low, high, write=breaks_cow(vma))
         except (AddressSpaceFault, core.NoMemory):
             continue
+
+
+def breaks_cow(vma: VmArea) -> bool:
+    """Whether populating a VMA writes to its pages: what is shared is only read."""
+    return vma.flags & (VmFlag.WRITE | VmFlag.SHARED) == VmFlag.WRITE
 
 
 def munmap(core: Core, mm: AddressSpace, start: int, length: int) -> None:
@@ -153,11 +178,13 @@ def _unmap(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         if vma.huge is not None:
             huge.append(vma)
             continue
-        zap.zap(core, mm, vma, vma.start, vma.end)
+        zap.zap(core, mm, vma, vma.start, vma.end, drop_markers=True)
         mm.vmas.remove(vma)
     if huge:
         hugetlb.unmap(core, mm, huge)
     mm.tables.free_range(floor, ceiling)
+    for inode in {vma.file.number: vma.file for vma in gone if vma.file is not None}.values():
+        pagecache.put(core, inode)
 
 
 unmap = _unmap
@@ -205,14 +232,19 @@ def _fix(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, prot: 
         VmFlag.ACCOUNT | VmFlag.NORESERVE | VmFlag.HUGETLB | VmFlag.SHARED
     ):
         flags |= VmFlag.ACCOUNT
-    elif core.caps.mprotect_unaccounts and not flags & VmFlag.WRITE and vma.anon_vma is None:
+    elif (
+        core.caps.mprotect_unaccounts
+        and not flags & VmFlag.WRITE
+        and vma.anon_vma is None
+        and vma.file is None
+    ):
         flags &= ~VmFlag.ACCOUNT  # nothing was ever in it
     became_writable = flags & VmFlag.WRITE and not vma.flags & VmFlag.WRITE
     part = mm.vmas.change(vma, start, end, flags)
     protect.change_protection(core, mm, part, start, end)
     mm.vmas.merge(start, end)
     # Private, locked and writable now: what will be copied is copied at once.
-    if became_writable and (flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
+    if became_writable and (flags & (VmFlag.LOCKS | VmFlag.SHARED)) == VmFlag.LOCKED:
         populate(core, mm, start, end)
 
 

@@ -101,7 +101,7 @@ def _resizable(
     core: Core, mm: AddressSpace, call: str, vma: VmArea, addr: int, old_length: int, new_length: int
 ) -> None:
     """The checks of vma_to_resize."""
-    if not old_length:
+    if not old_length and not vma.flags & VmFlag.MAYSHARE:
         refuse(Errno.EINVAL, call, "a private mapping cannot be duplicated")
     if old_length > vma.end - addr:
         refuse(Errno.EFAULT, call, "the range leaves its mapping")
@@ -200,7 +200,7 @@ def _move(
     features = getattr(vma.uffd, "features", 0)
     drop_uffd = vma.uffd is not None and not features & UffdFeature.EVENT_REMAP
     # A mapping that never held a page takes the address it moves to for its offset.
-    keeps = vma.anon_vma is not None or vma.huge is not None
+    keeps = vma.anon_vma is not None or vma.huge is not None or vma.file is not None
     pgoff = vma.pgoff + (addr - vma.start >> shift) if keeps else new_addr >> shift
     if vma.huge is not None:
         hugetlb_call.check_move(core, vma, addr, old_length)
@@ -220,7 +220,7 @@ def _move(
             vma.anon_vma, vma.chain = None, 0
             if core.caps.dontunmap_resets_offset:
                 vma.pgoff = vma.start >> shift
-    else:
+    elif old_length:
         unmap(core, mm, addr, addr + old_length)
     mm.vmas.merge(new_addr, new_addr + new_length, moved=True)
     if locked:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["api", "close", "register", "unregister", "writeprotect"]
 
 _MISSING, _WP, _MINOR = 1, 2, 4
-_WP_FEATURES = UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.WP_HUGETLBFS_SHMEM | UffdFeature.WP_UNPOPULATED
+_WP_FEATURES_FILES = UffdFeature.WP_HUGETLBFS_SHMEM
 
 
 def api(core: Core, mm: AddressSpace, features: int) -> Userfaultfd:
@@ -76,6 +76,8 @@ def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mod
         huge = bool(vma.flags & VmFlag.HUGETLB)
         if not huge and (mode & _MINOR or vma.flags & (VmFlag.IO | VmFlag.PFNMAP)):
             refuse(Errno.EINVAL, call, "a mapping in the range cannot be registered so")
+        if vma.file is not None and not _WP_FEATURES_FILES & core.caps.uffd_features:
+            refuse(Errno.EINVAL, call, "this kernel protects anonymous memory only")
         if not vma.flags & VmFlag.MAYWRITE:
             refuse(Errno.EPERM, call)
         if huge and end <= vma.end and end & hugetlb.page_size(vma) - 1:

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from pmcore.arrays import U64Array
 
-__all__ = ["ANON_EXCLUSIVE", "SHOWN", "Frames"]
+__all__ = ["ANON_EXCLUSIVE", "CACHED", "SHOWN", "Frames"]
 
 #: The page belongs to one process alone, and may be written without copying (PG_anon_exclusive). Per page; shown where
 #: OWNER_2 is, by kernels whose tail pages report their folio's flags for the head alone.
 ANON_EXCLUSIVE = 1 << 60
+#: The page is in the page cache of the inode that `owner` names, as its page `index`.
+CACHED = 1 << 61
 #: The bits that kpageflags may show.
 SHOWN = (1 << 48) - 1
 _FIRST = 1 << 12
@@ -39,8 +41,9 @@ class Frames:
         ("swap", np.int64),
         # When it went on its LRU list: smaller is nearer to the tail.
         ("lru", np.int64),
-        # Of the head of a large folio that one process maps whole: that, see folios.py; else 0.
-        ("whole", np.int64),
+        # Number of the inode whose page it is, and which page.
+        ("owner", np.int32),
+        ("index", np.int64),
         # 1 + order for the first page of a free block, else 0.
         ("free_order", np.uint8),
     )
@@ -51,7 +54,8 @@ class Frames:
     content: NDArray[np.int32]
     swap: NDArray[np.int64]
     lru: NDArray[np.int64]
-    whole: NDArray[np.int64]
+    owner: NDArray[np.int32]
+    index: NDArray[np.int64]
     free_order: NDArray[np.uint8]
     flags_at: memoryview[int]
     mapcount_at: memoryview[int]
@@ -59,7 +63,8 @@ class Frames:
     content_at: memoryview[int]
     swap_at: memoryview[int]
     lru_at: memoryview[int]
-    whole_at: memoryview[int]
+    owner_at: memoryview[int]
+    index_at: memoryview[int]
     free_order_at: memoryview[int]
 
     def __init__(self, count: int) -> None:

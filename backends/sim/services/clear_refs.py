@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.calls.refuse import refuse
-from pmcore.backends.sim.services.batches import large_runs
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import ClearRefs, Errno, PageFlag
@@ -30,8 +29,8 @@ def write(core: Core, mm: AddressSpace, what: int) -> None:
         if core.caps.soft_dirty:
             _soft_dirty(core, mm)
         return
-    if what in (ClearRefs.ALL, ClearRefs.ANON):
-        _accessed(core, mm)
+    if what in (ClearRefs.ALL, ClearRefs.ANON, ClearRefs.MAPPED):
+        _accessed(core, mm, what)
 
 
 def _soft_dirty(core: Core, mm: AddressSpace) -> None:
@@ -47,10 +46,13 @@ def _soft_dirty(core: Core, mm: AddressSpace) -> None:
             entries[~present] &= np.uint64(~SOFT_DIRTY & _ALL)
 
 
-def _accessed(core: Core, mm: AddressSpace) -> None:
+def _accessed(core: Core, mm: AddressSpace, what: int) -> None:
     frames = core.memory.frames
+    passed = {ClearRefs.ANON: True, ClearRefs.MAPPED: False}.get(ClearRefs(what))
     for vma in mm.vmas:
         if vma.flags & VmFlag.HUGETLB:
+            continue
+        if passed is not None and (vma.file is None) != passed:
             continue
         for extent in mm.tables.extents(vma.start, vma.end):
             entries = extent.entries
@@ -66,6 +68,3 @@ def _accessed(core: Core, mm: AddressSpace) -> None:
                     frames.clear_bits(head, core.geometry.pmd_pages, int(PageFlag.REFERENCED))
             else:
                 frames.flags[pfns] &= _REFERENCED
-                runs = large_runs(core, extent.start, entries)
-                for head, order in zip(runs.head.tolist(), runs.order.tolist(), strict=True):
-                    frames.clear_bits(head, 1 << order, int(PageFlag.REFERENCED))

@@ -13,13 +13,14 @@ from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
 from pmcore.geometry import align_up
-from pmcore.uapi import Errno
+from pmcore.uapi import Errno, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.services.pagecache import Inode
     from pmcore.backends.sim.virtual.space import AddressSpace
 
-__all__ = ["mincore", "msync"]
+__all__ = ["in_core", "mincore", "msync"]
 
 
 def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
@@ -34,13 +35,20 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
         refuse(Errno.ENOMEM, call, "part of the range is not mapped")
     shift = geometry.page_shift
     found: BoolArray = np.zeros(end - start >> shift, dtype=np.bool_)
+    for vma in mm.vmas.within(start, end):
+        if vma.file is not None:
+            low, high = max(vma.start, start), min(vma.end, end)
+            first = vma.pgoff + (low - vma.start >> shift)
+            found[low - start >> shift : high - start >> shift] = in_core(
+                core, vma.file, first, high - low >> shift
+            )
     for extent in mm.tables.extents(start, end):
         low, high = max(extent.start, start), min(extent.end, end)
         part = found[low - start >> shift : high - start >> shift]
         if extent.huge:
             part[:] = True
             continue
-        part[:] = (extent.entries & np.uint64(PRESENT)) != 0
+        part |= (extent.entries & np.uint64(PRESENT)) != 0
         swap = swap_entries(extent.entries)
         if swap.any():
             fields = extent.entries[swap] & np.uint64(FIELD)
@@ -49,6 +57,19 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
         for vma in hugetlb.flagged(mm, start, end):
             low, high = max(vma.start, start), min(vma.end, end)
             hugetlb.in_core(core, mm, vma, low, high, found[low - start >> shift : high - start >> shift])
+    return found
+
+
+def in_core(core: Core, inode: Inode, first: int, count: int) -> BoolArray:
+    """Which pages of a file are in memory: in its cache and up to date, or in the swap cache."""
+    words = inode.index.load(first, count)
+    found: BoolArray = (words & np.uint64(PRESENT)) != 0
+    pfns = (words[found] & np.uint64(FIELD)).view(np.int64)
+    found[found] = (core.memory.frames.flags[pfns] & np.uint64(PageFlag.UPTODATE)) != 0
+    swap = swap_entries(words)
+    if swap.any():
+        fields = words[swap] & np.uint64(FIELD)
+        found[swap] = [core.swap.cached(field) >= 0 for field in fields.tolist()]
     return found
 
 

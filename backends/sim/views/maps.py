@@ -24,9 +24,11 @@ __all__ = ["maps", "smaps"]
 
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 _PSS_SHIFT = 12
+#: Device number of the mount that shmem files lie on.
+_SHMEM_MINOR = 1
 
 
-def _vma(vma: VmArea) -> Vma:
+def _vma(vma: VmArea, page_shift: int) -> Vma:
     return Vma(
         start=vma.start,
         end=vma.end,
@@ -34,15 +36,16 @@ def _vma(vma: VmArea) -> Vma:
         writable=bool(vma.flags & VmFlag.WRITE),
         executable=bool(vma.flags & VmFlag.EXEC),
         shared=vma.shared,
-        offset=vma.pgoff * vma.huge.file.pool.size // vma.huge.file.pool.pages if vma.huge else 0,
-        inode=vma.huge.file.inode if vma.huge else 0,
+        offset=vma.pgoff << page_shift if vma.huge or vma.file else 0,
+        inode=vma.huge.file.inode if vma.huge else vma.file.number if vma.file else 0,
         name=vma.name,
+        dev_minor=_SHMEM_MINOR if vma.file is not None else 0,
     )
 
 
 def maps(mm: AddressSpace) -> tuple[Vma, ...]:
     """All VMAs."""
-    return tuple(_vma(vma) for vma in mm.vmas)
+    return tuple(_vma(vma, mm.core.geometry.page_shift) for vma in mm.vmas)
 
 
 def smaps(core: Core, mm: AddressSpace, start: int, end: int) -> tuple[SmapsEntry, ...]:
@@ -72,6 +75,8 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
         else:
             _swap(core, sums, entries, size)
         _present(core, sums, entries, size)
+    if vma.file is not None:
+        _shmem_swap(core, mm, vma, sums, size)
     locked = sums.pss if vma.flags & VmFlag.LOCKED else 0
     scale = _PSS_SHIFT
     counters = {
@@ -102,10 +107,11 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
         del counters["KSM"]
     if huge:
         counters |= huge_view.counters(core, mm, vma)
+    eligible = core.caps.thp and not huge and _thp_eligible(core, vma)
     return SmapsEntry(
-        vma=_vma(vma),
+        vma=_vma(vma, core.geometry.page_shift),
         counters=counters,
-        plain={"THPeligible": int(thp.eligible(core, vma))},
+        plain={"THPeligible": int(eligible)},
         vm_flags=tuple(
             code if core.knows_vm_flag(code) else "??" for flag, code in VM_FLAG_CODES if vma.flags & flag
         ),
@@ -115,6 +121,12 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
 def _kb(value: int) -> int:
     """What is left of a number of bytes shown in kB."""
     return value >> 10 << 10
+
+
+def _thp_eligible(core: Core, vma: VmArea) -> bool:
+    size = core.geometry.pmd_size
+    low = -(-vma.start // size) * size
+    return low + size <= vma.end and thp.order_allowed(core, vma, low)
 
 
 def _swap(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
@@ -128,6 +140,21 @@ def _swap(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
         slots = (fields[(fields & np.uint64(0x1F)) == kind] >> np.uint64(5)).astype(np.int64)
         counts = np.maximum(area.counts[slots], 1)
         sums.swap_pss += int(((size << _PSS_SHIFT) // counts).sum())
+
+
+def _shmem_swap(core: Core, mm: AddressSpace, vma: VmArea, sums: _Counters, size: int) -> None:
+    """Pages of a shmem file that lie in swap count for the mapping: where no entry of it says otherwise."""
+    assert vma.file is not None
+    pages = vma.length >> core.geometry.page_shift
+    words = vma.file.index.load(vma.pgoff, pages)
+    there = swap_entries(words)
+    if not there.any():
+        return
+    if vma.flags & VmFlag.WRITE and not vma.flags & VmFlag.SHARED:
+        for extent in mm.tables.extents(vma.start, vma.end):
+            first = extent.start - vma.start >> core.geometry.page_shift
+            there[first : first + len(extent.entries)] &= extent.entries == 0
+    sums.swap += int(there.sum()) * size
 
 
 def _present(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:

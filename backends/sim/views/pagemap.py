@@ -11,7 +11,7 @@ from pmcore.backends.sim.views import hugetlb as huge_view
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SHOWN, SOFT_DIRTY, SPECIAL
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.uapi import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PFRAME_MASK, PM_UFFD_WP
+from pmcore.uapi import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PFRAME_MASK, PM_UFFD_WP, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -58,6 +58,10 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
             low, high = max(vma.start, start), min(vma.end, end)
             words = out[(low >> shift) - start_vpn : (high >> shift) - start_vpn]
             huge_view.pagemap(core, mm, vma, low, high, words, int(shown) | PM_MMAP_EXCLUSIVE)
+    if file:
+        for vma in mm.vmas.within(start, end):
+            if vma.file is not None:
+                _mark_files(core, mm, max(vma.start, start), min(vma.end, end), start_vpn, out)
     if core.caps.soft_dirty:
         bit = np.uint64(SOFT_DIRTY)
         for vma in mm.vmas.within(start, end):
@@ -65,6 +69,17 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
                 low, high = max(vma.start, start), min(vma.end, end)
                 out[(low >> shift) - start_vpn : (high >> shift) - start_vpn] |= bit
     return count
+
+
+def _mark_files(core: Core, mm: AddressSpace, start: int, end: int, start_vpn: int, out: U64Array) -> None:
+    """Show which pages of a range are a file's: all that are present but private copies."""
+    shift, frames = core.geometry.page_shift, core.memory.frames
+    for extent in mm.tables.extents(start, end):
+        first = (extent.start >> shift) - start_vpn
+        target = out[first : first + len(extent.entries)]
+        pfns = (extent.entries & _FIELD).view(np.int64)
+        anon = frames.flags.take(pfns, mode="clip") & np.uint64(PageFlag.ANON)
+        target[((extent.entries & _PRESENT) != 0) & (anon == 0)] |= np.uint64(_FILE)
 
 
 def _as_ptes(core: Core, pmds: U64Array) -> U64Array:

@@ -11,6 +11,7 @@ import numpy as np
 from pmcore.backends.sim.services import thp, userfaultfd
 from pmcore.backends.sim.views import hugetlb as huge_view
 from pmcore.backends.sim.virtual import hugetlb
+from pmcore.backends.sim.virtual.filemap import cached_only
 from pmcore.backends.sim.virtual.pte import PRESENT, SPECIAL, SWAP, UFFD_MARKER, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.scan.tables import CodedLeaves, LeafBatch, LeafKind, ScanVma
@@ -29,6 +30,8 @@ _PRESENT, _SWAP = np.uint64(PRESENT), np.uint64(SWAP)
 _UFFD_WP = np.uint64(UFFD_WP)
 #: From here on bits say what an entry is.
 _CODE_SHIFT = np.uint64(55)
+#: Bit of a code for pages of a file's cache.
+_FILE = 9
 #: Entries in a batch: as many as stay in a processor's cache.
 _PIECE = 1 << 15
 
@@ -36,7 +39,8 @@ _PIECE = 1 << 15
 @functools.cache
 def _palette(soft_dirty: bool, guard: bool) -> LeafBatch:
     """What an entry is by its upper bits, which say all but which frame or slot it names."""
-    codes = np.arange(512, dtype=np.uint64) << _CODE_SHIFT
+    numbers = np.arange(1024, dtype=np.uint64)
+    codes = (numbers & np.uint64(511)) << _CODE_SHIFT
     present = (codes & _PRESENT) != 0
     swap = ((codes & _SWAP) != 0) & ~present
     written = (present | swap) & ((codes & _UFFD_WP) == 0)
@@ -44,12 +48,13 @@ def _palette(soft_dirty: bool, guard: bool) -> LeafBatch:
     words |= swap.astype(np.uint64) * np.uint64(PageCategory.SWAPPED)
     words |= written.astype(np.uint64) * np.uint64(PageCategory.WRITTEN)
     words[present & ((codes & np.uint64(SPECIAL)) != 0)] |= np.uint64(PageCategory.PFNZERO)
+    words[numbers >> np.uint64(_FILE) != 0] |= np.uint64(PageCategory.FILE)
     if soft_dirty:
         words[(codes & np.uint64(PM_SOFT_DIRTY)) != 0] |= np.uint64(PageCategory.SOFT_DIRTY)
     if guard:
         words[(codes & np.uint64(PM_GUARD_REGION)) != 0] |= np.uint64(PageCategory.GUARD)
     kind = np.where(codes == 0, np.uint8(LeafKind.EMPTY), np.uint8(LeafKind.PTE))
-    nowhere = np.zeros(512, dtype=np.uint64)
+    nowhere = np.zeros(1024, dtype=np.uint64)
     return LeafBatch(start=nowhere, end=nowhere, kind=kind, categories=words)
 
 
@@ -83,6 +88,8 @@ class SimTables:
             yield huge_view.leaves(self._core, self._mm, self._area(start), start, end)
             return
         position = start
+        area = self._mm.vmas.at(start)
+        file = area is not None and area.file is not None
         core, shift = self._core, self._core.geometry.page_shift
         for extent in list(self._mm.tables.extents(start, end)):
             low, high = max(extent.start, start), min(extent.end, end)
@@ -94,7 +101,7 @@ class SimTables:
                 for first in range(low, high, _PIECE << shift):
                     slot = self._mm.tables.pte_slot(first)
                     count = min(_PIECE, high - first >> shift)
-                    yield self._ptes(first, core.pool.flat[slot : slot + count])
+                    yield self._ptes(first, core.pool.flat[slot : slot + count], file=file)
             position = high
         if position < end:
             yield self._hole(position, end)
@@ -110,11 +117,14 @@ class SimTables:
             categories=np.zeros(len(edges) - 1, dtype=np.uint64),
         )
 
-    def _ptes(self, start: int, entries: U64Array) -> CodedLeaves:
+    def _ptes(self, start: int, entries: U64Array, *, file: bool) -> CodedLeaves:
+        codes = (entries >> _CODE_SHIFT).view(np.int64)
+        if file:
+            codes |= cached_only(self._core, entries).astype(np.int64) << _FILE
         return CodedLeaves(
             base=start,
             size=self._core.geometry.page_size,
-            codes=(entries >> _CODE_SHIFT).view(np.int64),
+            codes=codes,
             palette=_palette(self._core.caps.soft_dirty, self._core.caps.scan_guard),
         )
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
-from pmcore.backends.sim.services import mthp, swapping, thp, userfaultfd
-from pmcore.backends.sim.virtual import hugetlb, mapping
+from pmcore.backends.sim.services import swapping, thp, userfaultfd
+from pmcore.backends.sim.virtual import filemap, hugetlb, mapping
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
     FIELD,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["access", "bus_error", "find", "segfault", "take_page"]
+__all__ = ["access", "find", "segfault"]
 
 _SWAPCACHE = int(PageFlag.SWAPCACHE)
 
@@ -40,11 +40,6 @@ _SWAPCACHE = int(PageFlag.SWAPCACHE)
 def segfault(addr: int, cause: str) -> AddressSpaceFault:
     """SIGSEGV at the address."""
     return AddressSpaceFault("SIGSEGV", addr, cause)
-
-
-def bus_error(addr: int, cause: str) -> AddressSpaceFault:
-    """SIGBUS at the address."""
-    return AddressSpaceFault("SIGBUS", addr, cause)
 
 
 def find(mm: AddressSpace, addr: int, *, write: bool) -> VmArea:
@@ -92,6 +87,8 @@ def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
             if thp.fault(core, mm, vma, addr, slot, write=write):
                 at = core.pool.at
                 continue
+        if vma.file is not None and not pmd:
+            filemap.inside(core, mm, vma, addr, write=write)
         slot = mm.tables.make_pte_slot(addr)
         at = core.pool.at
         pte = at[slot]
@@ -105,7 +102,7 @@ def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
         elif not pte or is_marker(pte):
             _missing(core, mm, vma, addr, slot, pte, write=write)
         else:
-            swapping.swap_in(core, mm, vma, slot, pte, write=write, addr=addr)
+            swapping.swap_in(core, mm, vma, slot, pte, write=write)
 
 
 def _missing(
@@ -115,29 +112,22 @@ def _missing(
         raise segfault(addr, "a guard region")
     if pte and not vma.flags & VmFlag.UFFD_WP:
         pte = core.pool.at[slot] = 0  # a marker that nobody stands behind any more
-    if vma.flags & VmFlag.UFFD_MISSING:
+    if vma.flags & VmFlag.UFFD_MISSING and vma.file is None:
         raise userfaultfd.blocked(vma, addr)
+    if vma.file is not None:
+        filemap.fault(core, mm, vma, addr, slot, pte, write=write)
+        return
     protected = pte & UFFD_WP
     if not write:
         core.pool.at[slot] = core.zero_pfn | PRESENT | SPECIAL | YOUNG | protected
         return
     mm.prepare_anon(vma)
-    orders = mthp.orders(core, vma)
-    if orders and mthp.fault(core, mm, vma, addr, slot, orders):
-        return
-    pfn = take_page(core, vma)
+    pfn = mapping.take_page(core, vma)
     entry = pfn | PRESENT | YOUNG | protected
     if vma.flags & VmFlag.WRITE:
         entry |= DIRTY | core.soft_dirty | (0 if protected else WRITE)
     core.memory.frames.mapcount_at[pfn] = 1
     core.pool.at[slot] = entry
-
-
-def take_page(core: Core, vma: VmArea, flags: int = mapping.NEW_ANON | ANON_EXCLUSIVE) -> int:
-    """A frame of zeros for an anonymous page. Raises NoMemory."""
-    pfn = core.memory.page(flags | mapping.MLOCKED if vma.flags & VmFlag.LOCKED else flags)
-    core.memory.on_lru(pfn)
-    return pfn
 
 
 def _write_protected(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: int) -> None:
@@ -150,12 +140,16 @@ def _write_protected(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot:
         core.count("wp_async")
     pfn = pte & FIELD
     frames = core.memory.frames
+    if vma.flags & VmFlag.SHARED:
+        core.pool.at[slot] = pte | WRITE | DIRTY | YOUNG | core.soft_dirty
+        frames.flags_at[pfn] |= int(PageFlag.DIRTY)
+        return
     if pfn != core.zero_pfn and (frames.flags_at[pfn] & ANON_EXCLUSIVE or _reusable(core, mm, pfn)):
         frames.flags_at[pfn] |= ANON_EXCLUSIVE
         core.pool.at[slot] = pte | WRITE | DIRTY | YOUNG | core.soft_dirty
         return
     mm.prepare_anon(vma)
-    copy = take_page(core, vma)
+    copy = mapping.take_page(core, vma)
     frames = core.memory.frames
     if frames.content_at[pfn]:
         frames.content[copy] = core.memory.contents.copies(frames.content[pfn : pfn + 1])[0]
@@ -170,11 +164,16 @@ def _reusable(core: Core, mm: AddressSpace, pfn: int) -> bool:
     """Whether nobody else has the page, though it was once shared (wp_can_reuse_anon_folio)."""
     frames = core.memory.frames
     flags = frames.flags_at[pfn]
+    if flags & CACHED:
+        return False
     if flags & COMPOUND:
         folio = core.memory.large[pfn - frames.behind_at[pfn]]
-        if not core.caps.large_folio_reuse or folio.mapped <= 1 or thp.maybe_shared(core, folio):
-            return False
-        return not flags & _SWAPCACHE or core.swap.uncache(folio.head, folio.order)
+        return bool(
+            core.caps.large_folio_reuse
+            and not flags & _SWAPCACHE
+            and not folio.entire
+            and folio.by_mm.get(mm.number, 0) == folio.mapped
+        )
     if frames.mapcount_at[pfn] != 1:
         return False
     return not flags & _SWAPCACHE or core.swap.uncache(pfn)

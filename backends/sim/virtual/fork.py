@@ -9,7 +9,16 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.virtual import hugetlb, mapping
-from pmcore.backends.sim.virtual.pte import FIELD, GUARD, PRESENT, SWAP_EXCLUSIVE, UFFD_WP, WRITE, YOUNG
+from pmcore.backends.sim.virtual.pte import (
+    DIRTY,
+    FIELD,
+    GUARD,
+    PRESENT,
+    SWAP_EXCLUSIVE,
+    UFFD_WP,
+    WRITE,
+    YOUNG,
+)
 from pmcore.backends.sim.virtual.vma import AnonVma, VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
 from pmcore.uapi import UffdFeature
@@ -69,6 +78,8 @@ def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: Vm
         else:
             child.tables.make(start, end)
     drop = UFFD_WP if not copy.flags & VmFlag.UFFD_WP else 0
+    shared = bool(vma.flags & VmFlag.SHARED)
+    keep = _without(0 if shared else WRITE)
     for extent in parent.tables.extents(vma.start, vma.end):
         if extent.huge:
             _copy_pmds(core, child, extent.start, extent.entries, drop)
@@ -78,18 +89,20 @@ def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: Vm
         pfns = (entries[present] & _FIELD).view(np.int64)
         fields = None
         if len(pfns) == len(entries):
-            entries &= _without(WRITE)
+            entries &= keep
             new = entries & _without(YOUNG | drop)
         else:
             swap = swap_entries(entries)
             if swap.any():
                 fields = entries[swap] & _FIELD
-            entries &= _without(WRITE | SWAP_EXCLUSIVE)
+            entries &= keep & _without(SWAP_EXCLUSIVE)
             new = entries & _without(YOUNG | drop)
             if drop:
                 # A marker is nothing without what it marks.
                 marker = ~present & ~swap & (entries != 0) & ((entries & np.uint64(GUARD)) == 0)
                 new[marker] = 0
+        if shared:
+            new &= _without(DIRTY)
         if len(pfns):
             normal = pfns[pfns != core.zero_pfn]
             mapping.add_pages(core, child, normal)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Pfns
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, LargeFolio
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import PageFlag
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["NEW_ANON", "add_pages", "discard_folio", "remove_page", "remove_pages", "remove_pmd"]
+__all__ = ["NEW_ANON", "add_pages", "discard_folio", "remove_page", "remove_pages", "remove_pmd", "take_page"]
 
 #: What a fresh anonymous page shows.
 NEW_ANON = int(PageFlag.UPTODATE | PageFlag.LRU | PageFlag.ANON | PageFlag.SWAPBACKED)
@@ -50,6 +49,15 @@ def mlock(core: Core, head: int, pages: int) -> None:
         frames.set_bits(head, pages, MLOCKED)
 
 
+def take_page(core: Core, vma: VmArea, flags: int | None = None) -> int:
+    """A frame of zeros for an anonymous page. Raises NoMemory."""
+    if flags is None:
+        flags = NEW_ANON | ANON_EXCLUSIVE
+    pfn = core.memory.page(flags | MLOCKED if vma.flags & VmFlag.LOCKED else flags)
+    core.memory.on_lru(pfn)
+    return pfn
+
+
 def add_pages(core: Core, mm: AddressSpace, pfns: Pfns) -> None:
     """One PTE more for each page."""
     frames = core.memory.frames
@@ -61,7 +69,7 @@ def add_pages(core: Core, mm: AddressSpace, pfns: Pfns) -> None:
 
 
 def remove_page(core: Core, mm: AddressSpace, vma: VmArea, pfn: int) -> None:
-    """One PTE less for an anonymous page; what nobody maps any more is freed."""
+    """One PTE less for a page; an anonymous one that nobody maps any more is freed."""
     frames = core.memory.frames
     frames.mapcount_at[pfn] -= 1
     flags = frames.flags_at[pfn]
@@ -78,6 +86,8 @@ def remove_page(core: Core, mm: AddressSpace, vma: VmArea, pfn: int) -> None:
     if flags & MLOCKED and vma.flags & VmFlag.LOCKED:
         munlock(core, pfn, 1)
     if not frames.mapcount_at[pfn]:
+        if flags & CACHED:
+            return  # its inode still has it
         if flags & _SWAPCACHE:
             core.swap.drop_if_unused(pfn)
         else:
@@ -85,7 +95,7 @@ def remove_page(core: Core, mm: AddressSpace, vma: VmArea, pfn: int) -> None:
 
 
 def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
-    """One PTE less for each of many anonymous pages (each named once)."""
+    """One PTE less for each of many pages (each named once)."""
     memory, frames = core.memory, core.memory.frames
     flags = frames.flags[pfns]
     special = _COMPOUND | np.uint64(_SWAPCACHE | MLOCKED)
@@ -95,7 +105,6 @@ def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
         if len(compound):
             frames.mapcount[compound] -= 1
             heads, counts = np.unique(compound - frames.behind[compound], return_counts=True)
-            heads, counts = _free_whole(core, mm, heads, counts)
             for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
                 folio = memory.large[head]
                 folio.add(mm.number, -count)
@@ -111,20 +120,9 @@ def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
     left = frames.mapcount[pfns] - 1
     frames.mapcount[pfns] = left
     gone = left == 0
+    if vma.file is not None:
+        gone &= (frames.flags[pfns] & np.uint64(CACHED)) == 0
     memory.free_pages(pfns if gone.all() else pfns[gone])
-
-
-def _free_whole(
-    core: Core, mm: AddressSpace, heads: Pfns, counts: NDArray[np.int64]
-) -> tuple[Pfns, NDArray[np.int64]]:
-    """Free those folios of which every page was mapped here alone and none is any more; the others are left over."""
-    memory = core.memory
-    orders = memory.large.whole_of(heads, mm.number)
-    done = (orders > 0) & (counts == 1 << orders)
-    done &= (memory.frames.flags[heads] & np.uint64(_SWAPCACHE | MLOCKED)) == 0
-    for order in np.unique(orders[done]).tolist():
-        memory.free_whole(heads[done & (orders == order)], order)
-    return heads[~done], counts[~done]
 
 
 def remove_pmd(core: Core, mm: AddressSpace, vma: VmArea, folio: LargeFolio) -> None:

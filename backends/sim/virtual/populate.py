@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.arrays import U64Array
-from pmcore.backends.sim.physical.buddy import Pfns
-from pmcore.backends.sim.physical.memory import COMPOUND
-from pmcore.backends.sim.virtual import hugetlb, touch
+from pmcore.backends.sim.virtual import accessed, hugetlb, mlock_batch, touch
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.errors import AddressSpaceFault
@@ -22,12 +20,11 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
 
-__all__ = ["fault_in", "mark_accessed"]
+__all__ = ["fault_in"]
 
 _ALL = (1 << 64) - 1
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
-_REFERENCED, _ACTIVE = int(PageFlag.REFERENCED), int(PageFlag.ACTIVE)
-_UNEVICTABLE, _DIRTY = int(PageFlag.UNEVICTABLE), int(PageFlag.DIRTY)
+_DIRTY = int(PageFlag.DIRTY)
 
 
 def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) -> None:
@@ -40,6 +37,10 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
         (extent.start, extent.huge, extent.size, extent.entries.copy())
         for extent in mm.tables.extents(start, end)
     ]
+    vma = mm.vmas.at(start)
+    late = None
+    if vma is not None and vma.file is not None and vma.flags & VmFlag.LOCKED:
+        late = mlock_batch.Batch(core, mm, vma, start, end, around=not write)
     try:
         touch.touch(core, mm, start, end, write=write)
     except AddressSpaceFault as fault:
@@ -47,7 +48,10 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
         raise
     finally:
         _put_back(core, mm, before, end, write=write)
-        _mark(core, mm, start, end)
+        if late is not None:
+            late.mark(end)
+        else:
+            _mark(core, mm, start, end)
 
 
 def _put_back(
@@ -71,12 +75,7 @@ def _put_back(
             if write:
                 clean = chosen & ((old[part] & np.uint64(DIRTY)) == 0)
                 pfns = (extent.entries[clean] & _FIELD).view(np.int64)
-                frames = core.memory.frames
-                frames.flags[pfns] |= np.uint64(_DIRTY)
-                for head in np.unique(pfns - frames.behind[pfns]).tolist() if core.memory.large else ():
-                    folio = core.memory.large.get(head)
-                    if folio is not None:
-                        frames.set_bits(head, folio.pages, _DIRTY)
+                core.memory.frames.flags[pfns] |= np.uint64(_DIRTY)
             extent.entries[chosen] = extent.entries[chosen] & np.uint64(~bits & _ALL) | old[part][
                 chosen
             ] & np.uint64(bits)
@@ -88,33 +87,4 @@ def _mark(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         if not extent.huge:
             present = (extent.entries & _PRESENT) != 0
             pfns = (extent.entries[present] & _FIELD).view(np.int64)
-            mark_accessed(core, pfns[pfns != core.zero_pfn])
-
-
-def mark_accessed(core: Core, pfns: Pfns) -> None:
-    """folio_mark_accessed for each page: referenced at first, active the second time."""
-    frames = core.memory.frames
-    flags = frames.flags[pfns]
-    compound = (flags & np.uint64(COMPOUND)) != 0
-    if compound.any():
-        heads, counts = np.unique(pfns[compound] - frames.behind[pfns[compound]], return_counts=True)
-        for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
-            _mark_folio(core, head, count)
-        pfns, flags = pfns[~compound], flags[~compound]
-    referenced = (flags & np.uint64(_REFERENCED)) != 0
-    frames.flags[pfns[~referenced]] |= np.uint64(_REFERENCED)
-    again = pfns[referenced & ((flags & np.uint64(_UNEVICTABLE | _ACTIVE)) == 0)]
-    frames.flags[again] = frames.flags[again] & np.uint64(~_REFERENCED & _ALL) | np.uint64(_ACTIVE)
-    core.memory.on_lru_pages(again)
-
-
-def _mark_folio(core: Core, head: int, times: int) -> None:
-    frames, pages = core.memory.frames, core.memory.large[head].pages
-    for _ in range(min(times, 3)):
-        flags = frames.flags_at[head]
-        if not flags & _REFERENCED:
-            frames.set_bits(head, pages, _REFERENCED)
-        elif not flags & (_UNEVICTABLE | _ACTIVE):
-            frames.clear_bits(head, pages, _REFERENCED)
-            frames.set_bits(head, pages, _ACTIVE)
-            core.memory.on_lru(head, pages)
+            accessed.mark(core, pfns[pfns != core.zero_pfn])

@@ -29,10 +29,14 @@ _ALL = (1 << 64) - 1
 def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
     """Which present entries may be written at once, without a fault (can_change_pte_writable)."""
     may: BoolArray = (entries & np.uint64(DIRTY)) != 0
+    if vma.flags & VmFlag.SHARED and not vma.flags & VmFlag.UFFD_WP:
+        may[:] = True  # nobody has to be told of the first write
     if core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY:
         may &= (entries & np.uint64(SOFT_DIRTY)) != 0
     if vma.flags & VmFlag.UFFD_WP:
         may &= (entries & np.uint64(UFFD_WP)) == 0
+    if vma.flags & VmFlag.SHARED:
+        return may
     pfns = (entries & np.uint64(FIELD)).view(np.int64)
     may[may] = (core.memory.frames.flags[pfns[may]] & np.uint64(ANON_EXCLUSIVE)) != 0
     return may
@@ -50,6 +54,8 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
         entries = extent.entries
         present = (entries & _PRESENT) != 0
         if writable:
+            if vma.flags & VmFlag.SHARED:
+                entries[present] &= np.uint64(~WRITE & _ALL)
             # What is dirty and exclusive may be written from here on; the rest finds out by a fault.
             index = np.flatnonzero(present & ((entries & np.uint64(WRITE)) == 0))
             chosen = entries[index]
@@ -71,7 +77,8 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
     features = getattr(vma.uffd, "features", 0)
-    if protect and features & UffdFeature.WP_UNPOPULATED:
+    markers = bool(features & UffdFeature.WP_UNPOPULATED) or vma.file is not None
+    if protect and markers:
         mm.tables.make(start, end)
     for extent in mm.tables.extents(start, end):
         entries = extent.entries
@@ -80,7 +87,7 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
         if protect:
             entries[present] = (entries[present] | np.uint64(UFFD_WP)) & np.uint64(~WRITE & _ALL)
             entries[swap] |= np.uint64(UFFD_WP)
-            if features & UffdFeature.WP_UNPOPULATED:
+            if markers:
                 entries[entries == 0] = UFFD_MARKER
         else:
             entries[(entries & np.uint64(~SOFT_DIRTY & _ALL)) == np.uint64(UFFD_MARKER)] = 0

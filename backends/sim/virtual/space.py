@@ -34,6 +34,7 @@ class AddressSpace:
         self.alive = True
         #: Open descriptors.
         self.files: dict[int, object] = {}
+        core.spaces[number] = self
 
     def grow_stack(self, addr: int) -> VmArea | None:
         """The stack's VMA, grown down to the address; None where there is none to grow."""
@@ -56,17 +57,24 @@ class AddressSpace:
 
     def tear_down(self) -> None:
         """What exit does: nothing is mapped any more, descriptors are closed."""
+        from pmcore.backends.sim.services import pagecache
+        from pmcore.backends.sim.services.pagecache import OpenFile
         from pmcore.backends.sim.virtual import hugetlb, zap
 
+        inodes = {vma.file.number: vma.file for vma in self.vmas if vma.file is not None}
+        inodes |= {f.inode.number: f.inode for f in self.files.values() if isinstance(f, OpenFile)}
         huge = [vma for vma in self.vmas if vma.huge is not None]
         if huge:
             hugetlb.unmap(self.core, self, huge)
         for vma in list(self.vmas):
-            zap.zap(self.core, self, vma, vma.start, vma.end)
+            zap.zap(self.core, self, vma, vma.start, vma.end, drop_markers=True)
             self.vmas.remove(vma)
         self.tables.destroy()
         self.alive = False
         self.files.clear()
+        self.core.spaces.pop(self.number, None)
+        for inode in inodes.values():
+            pagecache.put(self.core, inode)
 
     def _cut(self, vma: VmArea, addr: int) -> None:
         from pmcore.backends.sim.services import thp
@@ -87,6 +95,7 @@ class AddressSpace:
         """One that has exited, for the userfaultfds that still name it."""
         space = cls.bare(core, number)
         space.alive = False
+        core.spaces.pop(number, None)
         return space
 
     @property
@@ -113,6 +122,8 @@ class AddressSpace:
         vma.anon_vma, vma.chain = AnonVma(self.core.number("anon_vma")), 1
 
     def _alike(self, left: VmArea, right: VmArea) -> bool:
+        if left.file is not right.file:
+            return False
         if left.end != right.start or (left.flags ^ right.flags) & ~(VmFlag.ACCESS | VmFlag.STICKY):
             return False
         return right.pgoff == left.pgoff + (left.length >> self.core.geometry.page_shift)

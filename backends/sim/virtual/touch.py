@@ -10,8 +10,8 @@ import numpy as np
 from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import mthp, swapping, thp
-from pmcore.backends.sim.virtual import fault, hugetlb, mapping, zap
+from pmcore.backends.sim.services import swapping, thp
+from pmcore.backends.sim.virtual import fault, filemap, hugetlb, mapping, zap
 from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 
@@ -65,6 +65,14 @@ def _in_vma(
         stop = min(end, block_end if huge else start + (core.geometry.pmd_pages * pmd_size))
         if not huge:
             stop = _before_leaf(core, mm, start, stop)
+        if vma.file is not None:
+            # No page table is made for what lies behind the end of the file.
+            size = core.geometry.page_size
+            stop = min(stop, max(filemap.end_address(core, vma), start))
+            if stop == start:
+                fault.access(core, mm, start + lead, write=write)
+                start += size  # already mapped: a private copy outlives its page
+                continue
         mm.tables.make(start, stop)
         for extent in mm.tables.extents(start, stop):
             _ptes(core, mm, vma, extent.start, len(extent.entries), lead, write=write)
@@ -88,16 +96,15 @@ def _ptes(
     entries = core.pool.flat[slot : slot + count]
     present = (entries & _PRESENT) != 0
     fresh = entries == 0
+    if vma.file is not None:
+        _file(core, mm, vma, start, entries, fresh, lead, write=write)
+        return
     easy = present | fresh if not write else (present & ((entries & _WRITE) != 0)) | fresh
     if vma.flags & VmFlag.UFFD_MISSING:
         easy &= ~fresh
-    orders = mthp.orders(core, vma) if write else 0
     if easy.all():
-        if orders and fresh.any():
-            _large(core, mm, vma, start, slot, count, orders)
-        else:
-            _tell(core, mm, start, fresh, write=write)
-            _easy(core, mm, vma, entries, fresh, write=write)
+        _tell(core, mm, start, fresh, write=write)
+        _easy(core, mm, vma, entries, fresh, write=write)
         return
     # Runs of one sort, in the order of the addresses: easy, swapped out (by area), anything else one by one.
     sort = easy.astype(np.int8)
@@ -109,9 +116,7 @@ def _ptes(
     for low, high in itertools.pairwise(bounds):
         slot = mm.tables.pte_slot(start + low * size)
         part = core.pool.flat[slot : slot + high - low]
-        if sort[low] == 1 and orders:
-            _large(core, mm, vma, start + low * size, slot, high - low, orders)
-        elif sort[low] == 1:
+        if sort[low] == 1:
             _tell(core, mm, start + low * size, fresh[low:high], write=write)
             _easy(core, mm, vma, part, fresh[low:high], write=write)
         elif sort[low] and high - low > _FEW:
@@ -126,22 +131,39 @@ def _ptes(
 
 
 def _tell(core: Core, mm: AddressSpace, start: int, chosen: BoolArray, *, write: bool) -> None:
-    """Tell whoever observes that the chosen pages, from `start` on, are about to be faulted in."""
+    """Tell whoever observes that the chosen pages, from `start` on, are faulted in."""
     if core.on_fault is not None:
         index = np.flatnonzero(chosen).astype(np.uint64)
         core.on_fault(mm, np.uint64(start) + index * np.uint64(core.geometry.page_size), write)
 
 
-def _large(core: Core, mm: AddressSpace, vma: VmArea, start: int, slot: int, count: int, orders: int) -> None:
-    """Writes to `count` pages that are empty or writable, where a fault may map more than one page."""
-    mm.prepare_anon(vma)
-    if core.on_fault is not None or core.memory.spare < count + (1 << orders.bit_length()):
-        # Whoever observes is told of each, and memory may run out at any of them.
-        for addr in range(start, start + count * core.geometry.page_size, core.geometry.page_size):
-            fault.access(core, mm, addr, write=True)
-        return
-    mthp.fault_many(core, mm, vma, start, slot, count, orders)
-    core.pool.flat[slot : slot + count] |= np.uint64(YOUNG | DIRTY)
+def _file(
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    start: int,
+    entries: U64Array,
+    fresh: BoolArray,
+    lead: int,
+    *,
+    write: bool,
+) -> None:
+    """PTEs of a mapping of a file: runs of empty entries, of ones that allow the access, and of all others."""
+    size = core.geometry.page_size
+    wanted = _PRESENT | (_WRITE if write else np.uint64(0))
+    sort = np.where(fresh, np.int8(1), ((entries & wanted) == wanted).astype(np.int8) * np.int8(2))
+    bounds = [0, *(np.flatnonzero(np.diff(sort)) + 1).tolist(), len(entries)]
+    for low, high in itertools.pairwise(bounds):
+        place = low
+        if sort[low] == 1:
+            place += filemap.touch(core, mm, vma, start + low * size, start + high * size, write=write)
+            _tell(core, mm, start + low * size, np.ones(place - low, dtype=np.bool_), write=write)
+        elif sort[low] == 2:
+            slot = mm.tables.pte_slot(start)
+            core.pool.flat[slot + low : slot + high] |= np.uint64(YOUNG | DIRTY if write else YOUNG)
+            continue
+        for index in range(place, high):
+            fault.access(core, mm, start + index * size + lead, write=write)
 
 
 def _easy(

@@ -11,6 +11,7 @@ import attrs
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.services.hugetlb import HugeMap
+    from pmcore.backends.sim.services.pagecache import Inode
 
 __all__ = ["AnonVma", "VmArea", "VmFlag", "VmaList"]
 
@@ -107,6 +108,8 @@ class VmArea:
     chain: int = 0
     uffd: object | None = None
     name: str = ""
+    #: The file that it maps, shared anonymous memory included; None for private anonymous memory.
+    file: Inode | None = None
     #: Of a hugetlb mapping: its file, and what was promised to it.
     huge: HugeMap | None = None
 
@@ -229,7 +232,7 @@ class VmaList:
         """Whether two can be one VMA: a `neighbour` of what was changed, and that, whose pages belong to `part`."""
         if left.end != right.start or (left.flags ^ right.flags) & ~VmFlag.STICKY:
             return False
-        if left.uffd is not right.uffd or left.name != right.name:
+        if left.uffd is not right.uffd or left.name != right.name or left.file is not right.file:
             return False
         if right.pgoff != left.pgoff + (left.length >> self._page_shift) or left.flags & VmFlag.UNUSUAL:
             return False

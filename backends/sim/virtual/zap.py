@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.arrays import BoolArray, U64Array
+from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.virtual import accessed
 from pmcore.backends.sim.virtual.mapping import remove_page, remove_pages
-from pmcore.backends.sim.virtual.pte import FIELD, GUARD, PRESENT, SWAP
-from pmcore.uapi import SWP_PTE_MARKER
+from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, GUARD, PRESENT, SWAP, UFFD_MARKER, UFFD_WP, YOUNG
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.uapi import SWP_PTE_MARKER, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.services.pagecache import Inode
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["swap_entries", "zap"]
+__all__ = ["swap_entries", "unmap_file", "zap"]
 
 _FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
 _STATE = _PRESENT | _SWAP
@@ -32,11 +36,21 @@ def swap_entries(entries: U64Array) -> BoolArray:
 
 
 def zap(
-    core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, keep_guards: bool = False
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    start: int,
+    end: int,
+    *,
+    keep_guards: bool = False,
+    drop_markers: bool = False,
+    copies: bool = True,
 ) -> None:
-    """Empty all entries of the range; pages that nobody maps any more are freed.
+    """Empty all entries of the range; anonymous pages that nobody maps any more are freed.
 
-    A huge page that the range covers in part is mapped by PTEs first. `keep_guards`: guard markers stay.
+    A huge page that the range covers in part is mapped by PTEs first. `keep_guards`: guard markers stay. In a mapping
+    of a file protected entries leave a uffd-wp marker behind, unless `drop_markers`; without `copies` private copies
+    stay.
     """
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
@@ -46,6 +60,9 @@ def zap(
             for entry in entries.tolist():
                 thp.zap_pmd(core, mm, vma, entry)
             entries[:] = 0
+            continue
+        if vma.file is not None:
+            _zap_file(core, mm, vma, entries, keep_guards, drop_markers, copies)
             continue
         if len(entries) == 1:
             _zap_one(core, mm, vma, entries, keep_guards)
@@ -79,3 +96,60 @@ def _zap_one(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, keep_
             remove_page(core, mm, vma, entry & FIELD)
     elif entry & 0x1F != SWP_PTE_MARKER:
         core.swap.release(np.array([entry & FIELD], dtype=np.uint64))
+
+
+def _zap_file(
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    entries: U64Array,
+    keep_guards: bool,
+    drop_markers: bool,
+    copies: bool,
+) -> None:
+    frames, old = core.memory.frames, entries.copy()
+    present, swap = (old & _PRESENT) != 0, swap_entries(old)
+    pfns = (old & _FIELD).view(np.int64)
+    cached = present.copy()
+    cached[present] = (frames.flags[pfns[present]] & np.uint64(CACHED)) != 0
+    gone = present | swap if copies else cached
+    entries[gone] = 0
+    other = (old != 0) & ~present & ~swap
+    guard = other & ((old & np.uint64(GUARD)) != 0)
+    if not keep_guards:
+        entries[guard] = 0
+    if drop_markers:
+        entries[other & ~guard] = 0
+    elif vma.flags & VmFlag.UFFD_WP:
+        entries[gone & ((old & np.uint64(UFFD_WP)) != 0)] = UFFD_MARKER
+    # What the entries knew of the pages of the file goes over to them.
+    dirty = cached & ((old & np.uint64(DIRTY)) != 0)
+    frames.flags[pfns[dirty]] |= np.uint64(PageFlag.DIRTY)
+    if not vma.flags & (VmFlag.SEQ_READ | VmFlag.RAND_READ):
+        accessed.mark(core, pfns[cached & ((old & np.uint64(YOUNG)) != 0)])
+    mapped = pfns[gone & present]
+    if len(mapped):
+        remove_pages(core, mm, vma, mapped)
+    if (gone & swap).any():
+        core.swap.release(old[gone & swap] & _FIELD)
+
+
+def unmap_file(core: Core, inode: Inode, first: int, end: int, *, even_cows: bool) -> None:
+    """Unmap the pages from `first` to `end` of a file wherever they are mapped, private copies too if `even_cows`."""
+    shift = core.geometry.page_shift
+    for mm in list(core.spaces.values()):
+        for vma in mm.vmas:
+            if vma.file is not inode:
+                continue
+            low = max(first - vma.pgoff, 0)
+            high = min(end - vma.pgoff, vma.length >> shift)
+            if low < high:
+                zap(
+                    core,
+                    mm,
+                    vma,
+                    vma.start + (low << shift),
+                    vma.start + (high << shift),
+                    keep_guards=True,
+                    copies=even_cows,
+                )

@@ -1,0 +1,200 @@
+"""System calls on descriptors of files: memfd_create, ftruncate, fallocate, pread, pwrite, lseek, fsync, close."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.calls import uffd
+from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.services import pagecache, shmem
+from pmcore.backends.sim.services.pagecache import FileSystem, Inode, OpenFile
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
+from pmcore.errors import NotModelled
+from pmcore.uapi import Errno, PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.arrays import BoolArray
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.task import SimTask
+    from pmcore.backends.sim.virtual.space import AddressSpace
+
+__all__ = [
+    "close",
+    "data_pages",
+    "fallocate",
+    "fsync",
+    "ftruncate",
+    "install",
+    "lseek",
+    "memfd_create",
+    "opened",
+    "pread",
+    "pwrite",
+]
+
+_MFD_CLOEXEC, _MFD_SEALING, _MFD_HUGETLB, _MFD_NOEXEC, _MFD_EXEC = 1, 2, 4, 8, 16
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_SEEK_SET, _SEEK_CUR, _SEEK_END, _SEEK_DATA, _SEEK_HOLE = range(5)
+#: The greatest size of a file.
+_MAX = (1 << 63) - 1
+
+
+def install(mm: AddressSpace, file: object) -> int:
+    """The lowest free descriptor, which stands for the file from here on."""
+    fd = next(number for number in range(3, 1 << 20) if number not in mm.files)
+    mm.files[fd] = file
+    return fd
+
+
+def memfd_create(core: Core, mm: AddressSpace, name: str, flags: int) -> int:
+    """memfd_create(2); the descriptor."""
+    call = f"memfd_create({name!r}, {flags:#x})"
+    known = _MFD_CLOEXEC | _MFD_SEALING | _MFD_HUGETLB | _MFD_NOEXEC | _MFD_EXEC
+    if flags & _MFD_HUGETLB:
+        known |= 0x3F << 26
+    if flags & ~known or flags & (_MFD_NOEXEC | _MFD_EXEC) == _MFD_NOEXEC | _MFD_EXEC:
+        refuse(Errno.EINVAL, call)
+    if len(name.encode()) > 249:
+        refuse(Errno.EINVAL, call, "names have up to 249 bytes")
+    if flags & _MFD_HUGETLB:
+        raise NotModelled("memfd_create(MFD_HUGETLB)")
+    return install(mm, OpenFile(pagecache.make(core, FileSystem.SHMEM, f"/memfd:{name} (deleted)", 0)))
+
+
+def opened(mm: AddressSpace, fd: int, call: str, otherwise: Errno) -> OpenFile:
+    """The open file behind a descriptor: EBADF for none, `otherwise` for a descriptor of another sort."""
+    file = mm.files.get(fd)
+    if file is None:
+        refuse(Errno.EBADF, call)
+    if not isinstance(file, OpenFile):
+        refuse(otherwise, call, "that descriptor is no file's")
+    return file
+
+
+def ftruncate(core: Core, mm: AddressSpace, fd: int, length: int) -> None:
+    """ftruncate(2)."""
+    call = f"ftruncate({fd}, {length})"
+    if length < 0 or length > _MAX:
+        refuse(Errno.EINVAL, call)
+    inode = opened(mm, fd, call, Errno.EINVAL).inode
+    shmem.truncate(core, inode, length)
+
+
+def fallocate(core: Core, mm: AddressSpace, fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2): set pages aside, or punch a hole (mode 3)."""
+    call = f"fallocate({fd}, {mode:#x}, {offset}, {length})"
+    if fd not in mm.files:
+        refuse(Errno.EBADF, call)
+    if offset < 0 or length <= 0 or offset > _MAX or length > _MAX:
+        refuse(Errno.EINVAL, call)
+    if mode & ~0x7F or (mode & _PUNCH_HOLE and not mode & _KEEP_SIZE):
+        refuse(Errno.EOPNOTSUPP, call)
+    if mode & _PUNCH_HOLE and mode & ~(_PUNCH_HOLE | _KEEP_SIZE):
+        refuse(Errno.EOPNOTSUPP, call)
+    inode = opened(mm, fd, call, Errno.ENODEV).inode
+    if offset + length > _MAX:
+        refuse(Errno.EFBIG, call)
+    if mode & ~(_PUNCH_HOLE | _KEEP_SIZE):
+        refuse(Errno.EOPNOTSUPP, call)
+    if mode & _PUNCH_HOLE:
+        shmem.punch_hole(core, inode, offset, length)
+        return
+    if core.memory.managed < -(-length // core.geometry.page_size):
+        refuse(Errno.ENOSPC, call, "more than all of memory")
+    shmem.fallocate(core, inode, offset, length, keep_size=bool(mode & _KEEP_SIZE))
+
+
+def pread(core: Core, mm: AddressSpace, fd: int, length: int, offset: int) -> bytes:
+    """pread(2)."""
+    call = f"pread({fd}, {length}, {offset})"
+    if offset < 0 or length < 0 or offset > _MAX:
+        refuse(Errno.EINVAL, call)
+    file = mm.files.get(fd)
+    if file is not None and not isinstance(file, OpenFile):
+        raise NotModelled("reading a userfaultfd")
+    return shmem.pread(core, opened(mm, fd, call, Errno.EINVAL).inode, length, offset)
+
+
+def pwrite(core: Core, mm: AddressSpace, fd: int, data: bytes, offset: int) -> int:
+    """pwrite(2); the number of bytes written."""
+    call = f"pwrite({fd}, {len(data)} bytes, {offset})"
+    if offset < 0 or offset > _MAX:
+        refuse(Errno.EINVAL, call)
+    inode = opened(mm, fd, call, Errno.EINVAL).inode
+    if data and offset + len(data) > _MAX:
+        refuse(Errno.EFBIG, call)
+    shmem.pwrite(core, inode, data, offset)
+    return len(data)
+
+
+def data_pages(core: Core, inode: Inode, first: int, count: int) -> BoolArray:
+    """Which pages of a file hold data, in memory or in swap; those that fallocate only set aside do not."""
+    words = inode.index.load(first, count)
+    found: BoolArray = words != 0
+    present = (words & np.uint64(PRESENT)) != 0
+    pfns = (words[present] & np.uint64(FIELD)).view(np.int64)
+    found[present] = (core.memory.frames.flags[pfns] & np.uint64(PageFlag.UPTODATE)) != 0
+    return found
+
+
+def lseek(core: Core, mm: AddressSpace, fd: int, offset: int, whence: int) -> int:
+    """lseek(2) to data or a hole; the place it finds."""
+    call = f"lseek({fd}, {offset}, {whence})"
+    file = mm.files.get(fd)
+    if file is None:
+        refuse(Errno.EBADF, call)
+    if not isinstance(file, OpenFile):
+        refuse(Errno.ESPIPE, call)
+    inode = file.inode
+    if whence in (_SEEK_SET, _SEEK_END):
+        place = offset + (inode.size if whence == _SEEK_END else 0)
+        if not 0 <= place <= _MAX:
+            refuse(Errno.EINVAL, call)
+        return place
+    if whence == _SEEK_CUR:
+        raise NotModelled("the position of a descriptor", remedy="name places by SEEK_SET")
+    if whence not in (_SEEK_DATA, _SEEK_HOLE):
+        refuse(Errno.EINVAL, call)
+    if offset < 0 or offset >= inode.size:
+        refuse(Errno.EINVAL if offset < 0 else Errno.ENXIO, call, "behind the end of the file")
+    size = core.geometry.page_size
+    first, end = offset // size, -(-inode.size // size)
+    pages, _ = inode.index.used(first, end)
+    if len(pages):
+        pages = pages[data_pages_at(core, inode, pages)]
+    if whence == _SEEK_DATA:
+        if not len(pages):
+            refuse(Errno.ENXIO, call, "no data from there on")
+        return max(offset, int(pages[0]) * size)
+    expected = np.arange(first, first + len(pages))
+    gaps = np.flatnonzero(pages != expected)
+    hole = first + (int(gaps[0]) if len(gaps) else len(pages))
+    return min(max(offset, hole * size), inode.size)
+
+
+def data_pages_at(core: Core, inode: Inode, pages: np.ndarray[tuple[int], np.dtype[np.int64]]) -> BoolArray:
+    """`data_pages` for pages that need not be neighbours (ascending)."""
+    low = int(pages[0])
+    if int(pages[-1]) - low < 4 * len(pages) + 4096:
+        return data_pages(core, inode, low, int(pages[-1]) - low + 1)[pages - low]
+    return np.array([bool(data_pages(core, inode, page, 1)[0]) for page in pages.tolist()], dtype=np.bool_)
+
+
+def fsync(core: Core, mm: AddressSpace, fd: int) -> None:
+    """fsync(2): shmem has nowhere to write to."""
+    opened(mm, fd, f"fsync({fd})", Errno.EINVAL)
+
+
+def close(core: Core, mm: AddressSpace, fd: int, tasks: Iterable[SimTask]) -> None:
+    """close(2)."""
+    file = mm.files.get(fd)
+    if file is None:
+        refuse(Errno.EBADF, f"close({fd})")
+    if isinstance(file, OpenFile):
+        del mm.files[fd]
+        pagecache.put(core, file.inode)
+        return
+    uffd.close(core, mm, fd, tasks)

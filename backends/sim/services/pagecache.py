@@ -1,0 +1,193 @@
+"""Inodes and their page cache: which frame, or which swap slot, holds each page of a file.
+
+An inode's *index* is the kernel's i_pages as arrays: one word a page, in the form of a PTE: PRESENT and a frame, SWAP
+and a slot (shmem only), or 0 for a hole. A page in the cache owns its contents; the frame table names inode and page in
+turn.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+
+from pmcore.arrays import U64Array
+from pmcore.backends.sim.physical.buddy import Pfns
+from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP
+from pmcore.uapi import PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+
+__all__ = [
+    "NEW_SHMEM",
+    "FileSystem",
+    "Index",
+    "Inode",
+    "OpenFile",
+    "add_at",
+    "make",
+    "put",
+    "remove",
+    "uncache",
+]
+
+#: Pages of one piece of an index.
+_SHIFT = 12
+_PIECE = 1 << _SHIFT
+_FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
+#: What a page of shmem shows when a fault has made it.
+NEW_SHMEM = int(PageFlag.UPTODATE | PageFlag.LRU | PageFlag.SWAPBACKED) | CACHED
+
+
+class FileSystem(enum.StrEnum):
+    """What an inode lies on."""
+
+    SHMEM = "shmem"
+
+
+class Index:
+    """Words by page offset, in pieces that are there as far as something was stored in them."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, U64Array] = {}
+
+    def get(self, page: int) -> int:
+        """The word of one page."""
+        piece = self.pieces.get(page >> _SHIFT)
+        return 0 if piece is None else piece.item(page & _PIECE - 1)
+
+    def set(self, page: int, word: int) -> None:
+        """Store the word of one page."""
+        self._piece(page >> _SHIFT)[page & _PIECE - 1] = word
+
+    def _piece(self, number: int) -> U64Array:
+        piece = self.pieces.get(number)
+        if piece is None:
+            piece = self.pieces[number] = np.zeros(_PIECE, dtype=np.uint64)
+        return piece
+
+    def load(self, first: int, count: int) -> U64Array:
+        """A copy of the words of `count` pages."""
+        words = np.zeros(count, dtype=np.uint64)
+        for number, part, place in self._parts(first, count):
+            piece = self.pieces.get(number)
+            if piece is not None:
+                words[place] = piece[part]
+        return words
+
+    def store(self, first: int, words: U64Array) -> None:
+        """Store the words of neighbouring pages."""
+        for number, part, place in self._parts(first, len(words)):
+            self._piece(number)[part] = words[place]
+
+    def put(self, pages: Pfns, words: U64Array) -> None:
+        """Store the words of pages, ascending, that need not be neighbours."""
+        if len(pages) and int(pages[-1]) - int(pages[0]) == len(pages) - 1:
+            self.store(int(pages[0]), words)
+            return
+        numbers = pages >> _SHIFT
+        for number in np.unique(numbers).tolist():
+            low, high = np.searchsorted(numbers, (number, number + 1)).tolist()
+            self._piece(number)[pages[low:high] & (_PIECE - 1)] = words[low:high]
+
+    @staticmethod
+    def _parts(first: int, count: int) -> Iterator[tuple[int, slice, slice]]:
+        position = first
+        while position < first + count:
+            number, low = position >> _SHIFT, position & _PIECE - 1
+            size = min(_PIECE - low, first + count - position)
+            yield number, slice(low, low + size), slice(position - first, position - first + size)
+            position += size
+
+    def used(self, first: int = 0, end: int = 1 << 62) -> tuple[Pfns, U64Array]:
+        """Offsets, ascending, and words of the pages from `first` to `end` that are no holes."""
+        pages, words = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
+        for number in sorted(self.pieces):
+            base = number << _SHIFT
+            if base >= end or base + _PIECE <= first:
+                continue
+            low, high = max(first - base, 0), min(end - base, _PIECE)
+            there = np.flatnonzero(self.pieces[number][low:high]) + low
+            pages.append(there + base)
+            words.append(self.pieces[number][there])
+        return np.concatenate(pages), np.concatenate(words)
+
+    def clear(self, first: int, end: int) -> None:
+        """Make holes of all pages from `first` to `end`."""
+        for number in list(self.pieces):
+            base = number << _SHIFT
+            if base < end and first < base + _PIECE:
+                self.pieces[number][max(first - base, 0) : max(end - base, 0)] = 0
+                if not self.pieces[number].any():
+                    del self.pieces[number]
+
+
+@attrs.define(slots=True, eq=False)
+class Inode:
+    """A file: its size in bytes and its pages."""
+
+    number: int
+    kind: FileSystem
+    #: As maps shows it.
+    name: str
+    size: int = 0
+    index: Index = attrs.field(factory=Index)
+
+
+@attrs.define(slots=True, eq=False)
+class OpenFile:
+    """What a descriptor stands for; shared by the tasks that inherited it."""
+
+    inode: Inode
+
+
+def make(core: Core, kind: FileSystem, name: str, size: int) -> Inode:
+    """A new file, which is gone once nothing refers to it (`put`)."""
+    inode = Inode(core.number("inode"), kind, name, size)
+    core.inodes[inode.number] = inode
+    return inode
+
+
+def put(core: Core, inode: Inode) -> None:
+    """Somebody refers to the file no more: without any mapping or descriptor left it is gone, with its pages."""
+    for mm in core.spaces.values():
+        if any(vma.file is inode for vma in mm.vmas):
+            return
+        if any(isinstance(file, OpenFile) and file.inode is inode for file in mm.files.values()):
+            return
+    remove(core, inode, 0, 1 << 62)
+    core.inodes.pop(inode.number, None)
+
+
+def add_at(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> None:
+    """Put frames into the cache as these pages (ascending), which are holes. Their flags hold CACHED already."""
+    frames = core.memory.frames
+    frames.owner[pfns] = inode.number
+    frames.index[pfns] = pages
+    inode.index.put(pages, pfns.view(np.uint64) | _PRESENT)
+
+
+def uncache(core: Core, pfns: Pfns) -> None:
+    """Take frames out of their inode's cache; the words of the index are the caller's."""
+    frames = core.memory.frames
+    frames.owner[pfns] = 0
+    frames.index[pfns] = 0
+    frames.flags[pfns] &= np.uint64(~CACHED & (1 << 64) - 1)
+
+
+def remove(core: Core, inode: Inode, first: int, end: int) -> None:
+    """Make holes of the pages from `first` to `end`, none of which is mapped: frames and swap slots are freed."""
+    _, words = inode.index.used(first, end)
+    inode.index.clear(first, end)
+    pfns = (words[(words & _PRESENT) != 0] & _FIELD).view(np.int64)
+    if len(pfns):
+        uncache(core, pfns)
+        core.memory.free_pages(pfns)
+    fields = words[(words & (_PRESENT | _SWAP)) == _SWAP] & _FIELD
+    if len(fields):
+        core.swap.release(fields)

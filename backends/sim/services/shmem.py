@@ -1,0 +1,176 @@
+"""shmem: memfd, tmpfs and shared anonymous memory. Its pages have no other home than memory and swap."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.services import pagecache, swapping
+from pmcore.backends.sim.services.pagecache import Inode
+from pmcore.backends.sim.virtual import accessed, zap
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP
+from pmcore.uapi import PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.physical.buddy import Pfns
+
+__all__ = ["fallocate", "fill_holes", "get_page", "pread", "punch_hole", "pwrite", "truncate"]
+
+_DIRTY, _UPTODATE = int(PageFlag.DIRTY), int(PageFlag.UPTODATE)
+_REFERENCED = int(PageFlag.REFERENCED)
+_FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+
+
+def get_page(core: Core, inode: Inode, page: int, flags: int = pagecache.NEW_SHMEM) -> int:
+    """The frame of a page of the file: there, swapped in, or made of zeros with `flags`. Raises NoMemory."""
+    word = inode.index.get(page)
+    if word & PRESENT:
+        pfn = word & FIELD
+        core.memory.frames.flags_at[pfn] |= _UPTODATE  # set aside by fallocate: zeros from here on
+        return pfn
+    if word:
+        return _swap_in(core, inode, page, word & FIELD)
+    pfn = core.memory.page(flags)
+    core.memory.on_lru(pfn)
+    _insert(core, inode, page, pfn)
+    return pfn
+
+
+def _insert(core: Core, inode: Inode, page: int, pfn: int) -> None:
+    frames = core.memory.frames
+    frames.owner_at[pfn] = inode.number
+    frames.index_at[pfn] = page
+    inode.index.set(page, pfn | PRESENT)
+
+
+def _swap_in(core: Core, inode: Inode, page: int, field: int) -> int:
+    """Bring a page back: it is dirty, and its slot is free (shmem_swapin_folio)."""
+    pfn = swapping.bring_in(core, field)
+    core.swap.area(field).counts[field >> 5] -= 1
+    core.swap.uncache(pfn)
+    core.memory.frames.flags_at[pfn] |= CACHED | _DIRTY
+    _insert(core, inode, page, pfn)
+    return pfn
+
+
+def fill_holes(core: Core, inode: Inode, pages: Pfns) -> Pfns:
+    """Frames of zeros for pages of the file that are holes; fewer than asked for when memory runs out."""
+    pfns = core.memory.pages(len(pages), pagecache.NEW_SHMEM)
+    core.memory.on_lru_pages(pfns)
+    pagecache.add_at(core, inode, pages[: len(pfns)], pfns)
+    return pfns
+
+
+# -- system calls ----------------------------------------------------------------------------------------
+
+
+def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
+    """Write bytes through the cache; the file grows as far as they reach. Raises NoMemory with part of it done."""
+    size, frames, contents = core.geometry.page_size, core.memory.frames, core.memory.contents
+    position, end = offset, offset + len(data)
+    while position < end:
+        stop = min(end, (position & -size) + size)
+        page = position // size
+        there = inode.index.get(page)
+        pfn = get_page(core, inode, page, pagecache.NEW_SHMEM | _REFERENCED)
+        if there:
+            accessed.mark(core, np.array([pfn], dtype=np.int64))
+        row = frames.content_at[pfn]
+        part = data[position - offset : stop - offset]
+        frames.content_at[pfn] = contents.write(row, position & size - 1, part)
+        frames.flags_at[pfn] |= _DIRTY
+        inode.size = max(inode.size, stop)
+        position = stop
+
+
+def pread(core: Core, inode: Inode, length: int, offset: int) -> bytes:
+    """Bytes of the file; holes read as zeros and stay holes."""
+    size, frames = core.geometry.page_size, core.memory.frames
+    end = min(offset + length, inode.size)
+    pieces, position = [], offset
+    while position < end:
+        stop = min(end, (position & -size) + size)
+        if inode.index.get(position // size):
+            pfn = get_page(core, inode, position // size)
+            if not position & size - 1:
+                accessed.mark(core, np.array([pfn], dtype=np.int64))
+            row = frames.content_at[pfn]
+            pieces.append(core.memory.contents.read(row, position & size - 1, stop - position))
+        else:
+            pieces.append(bytes(stop - position))
+        position = stop
+    return b"".join(pieces)
+
+
+def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: bool) -> None:
+    """Have pages for the range. Raises NoMemory with those that were made taken away again."""
+    size = core.geometry.page_size
+    made: list[int] = []
+    for page in range(offset // size, -(-(offset + length) // size)):
+        word = inode.index.get(page)
+        if word & PRESENT:
+            continue
+        if word:
+            get_page(core, inode, page)
+            continue
+        try:
+            get_page(core, inode, page, pagecache.NEW_SHMEM & ~_UPTODATE | _DIRTY)
+        except core.NoMemory:
+            for done in made:
+                pagecache.remove(core, inode, done, done + 1)
+            raise
+        made.append(page)
+    if not keep_size:
+        inode.size = max(inode.size, offset + length)
+
+
+def truncate(core: Core, inode: Inode, length: int) -> None:
+    """Change the size; what lay behind the new end is gone, and unmapped everywhere, private copies included."""
+    size = core.geometry.page_size
+    if length < inode.size:
+        inode.size = length
+        first = -(-length // size)
+        zap.unmap_file(core, inode, first, 1 << 51, even_cows=True)
+        pagecache.remove(core, inode, first, 1 << 51)
+        if length % size:
+            _zero(core, inode, length // size, length % size, size)
+    inode.size = length
+
+
+def punch_hole(core: Core, inode: Inode, offset: int, length: int) -> None:
+    """Make a hole: whole pages are unmapped and freed, parts of pages zeroed; private copies stay."""
+    size = core.geometry.page_size
+    end = offset + length
+    first, last = -(-offset // size), end // size
+    if first < last:
+        zap.unmap_file(core, inode, first, last, even_cows=False)
+        pagecache.remove(core, inode, first, last)
+    if first > last:
+        _zero(core, inode, last, offset % size, end % size)
+        return
+    if offset % size:
+        _zero(core, inode, offset // size, offset % size, size)
+    if end % size:
+        _zero(core, inode, last, 0, end % size)
+
+
+def _zero(core: Core, inode: Inode, page: int, low: int, high: int) -> None:
+    """Zero part of a page, if there is one."""
+    word = inode.index.get(page)
+    if not word:
+        return
+    # What fallocate has set aside stays that; what lies in swap is brought back.
+    pfn = word & FIELD if word & PRESENT else get_page(core, inode, page)
+    frames = core.memory.frames
+    if frames.content_at[pfn]:
+        frames.content_at[pfn] = core.memory.contents.write(frames.content_at[pfn], low, bytes(high - low))
+    frames.flags_at[pfn] |= _DIRTY
+
+
+def swapped_pages(inode: Inode, first: int, end: int) -> int:
+    """How many pages of the range lie in swap."""
+    _, words = inode.index.used(first, end)
+    return int(((words & np.uint64(PRESENT | SWAP)) == np.uint64(SWAP)).sum())

@@ -1,0 +1,49 @@
+"""folio_mark_accessed: what an access that the kernel itself notes does to a page's place on the LRU lists."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.physical.buddy import Pfns
+from pmcore.backends.sim.physical.memory import COMPOUND
+from pmcore.uapi import PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+
+__all__ = ["mark"]
+
+_ALL = (1 << 64) - 1
+_REFERENCED, _ACTIVE = int(PageFlag.REFERENCED), int(PageFlag.ACTIVE)
+_UNEVICTABLE = int(PageFlag.UNEVICTABLE)
+
+
+def mark(core: Core, pfns: Pfns) -> None:
+    """folio_mark_accessed for each page: referenced at first, active the second time."""
+    frames = core.memory.frames
+    flags = frames.flags[pfns]
+    compound = (flags & np.uint64(COMPOUND)) != 0
+    if compound.any():
+        heads, counts = np.unique(pfns[compound] - frames.behind[pfns[compound]], return_counts=True)
+        for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
+            _folio(core, head, count)
+        pfns, flags = pfns[~compound], flags[~compound]
+    referenced = (flags & np.uint64(_REFERENCED)) != 0
+    frames.flags[pfns[~referenced]] |= np.uint64(_REFERENCED)
+    again = pfns[referenced & ((flags & np.uint64(_UNEVICTABLE | _ACTIVE)) == 0)]
+    frames.flags[again] = frames.flags[again] & np.uint64(~_REFERENCED & _ALL) | np.uint64(_ACTIVE)
+    core.memory.on_lru_pages(again)
+
+
+def _folio(core: Core, head: int, times: int) -> None:
+    frames, pages = core.memory.frames, core.memory.large[head].pages
+    for _ in range(min(times, 3)):
+        flags = frames.flags_at[head]
+        if not flags & _REFERENCED:
+            frames.set_bits(head, pages, _REFERENCED)
+        elif not flags & (_UNEVICTABLE | _ACTIVE):
+            frames.clear_bits(head, pages, _REFERENCED)
+            frames.set_bits(head, pages, _ACTIVE)
+            core.memory.on_lru(head, pages)

@@ -1,0 +1,225 @@
+"""Faults in mappings of files: fault-around, pages of the cache, private copies.
+
+`fault` is the law, one address at a time; `touch` does the same to whole ranges.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.arrays import BoolArray
+from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.physical.memory import NoMemory
+from pmcore.backends.sim.services import shmem, userfaultfd
+from pmcore.backends.sim.virtual import mapping
+from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, UFFD_WP, WRITE, YOUNG
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.errors import AddressSpaceFault
+from pmcore.uapi import PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.arrays import U64Array
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.physical.buddy import Pfns
+    from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
+
+__all__ = ["cached_only", "end_address", "fault", "inside", "touch", "window"]
+
+_FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+_UPTODATE = np.uint64(PageFlag.UPTODATE)
+#: fault_around_bytes.
+_AROUND = 1 << 16
+#: Where nothing is mapped around a fault: who watches accesses is told of each.
+_NO_AROUND = VmFlag.UFFD_WP | VmFlag.UFFD_MISSING | VmFlag.UFFD_MINOR
+
+
+def _page(core: Core, vma: VmArea, addr: int) -> int:
+    """Which page of its file the address maps."""
+    return vma.pgoff + (addr - vma.start >> core.geometry.page_shift)
+
+
+def _end(core: Core, vma: VmArea) -> int:
+    """Pages of the file: accesses from there on are SIGBUS."""
+    assert vma.file is not None
+    return vma.file.size + core.geometry.page_size - 1 >> core.geometry.page_shift
+
+
+def _may_write(core: Core, vma: VmArea) -> bool:
+    """Whether a page that is mapped without having been written may be written without a fault."""
+    if not vma.flags & VmFlag.WRITE or not vma.flags & VmFlag.SHARED:
+        return False
+    return not vma.flags & VmFlag.UFFD_WP and (not core.soft_dirty or bool(vma.flags & VmFlag.SOFTDIRTY))
+
+
+def fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: int, *, write: bool) -> None:
+    """An access to an address whose entry is empty, or a uffd-wp marker."""
+    inode = vma.file
+    assert inode is not None
+    if not write and not vma.flags & _NO_AROUND:
+        map_around(core, mm, vma, addr)
+        if core.pool.at[slot] & PRESENT:
+            return
+    page = _page(core, vma, addr)
+    if page >= _end(core, vma):
+        raise _behind(addr)
+    if vma.flags & VmFlag.UFFD_MISSING and not inode.index.get(page):
+        raise userfaultfd.blocked(vma, addr)
+    protected = pte & UFFD_WP
+    shared = vma.flags & VmFlag.SHARED
+    if write and not shared:
+        mm.prepare_anon(vma)
+    pfn = shmem.get_page(core, inode, page)
+    frames = core.memory.frames
+    if write and not shared:
+        copy = mapping.take_page(core, vma)
+        if frames.content_at[pfn]:
+            frames.content[copy] = core.memory.contents.copies(frames.content[pfn : pfn + 1])[0]
+        frames.mapcount_at[copy] = 1
+        entry = copy | PRESENT | YOUNG | DIRTY | core.soft_dirty | protected
+        core.pool.at[slot] = entry if protected else entry | WRITE
+        core.count("copy_on_write")
+        return
+    frames.mapcount_at[pfn] += 1
+    if vma.flags & VmFlag.LOCKED:
+        mapping.mlock(core, pfn, 1)
+    entry = pfn | PRESENT | YOUNG | protected
+    if write:
+        entry |= DIRTY | core.soft_dirty | (0 if protected else WRITE)
+        frames.flags_at[pfn] |= int(PageFlag.DIRTY)
+    elif not protected and _may_write(core, vma):
+        entry |= WRITE
+    core.pool.at[slot] = entry
+
+
+def _behind(addr: int) -> AddressSpaceFault:
+    return AddressSpaceFault("SIGBUS", addr, "the file ends before that page")
+
+
+def inside(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool) -> None:
+    """Refuse an access behind the end of the file before a page table is made for it. Raises AddressSpaceFault."""
+    if _page(core, vma, addr) >= _end(core, vma):
+        if not write and not vma.flags & _NO_AROUND:
+            map_around(core, mm, vma, addr)
+        raise _behind(addr)
+
+
+def end_address(core: Core, vma: VmArea) -> int:
+    """Where the pages of the file end in the VMA, or would."""
+    return vma.start + (_end(core, vma) - vma.pgoff << core.geometry.page_shift)
+
+
+def window(core: Core, vma: VmArea, addr: int) -> tuple[int, int]:
+    """What a read fault at the address maps around it: sixteen pages from an aligned place or the VMA's start on."""
+    around = max(_AROUND, core.geometry.page_size)
+    table = addr & -core.geometry.pmd_size
+    low = max(addr & -around, vma.start, table)
+    return low, min(low + around, vma.end, table + core.geometry.pmd_size)
+
+
+def map_around(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> None:
+    """Map the pages of the cache around the address whose entries are empty (do_fault_around)."""
+    _map_cached(core, mm, vma, *window(core, vma, addr))
+
+
+def _map_cached(core: Core, mm: AddressSpace, vma: VmArea, low: int, high: int) -> None:
+    """Map what is in the cache and up to date of one range below one PMD, where entries are empty."""
+    assert vma.file is not None
+    first = _page(core, vma, low)
+    count = min(high - low >> core.geometry.page_shift, _end(core, vma) - first)
+    if count <= 0:
+        return
+    words = vma.file.index.load(first, count)
+    if not words.any():
+        return
+    slot = mm.tables.pte_slot(low)
+    pfns = (words & _FIELD).view(np.int64)
+    ready = (words & _PRESENT) != 0
+    if slot >= 0:
+        ready &= core.pool.flat[slot : slot + count] == 0
+    ready[ready] = (core.memory.frames.flags[pfns[ready]] & _UPTODATE) != 0
+    if ready.any():
+        slot = mm.tables.make_pte_slot(low)
+        core.pool.flat[slot : slot + count][ready] = _map(core, vma, pfns[ready])
+
+
+def _map(core: Core, vma: VmArea, pfns: Pfns) -> U64Array:
+    """Count one mapping more of each page of the cache; the entries for them, not written."""
+    core.memory.frames.mapcount[pfns] += 1
+    if vma.flags & VmFlag.LOCKED:
+        for pfn in pfns.tolist():
+            mapping.mlock(core, pfn, 1)
+    bits = PRESENT | YOUNG | (WRITE if _may_write(core, vma) else 0)
+    entries: U64Array = pfns.view(np.uint64) | np.uint64(bits)
+    return entries
+
+
+def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, write: bool) -> int:
+    """Access neighbouring pages whose entries are all empty, as one after the other; how many pages were done.
+
+    Fewer than all where the file ends, a page lies in swap or comes from fallocate, or a private copy is to be made.
+    """
+    inode = vma.file
+    assert inode is not None
+    if (write and not vma.flags & VmFlag.SHARED) or vma.flags & (VmFlag.UFFD_MISSING | VmFlag.UFFD_MINOR):
+        return 0
+    shift = core.geometry.page_shift
+    first = _page(core, vma, start)
+    count = min(end - start >> shift, _end(core, vma) - first)
+    if count <= 0:
+        return 0
+    slot = mm.tables.pte_slot(start)
+    if core.pool.flat[slot : slot + count].any():
+        return 0  # an access before this one has mapped some of them
+    words = inode.index.load(first, count)
+    frames = core.memory.frames
+    present = (words & _PRESENT) != 0
+    odd = ~present & (words != 0)
+    pfns = (words & _FIELD).view(np.int64)
+    odd[present] = (frames.flags[pfns[present]] & _UPTODATE) == 0
+    stop = np.flatnonzero(odd)
+    if len(stop):
+        count = int(stop[0])
+        present, pfns = present[:count], pfns[:count]
+        if not count:
+            return 0
+    short = False
+    if not present.all():
+        holes = np.flatnonzero(~present)
+        made = shmem.fill_holes(core, inode, holes + first)
+        pfns[holes[: len(made)]] = made
+        if len(made) < len(holes):
+            count, short = int(holes[len(made)]), True
+            pfns = pfns[:count]
+    slot = mm.tables.pte_slot(start)
+    entries = core.pool.flat[slot : slot + count]
+    entries[:] = _map(core, vma, pfns)
+    if write:
+        entries |= np.uint64(DIRTY | WRITE | core.soft_dirty)
+        core.memory.frames.flags[pfns] |= np.uint64(PageFlag.DIRTY)
+    elif not vma.flags & VmFlag.UFFD_WP:
+        _map_outside(core, mm, vma, start, present[:count])
+    if short:
+        raise NoMemory
+    return count
+
+
+def _map_outside(core: Core, mm: AddressSpace, vma: VmArea, start: int, cached: BoolArray) -> None:
+    """What read faults in neighbouring pages from `start` on, `cached` or not, mapped around them outside the range."""
+    shift = core.geometry.page_shift
+    map_around(core, mm, vma, start)
+    first_end = window(core, vma, start)[1]
+    last = start + (len(cached) - 1 << shift)
+    low = max(last & -max(_AROUND, 1 << shift), start)
+    if last >= first_end or not cached[low - start >> shift :].all():
+        map_around(core, mm, vma, last)
+
+
+def cached_only(core: Core, entries: U64Array) -> BoolArray:
+    """Which entries map a page of a file's cache (the others: nothing, swap, private copies)."""
+    found: BoolArray = (entries & _PRESENT) != 0
+    pfns = (entries[found] & _FIELD).view(np.int64)
+    found[found] = (core.memory.frames.flags[pfns] & np.uint64(CACHED)) != 0
+    return found
