@@ -70,6 +70,7 @@ class Capabilities:
     smaps_ksm: bool
     populate_stops_at_hole: bool
     pmd_split_munlocks: bool
+    pt_reclaim: bool
     uffd_wp_many: bool
     merge_with_empty: bool
     pmd_split_keeps_dirty: bool
@@ -146,6 +147,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         dontunmap_resets_offset=has("mm.dontunmap_resets_offset"),
         smaps_ksm=has("smaps.ksm"),
         pmd_split_munlocks=has("quirk.pmd_split_munlocks"),
+        pt_reclaim=has("mm.pt_reclaim"),
         uffd_wp_many=has("uffd.wp_many_mappings"),
         merge_with_empty=has("mm.merge_with_empty"),
         pmd_split_keeps_dirty=has("mm.pmd_split_keeps_dirty"),

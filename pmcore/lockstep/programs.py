@@ -126,9 +126,11 @@ def _task(draw: st.DrawFn, state: _State) -> str:
 
 
 def _range(draw: st.DrawFn, state: _State) -> tuple[str, int, int]:
-    """An area, and a range in it that likes edges."""
+    """An area, and a range in it: all of it, or one that likes edges."""
     area = _pick_area(draw, state)
     pages = state.areas[area]
+    if draw(st.integers(0, 3)) == 3:
+        return area, 0, pages
     edges = sorted(
         {e for e in (0, 1, pages // 2, pages - 1, _HUGE - 1, _HUGE, _HUGE + 1, 2 * _HUGE) if 0 <= e < pages}
     )

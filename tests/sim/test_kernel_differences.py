@@ -216,3 +216,15 @@ def test_a_marker_that_moves_out_of_its_registration_is_gone(held):
     task.mremap(BASE, PAGE, PAGE, flags=3, new_addr=BASE + 8 * HUGE)
     word = int(task.process.pagemap(BASE + 8 * HUGE, BASE + 8 * HUGE + PAGE).values[0])
     assert word & ~PM_SOFT_DIRTY == 0
+
+
+@pytest.mark.rule("KX-013")
+@pytest.mark.parametrize(("kernel", "huge"), [("6.1", False), ("6.12", False), ("6.18", True)])
+def test_an_empty_page_table_after_dontneed(held, kernel, huge):
+    task = task_on(held, kernel)
+    task.write(BASE, b"x")
+    task.madvise(BASE, HUGE, Madvise.HUGEPAGE)
+    task.madvise(BASE, HUGE, Madvise.DONTNEED)
+    task.write(BASE + 5 * PAGE, b"x")
+    assert bool(frame_flags(task, 5) & PageFlag.THP) is huge
+    task.process.kernel.check()

@@ -136,6 +136,8 @@ def _dontneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hi
     if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP):
         refuse(Errno.EINVAL, call, "the range is locked")
     zap.zap(core, mm, vma, low, high, keep_guards=True)
+    if core.caps.pt_reclaim:
+        mm.tables.free_empty(low, high)
 
 
 def _dontneed_locked(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
@@ -145,6 +147,8 @@ def _dontneed_locked(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: 
     if vma.flags & VmFlag.PFNMAP:
         refuse(Errno.EINVAL, call)
     zap.zap(core, mm, vma, low, high, keep_guards=True)
+    if core.caps.pt_reclaim:
+        mm.tables.free_empty(low, high)
 
 
 def _free(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
@@ -228,6 +232,8 @@ def _guard_install(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: in
     if vma.file is None or not core.caps.guard_files_keep_sharing:
         mm.prepare_anon(vma)
     zap.zap(core, mm, vma, low, high, keep_guards=True)
+    if core.caps.pt_reclaim:
+        mm.tables.free_empty(low, high)
     mm.tables.make(low, high)
     for extent in mm.tables.extents(low, high):
         extent.entries[:] = GUARD_MARKER

@@ -291,6 +291,17 @@ class PageTables:
         """Free the tables that lie wholly in the range (their entries have been emptied)."""
         self._free_below(self.root, self._top, 0, floor, ceiling)
 
+    def free_empty(self, start: int, end: int) -> None:
+        """Free the lowest tables that lie wholly in the range and hold nothing."""
+        span = self.pool.entries << self.page_shift
+        for low in range(-(-start // span) * span, end - span + 1, span):
+            slot = self.pmd_slot(low)
+            entry = self.pool.at[slot] if slot >= 0 else 0
+            if entry & TABLE and not self.pool.rows[entry & FIELD].any():
+                self.pool.at[slot] = 0
+                self.tables[0] -= 1
+                self.pool.give_back([entry & FIELD])
+
     def _free_below(self, row: int, level: int, base: int, floor: int, ceiling: int) -> None:
         shift = self.page_shift + self._order * level
         first = max(floor - base, 0) >> shift
