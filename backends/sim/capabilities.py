@@ -70,6 +70,7 @@ class Capabilities:
     smaps_ksm: bool
     populate_stops_at_hole: bool
     pmd_split_munlocks: bool
+    mremap_realigns: bool
     pt_reclaim: bool
     uffd_wp_many: bool
     merge_with_empty: bool
@@ -147,6 +148,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         dontunmap_resets_offset=has("mm.dontunmap_resets_offset"),
         smaps_ksm=has("smaps.ksm"),
         pmd_split_munlocks=has("quirk.pmd_split_munlocks"),
+        mremap_realigns=has("mm.mremap_realigns"),
         pt_reclaim=has("mm.pt_reclaim"),
         uffd_wp_many=has("uffd.wp_many_mappings"),
         merge_with_empty=has("mm.merge_with_empty"),

@@ -228,3 +228,19 @@ def test_an_empty_page_table_after_dontneed(held, kernel, huge):
     task.write(BASE + 5 * PAGE, b"x")
     assert bool(frame_flags(task, 5) & PageFlag.THP) is huge
     task.process.kernel.check()
+
+
+@pytest.mark.rule("KX-014")
+def test_a_page_table_moved_whole_stays_clean(held):
+    """Half of it moved one by one does not."""
+    task = task_on(held, "6.12")
+    task.touch(BASE, 2 * HUGE)
+    task.process.clear_refs(4)
+    task.mremap(BASE, HUGE, HUGE, flags=3, new_addr=BASE + 8 * HUGE)
+    task.mremap(BASE + HUGE, HUGE // 2, HUGE // 2, flags=3, new_addr=BASE + 16 * HUGE)
+    words = [
+        {bool(int(word) & PM_SOFT_DIRTY) for word in task.process.pagemap(low, low + HUGE // 2).values}
+        for low in (BASE + 8 * HUGE, BASE + 16 * HUGE)
+    ]
+    assert words == [{False}, {True}]
+    task.process.kernel.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,10 +35,11 @@ def move_entries(
     aligned = (start - new_start) % pmd_size == 0
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, start + length)
-    plan = []
+    plan: list[tuple[int, int]] = []
+    whole = aligned and not drop_uffd
     for extent in list(mm.tables.extents(start, start + length)):
         if not extent.huge:
-            plan.append((extent.start, extent.end))
+            plan += _pieces(core, extent.start, extent.end, whole=whole)
             continue
         for addr in range(extent.start, extent.end, pmd_size):
             if aligned:
@@ -48,10 +50,18 @@ def move_entries(
             else:
                 thp.split_pmd(core, mm, vma, addr)
                 plan.append((addr, addr + pmd_size))
+    tables = set()
     for low, high in plan:
         slot = mm.tables.pmd_slot(low)
-        if not core.pool.at[slot] & LEAF:
-            mm.tables.make(new_start + low - start, new_start + high - start)
+        if core.pool.at[slot] & LEAF:
+            continue
+        place = new_start + low - start
+        target = mm.tables.make_pmd_slot(place)
+        covers = whole and low + pmd_size - low % pmd_size == high and not core.pool.at[target]
+        if covers and (low % pmd_size == 0 or _realigned(core, mm, vma, low, place)):
+            tables.add(low)
+            continue
+        mm.tables.make(place, place + high - low)
     soft_dirty = core.soft_dirty
     for low, high in plan:
         slot = mm.tables.pmd_slot(low)
@@ -59,6 +69,10 @@ def move_entries(
         if entry & LEAF:
             target = mm.tables.make_pmd_slot(new_start + low - start)
             core.pool.at[target] = (entry | soft_dirty) & ~(UFFD_WP if drop_uffd else 0)
+            core.pool.at[slot] = 0
+            continue
+        if low in tables:  # the page table itself is moved, and nobody looks into it
+            core.pool.at[mm.tables.make_pmd_slot(new_start + low - start)] = entry
             core.pool.at[slot] = 0
             continue
         words = np.concatenate([extent.entries for extent in mm.tables.extents(low, high)])
@@ -73,3 +87,23 @@ def move_entries(
             position += len(mine.entries)
         for extent in mm.tables.extents(low, high):
             extent.entries[:] = 0
+
+
+def _pieces(core: Core, low: int, high: int, *, whole: bool) -> list[tuple[int, int]]:
+    """What is moved at a time: whole page tables one by one where they can be, the rest together."""
+    if not whole:
+        return [(low, high)]
+    size = core.geometry.pmd_size
+    cuts = [low, *range(low + size - low % size, high, size), high]
+    return list(itertools.pairwise(cuts))
+
+
+def _realigned(core: Core, mm: AddressSpace, vma: VmArea, start: int, new_start: int) -> bool:
+    """Whether a move that begins inside a block takes the table of the block: nothing else is mapped by it."""
+    size = core.geometry.pmd_size
+    return (
+        core.caps.mremap_realigns
+        and vma.start == start
+        and not mm.vmas.within(start & -size, start)
+        and not mm.vmas.within(new_start & -size, new_start)
+    )
