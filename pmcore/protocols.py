@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import errno
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
@@ -18,7 +18,7 @@ import attrs
 import numpy as np
 
 from pmcore.arrays import BoolArray, U64Array
-from pmcore.errors import ArgumentError, syscall_error
+from pmcore.errors import ArgumentError, BackendUnavailable, syscall_error
 from pmcore.pageflags import PageFlagsArray
 from pmcore.pagemap import PagemapEntries
 
@@ -394,6 +394,18 @@ class Workbench(Protocol):
         Where nothing is put off there is nothing to do.
         """
         ...
+
+    def set_thp(self, settings: Mapping[str, str]) -> None:
+        """To provide where that can be set: which sizes of huge pages anonymous memory gets from here on.
+
+        By size ("64kB": "always", "inherit", "madvise", "never") and, for those that inherit, "enabled" ("always",
+        "madvise", "never"); what is not named is as the workbench was opened. Raises BackendUnavailable where that
+        cannot be set.
+        """
+        if settings:
+            raise BackendUnavailable(
+                "this workbench sets no sizes of huge pages", remedy="leave them out of the program"
+            )
 
     def close(self) -> None:
         """To provide: end all tasks and remove what they left. Closing twice is allowed."""

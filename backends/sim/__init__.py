@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pmcore.backends.sim.policy import Policy
 from pmcore.profile import REFERENCE_VERSION
 
 if TYPE_CHECKING:
-    from pmcore.backends.sim.machine import Policy, SimMachine, SwapSettings
+    from pmcore.backends.sim.machine import SimMachine, SwapSettings
     from pmcore.geometry import Geometry
     from pmcore.profile import KernelProfile
 
-__all__ = ["open_machine"]
+__all__ = ["Policy", "open_machine"]
 
 
 def open_machine(
@@ -25,7 +26,7 @@ def open_machine(
     swap_kind: str = "compressed",
     kernel: str | KernelProfile = REFERENCE_VERSION,
     config: Iterable[str] = (),
-    policy: Policy | None = None,
+    policy: Policy | Mapping[str, Any] | None = None,
     nodes: int = 1,
     holes: Sequence[tuple[int | str, int | str]] = (),
     privileged: bool = True,
@@ -38,6 +39,9 @@ def open_machine(
     what an area given by its size is: "compressed" (memory), "device" (writes complete at once), "disk". `kernel` is a
     version or a profile, `config` changes its configuration. `holes` are ranges of physical addresses with no memory.
     `hugepages` are hugetlb pages set aside, by size: {"2 MiB": 20}, or with surplus pages allowed (20, 4).
+    `policy` is what its administrator has set, as a `Policy` or by the names of its fields: which sizes of huge pages
+    anonymous memory gets, for example `policy={"pmd": "madvise", "thp_sizes": {"64kB": "always", "16kB": "madvise"}}`
+    (the kernel's .../transparent_hugepage/enabled and .../hugepages-64kB/enabled, .../hugepages-16kB/enabled).
     Without `privileged` frame numbers are hidden, and the kpage* files cannot be opened.
     Raises ArgumentError for settings that no machine has, UnknownCapability for a kernel that is not in spec/.
     """

@@ -50,6 +50,9 @@ class Capabilities:
     pagemap_uffd_wp: bool
     pagemap_file: bool
     thp: bool
+    mthp: bool
+    folio_mm_ids: bool
+    lazyfree_batch: bool
     thp_aligned_mmap: bool
     large_folio_reuse: bool
     huge_zero_write_gives_huge: bool
@@ -129,6 +132,9 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         pagemap_uffd_wp=has("pagemap.uffd_wp"),
         pagemap_file=has("pagemap.file"),
         thp=has("mm.thp"),
+        mthp=has("mm.mthp"),
+        folio_mm_ids=has("mm.folio_mm_ids"),
+        lazyfree_batch=has("mm.lazyfree_batch"),
         thp_aligned_mmap=has("mm.thp_aligned_mmap"),
         large_folio_reuse=has("mm.large_folio_reuse"),
         huge_zero_write_gives_huge=has("mm.huge_zero_write_gives_huge"),

@@ -243,6 +243,20 @@ def _compound(core: Core, maps: _Mappings) -> Iterator[Finding]:
             or folio.entire != maps.entire[head]
         ):
             yield Finding("a large folio counts its mappings by address space", f"{head:#x}")
+        if any(count > counted[mm] for mm, count in folio.known.items()) or len(folio.known) > 2:
+            yield Finding(
+                "a large folio knows at most two address spaces, with no more than they map", f"{head:#x}"
+            )
+        if folio.mapped > 1 and (
+            (not folio.shared and len(counted) > 1)
+            or (folio.shared and folio.known == dict(counted) and len(counted) == 1)
+        ):
+            yield Finding(
+                "a large folio is shared where several map it, or one more than is known", f"{head:#x}"
+            )
+    words = np.flatnonzero(frames.whole)
+    if len(words) != core.memory.large.words or (frames.behind[words] != 0).any():
+        yield Finding("large folios that are words have them at their heads, and are counted", _some(words))
 
 
 def _free(core: Core) -> Iterator[Finding]:

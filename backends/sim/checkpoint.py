@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Zone
-from pmcore.backends.sim.physical.memory import LargeFolio
+from pmcore.backends.sim.physical.folios import LargeFolio
 from pmcore.backends.sim.services.hugetlb import HugeFile, HugeMap, Hugetlb, Promise
 from pmcore.backends.sim.services.pagecache import FileSystem, Inode, OpenFile
 from pmcore.backends.sim.services.swap import SwapArea
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["State", "capture", "load", "rebuild", "save"]
 
 _VERSION = 1
-_FRAMES = ("flags", "mapcount", "behind", "content", "swap", "lru", "owner", "index", "free_order")
+_FRAMES = ("flags", "mapcount", "behind", "content", "swap", "lru", "whole", "owner", "index", "free_order")
 _AREA = ("counts", "cached", "content", "shadow")
 _SCALARS = ("zero_pfn", "huge_zero_pfn", "mmap_min", "mmap_base", "stack_limit")
 
@@ -54,7 +54,7 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
     """The state now; later changes do not touch it."""
     memory, pool = core.memory, core.pool
     frames, contents = memory.frames, memory.contents
-    rows = frames.rows
+    large, rows = memory.large.capture(), frames.rows
     arrays: dict[str, NDArray[Any]] = {
         f"frames.{name}": getattr(frames, name)[:rows].copy() for name in _FRAMES
     }
@@ -92,10 +92,7 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         "frames": [frames.count, rows],
         "zones": [_zone(zone) for zone in memory.zones],
         "kernel_folios": sorted(memory.kernel_folios.items()),
-        "large": [
-            [f.head, f.order, f.entire, f.mapped, sorted(f.by_mm.items())]
-            for _, f in sorted(memory.large.items())
-        ],
+        "large": [_folio(folio) for folio in large],
         "contents_free": list(contents.free_rows),
         "pool_free": list(pool.free_rows),
         "swap": [None if area is None else _area(area) for area in core.swap.areas],
@@ -160,7 +157,8 @@ def _rebuild_hugetlb(core: Core, words: dict[str, Any] | None) -> list[list[Any]
 
 
 def _folio(folio: LargeFolio) -> list[Any]:
-    return [folio.head, folio.order, folio.entire, folio.mapped, sorted(folio.by_mm.items())]
+    maps = [sorted(folio.by_mm.items()), sorted(folio.known.items()), folio.shared]
+    return [folio.head, folio.order, folio.entire, folio.mapped, *maps]
 
 
 def _zone(zone: Zone) -> list[Any]:
@@ -219,10 +217,12 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     for name, value in words["memory"].items():
         setattr(memory, name, value)
     memory.kernel_folios = dict(map(tuple, words["kernel_folios"]))
-    memory.large = {
-        head: LargeFolio(head, order, entire, mapped, dict(map(tuple, by_mm)))
-        for head, order, entire, mapped, by_mm in words["large"]
-    }
+    memory.large.restore(
+        [
+            LargeFolio(head, order, entire, mapped, dict(map(tuple, by_mm)), dict(map(tuple, known)), shared)
+            for head, order, entire, mapped, by_mm, known, shared in words["large"]
+        ]
+    )
     memory.contents.restore(arrays["contents"], words["contents_free"])
     core.pool.restore(arrays["pool.rows"], arrays["pool.pfns"], words["pool_free"])
     for name, value in words["scalars"].items():

@@ -332,16 +332,24 @@ class _ObservedZone(Zone):
 
         return int(watch.zone(lambda: Zone.take_run(self, pages), note))
 
+    def take_blocks(self, order: int, count: int) -> Pfns:
+        """As `Zone.take_blocks`."""
+        watch: _Observer = self.observer
+        found: Pfns = watch.zone(
+            lambda: Zone.take_blocks(self, order, count), lambda pfns: watch.allocated(pfns, order)
+        )
+        return found
+
     def give(self, pfn: int, order: int) -> None:
         """As `Zone.give`."""
         watch = self.observer
         given = np.array([pfn], dtype=np.int64)
         watch.zone(lambda: Zone.give(self, pfn, order), lambda _: watch.freed(given, order))
 
-    def give_pages(self, pfns: Pfns) -> None:
+    def give_pages(self, pfns: Pfns, order: int = 0) -> None:
         """As `Zone.give_pages`."""
         watch = self.observer
-        watch.zone(lambda: Zone.give_pages(self, pfns), lambda _: watch.freed(pfns.copy(), 0))
+        watch.zone(lambda: Zone.give_pages(self, pfns, order), lambda _: watch.freed(pfns.copy(), order))
 
 
 _CLASSES: dict[type, type] = {}

@@ -22,6 +22,7 @@ from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.frames import Frames
 from pmcore.backends.sim.physical.memory import Memory, NoMemory
+from pmcore.backends.sim.policy import Policy, as_policy, check_sizes, thp_orders
 from pmcore.backends.sim.process import SimProcess
 from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.pagecache import Inode
@@ -42,22 +43,6 @@ __all__ = ["Core", "Policy", "SimMachine", "SwapSettings", "load_machine", "make
 #: Below 4 GiB lies ZONE_DMA32.
 _DMA32_END = 4 << 30
 _BLOCK = 1 << MAX_ORDER
-
-
-@attrs.define(slots=True, kw_only=True)
-class Policy:
-    """What a machine's administrator sets."""
-
-    #: /sys/kernel/mm/transparent_hugepage/enabled: "always", "madvise", "never".
-    pmd: str = attrs.field(default="madvise", validator=attrs.validators.in_(("always", "madvise", "never")))
-    #: .../use_zero_page
-    use_zero_page: bool = True
-    #: /proc/sys/vm/overcommit_memory, as far as it matters: "never" makes MAP_NORESERVE void.
-    overcommit: str = attrs.field(
-        default="guess", validator=attrs.validators.in_(("guess", "always", "never"))
-    )
-    #: RLIMIT_MEMLOCK in bytes; None for a process with CAP_IPC_LOCK.
-    memlock: int | None = None
 
 
 class Core:
@@ -96,6 +81,11 @@ class Core:
         self.counters: Counter[str] = Counter()
         #: Told of page faults (address space, address or addresses, write) before they are handled; None: nobody looks.
         self.on_fault: Callable[[AddressSpace, int | U64Array, bool], object] | None = None
+
+    def thp_orders(self) -> tuple[int, int]:
+        """Bits of the orders of huge pages that policy gives to any mapping, and to one under MADV_HUGEPAGE."""
+        policy, geometry = self.policy, self.geometry
+        return thp_orders(policy.pmd, policy.thp_sizes, geometry.page_shift, geometry.pmd_order)
 
     def count(self, event: str, times: int = 1) -> None:
         """Count something that happened."""
@@ -177,6 +167,8 @@ class SimMachine(Kernel, Workbench):
             "privileged": privileged,
         }
         self._closed = False
+        #: What was set of huge pages before `set_thp` was first called.
+        self._opened_thp: tuple[str, tuple[tuple[str, str], ...]] | None = None
 
     # -- the workbench ---------------------------------------------------------------------------------
 
@@ -205,6 +197,22 @@ class SimMachine(Kernel, Workbench):
 
     def settle(self) -> None:
         """Nothing is put off here."""
+
+    def set_thp(self, settings: Mapping[str, str]) -> None:
+        """Sizes of huge pages from here on, as `Policy` names them; "enabled" is its `pmd`. Raises ArgumentError."""
+        policy = self.core.policy
+        if self._opened_thp is None:
+            if not settings:
+                return
+            self._opened_thp = (policy.pmd, policy.thp_sizes)
+        pmd, sizes = self._opened_thp
+        wanted: dict[str | int, str] = {
+            **dict(sizes),
+            **{size: how for size, how in settings.items() if size != "enabled"},
+        }
+        changed = attrs.evolve(policy, pmd=settings.get("enabled", pmd), thp_sizes=wanted)
+        check_sizes(changed, self.core.geometry, mthp=self.core.caps.mthp)
+        policy.pmd, policy.thp_sizes = changed.pmd, changed.thp_sizes
 
     def close(self) -> None:
         """End all tasks."""
@@ -385,7 +393,7 @@ def make_machine(
     swap_kind: str = "compressed",
     kernel: str | KernelProfile,
     config: Iterable[str] = (),
-    policy: Policy | None = None,
+    policy: Policy | Mapping[str, Any] | None = None,
     nodes: int = 1,
     holes: Sequence[tuple[int | str, int | str]] = (),
     privileged: bool = True,
@@ -402,11 +410,13 @@ def make_machine(
         areas = [SwapSettings(length=length, **_SWAP_KINDS[swap_kind])] if length else []
     if not isinstance(nodes, int) or nodes < 1:
         raise ArgumentError(f"nodes={nodes!r}", remedy="at least one")
+    settings = as_policy(policy)
+    check_sizes(settings, profile.geometry, mthp=profile.has("mm.mthp"))
     return SimMachine(
         memory=parse_size(memory),
         swap=tuple(areas),
         profile=profile,
-        policy=policy or Policy(),
+        policy=settings,
         nodes=nodes,
         holes=[(parse_size(low), parse_size(high)) for low, high in holes],
         privileged=privileged,

@@ -67,6 +67,12 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
 @click.option(
     "--right", default="procfs", show_default=True, metavar="WORKBENCH", help="What it is held against."
 )
+@click.option(
+    "--thp",
+    multiple=True,
+    metavar="SIZE=SETTING|random",
+    help="Huge pages of that size on both sides (64kB=always, enabled=madvise), or others for each program.",
+)
 @click.option("--memory", default="256 MiB", show_default=True, help="Memory of a simulated machine.")
 @click.option("--swap", default="256 MiB", show_default=True, help="Swap on both sides; 0 for none.")
 @click.option(
@@ -107,10 +113,11 @@ def command(**options: Any) -> int:
     """
     try:
         with contextlib.ExitStack() as held:
+            settings, at_random = _thp(options["thp"])
             left, right = _sides(options, held)
             if options["replay"]:
-                return _replay(options, left, right)
-            return _session(options, left, right)
+                return _replay(options, left, right, settings)
+            return _session(options, left, right, settings, at_random=at_random)
     except BackendUnavailable as error:
         click.echo(f"pmcore: {error}", err=True)
         return EXIT_CANNOT
@@ -166,7 +173,27 @@ def _open(name: str, swap: str, hugepages: dict[int | str, tuple[int, int]]) -> 
         yield bench
 
 
-def _session(options: dict[str, Any], left: Callable[[], Workbench], right: Callable[[], Workbench]) -> int:
+def _thp(words: tuple[str, ...]) -> tuple[dict[str, str], bool]:
+    """What is set of huge pages, and whether the rest is to be random. Raises ArgumentError."""
+    settings: dict[str, str] = {}
+    for word in words:
+        size, given, how = word.partition("=")
+        if given:
+            settings[size] = how
+        elif word != "random":
+            raise ArgumentError(f"--thp {word}", remedy="such as 64kB=always, or random")
+    Program(name="", steps=(), thp=settings)  # refuses what is no setting
+    return settings, "random" in words
+
+
+def _session(
+    options: dict[str, Any],
+    left: Callable[[], Workbench],
+    right: Callable[[], Workbench],
+    thp: dict[str, str],
+    *,
+    at_random: bool,
+) -> int:
     try:
         from pmcore.lockstep.session import session
     except ImportError:
@@ -182,6 +209,8 @@ def _session(options: dict[str, Any], left: Callable[[], Workbench], right: Call
             seed=options["seed"],
             profile=right().kernel.profile,
             hugetlb=options["hugetlb"],
+            thp=thp,
+            random_thp=at_random,
             progress=lambda report: progress(report.programs, options["programs"]),
         )
     found = report.difference
@@ -207,11 +236,17 @@ def _session(options: dict[str, Any], left: Callable[[], Workbench], right: Call
     return EXIT_DIFFERS
 
 
-def _replay(options: dict[str, Any], left: Callable[[], Workbench], right: Callable[[], Workbench]) -> int:
+def _replay(
+    options: dict[str, Any],
+    left: Callable[[], Workbench],
+    right: Callable[[], Workbench],
+    thp: dict[str, str],
+) -> int:
     try:
         program = load_program(Path(options["replay"]))
     except OSError as error:
         raise ArgumentError(f"{options['replay']}: {error.strerror}") from None
+    program = attrs.evolve(program, thp={**dict(program.thp), **thp})
     result = lockstep(program, left(), right())
     if options["form"] == "json":
         say(json.dumps({"steps": result.steps, "scans": result.scans, **_as_dict(result)}, indent=1))
@@ -249,6 +284,8 @@ def _rules(result: Result) -> tuple[str, ...]:
 
 def _show(result: Result, model: Workbench) -> None:
     say("The smallest program that differs:")
+    if result.program.thp:
+        say(f"      huge pages: {' '.join(f'{size}={how}' for size, how in result.program.thp)}")
     assert result.differs_at is not None
     for number, step in enumerate(result.program.steps[: result.differs_at + 1]):
         say(f"  {number:3d} {step_words(step)}")

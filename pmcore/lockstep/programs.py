@@ -16,7 +16,7 @@ from pmcore.program import Program
 from pmcore.program import steps as s
 from pmcore.uapi import Madvise, MapFlag, MremapFlag, UffdFeature
 
-__all__ = ["KEPT", "programs"]
+__all__ = ["KEPT", "programs", "thp_settings"]
 
 _HUGE = 512
 _FLAGS = int(MapFlag.PRIVATE | MapFlag.ANONYMOUS)
@@ -78,6 +78,8 @@ class _State:
     #: Areas of hugetlb, and the flags that they were mapped with.
     huge: dict[str, int] = attrs.field(factory=dict)
     made: int = 0
+    #: Pages of the smaller huge pages that may be met: ranges like their edges.
+    folios: tuple[int, ...] = ()
 
     def name(self, kind: str) -> str:
         self.made += 1
@@ -85,14 +87,41 @@ class _State:
 
 
 @st.composite
+def thp_settings(draw: st.DrawFn) -> dict[str, str]:
+    """What an administrator may set of huge pages (`Program.thp`): one to three sizes below 2 MiB, perhaps more.
+
+    Small pages of 4 KiB are assumed. The size that a PMD maps is never switched off: that would end khugepaged.
+    """
+    sizes = st.sampled_from([f"{16 << n}kB" for n in (0, 0, 1, 2, 2, 3, 4, 5, 6)])
+    hows = st.sampled_from(("always",) * 4 + ("madvise", "madvise", "inherit", "never"))
+    found = draw(st.dictionaries(sizes, hows, min_size=1, max_size=3))
+    for what, choices in (
+        ("2048kB", ("always", "madvise", "inherit")),
+        ("enabled", ("always", "madvise")),
+    ):
+        if draw(st.integers(0, 3)) == 0:
+            found[what] = draw(st.sampled_from(choices))
+    return found
+
+
+@st.composite
 def programs(
-    draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps: int = 40, hugetlb: bool | None = None
+    draw: st.DrawFn,
+    profile: KernelProfile | None = None,
+    *,
+    max_steps: int = 40,
+    hugetlb: bool | None = None,
+    thp: st.SearchStrategy[dict[str, str]] | None = None,
 ) -> Program:
     """A program of up to `max_steps` steps for the kernel of `profile`: with soft-dirty that is cleared often.
 
     `hugetlb`: with mappings of it, without, or now and then.
+    `thp` draws what it says of huge pages (`thp_settings()`, or `just` one); without, it says nothing of them.
     """
     state = _State()
+    settings = draw(thp) if thp is not None else {}
+    named = (int(size.removesuffix("kB")) // 4 for size in settings if size != "enabled")
+    state.folios = tuple(sorted(pages for pages in named if 0 < pages < _HUGE))
     soft_dirty = profile is not None and profile.has("clear_refs.soft_dirty")
     kinds = (*_KINDS, *(_clear_soft_dirty,) * 6) if soft_dirty else _KINDS
     first = _map(draw, state)
@@ -111,7 +140,7 @@ def programs(
             steps.append(step)
         if isinstance(step, s.Map) and step.pages >= _HUGE and draw(st.integers(0, 2)):
             steps.append(s.Advise(area=step.area, pages=step.pages, advice=int(Madvise.HUGEPAGE)))
-    return Program(name="random", steps=tuple(steps))
+    return Program(name="random", steps=tuple(steps), thp=settings)
 
 
 _Maker = Callable[[st.DrawFn, _State], s.Step | None]
@@ -134,9 +163,12 @@ def _range(draw: st.DrawFn, state: _State) -> tuple[str, int, int]:
     edges = sorted(
         {e for e in (0, 1, pages // 2, pages - 1, _HUGE - 1, _HUGE, _HUGE + 1, 2 * _HUGE) if 0 <= e < pages}
     )
+    near = (n + k for n in state.folios for k in (-1, 0, 1, n, pages // n // 2 * n))
+    edges = sorted({*edges, *(e for e in near if 0 <= e < pages)})
     page = draw(st.one_of(st.sampled_from(edges), st.integers(0, pages - 1)))
     left = pages - page
-    spans = sorted({n for n in (1, 2, left, left - 1, left // 2, _HUGE, _HUGE - 1, 8) if 1 <= n <= left})
+    lengths = (1, 2, left, left - 1, left // 2, _HUGE, _HUGE - 1, 8, *state.folios)
+    spans = sorted({n for n in lengths if 1 <= n <= left})
     return area, page, draw(st.one_of(st.sampled_from(spans), st.integers(1, left)))
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
+from hypothesis import strategies as st
 
 from pmcore.errors import ArgumentError, NotModelled
-from pmcore.lockstep.programs import KEPT
+from pmcore.lockstep.programs import KEPT, thp_settings
 from pmcore.lockstep.programs import programs as random_programs
 from pmcore.lockstep.run import Result, lockstep
 from pmcore.profile import KernelProfile
@@ -79,6 +80,8 @@ def session(
     seed: int = 0,
     profile: KernelProfile | None = None,
     hugetlb: bool | None = None,
+    thp: Mapping[str, str] | None = None,
+    random_thp: bool = False,
     progress: Callable[[Report], object] | None = None,
 ) -> Report:
     """Compare `programs` random programs of up to `steps` steps; ends early at one that differs, shrunk.
@@ -86,8 +89,11 @@ def session(
     `left` and `right` give the workbench for a program: a fresh one, or always the same. The programs are such as the
     kernel of `profile` makes interesting. The same seed gives the same programs, with the same version of Hypothesis.
     `hugetlb`: programs with mappings of it, without, or (None) of both sorts.
+    `thp` is what every program says of huge pages (`Program.thp`); `random_thp` draws that anew for each, over `thp`.
     """
     report = Report(seed=seed)
+    always = dict(thp or {})
+    sizes = thp_settings().map(lambda drawn: {**always, **drawn}) if random_thp else st.just(always)
     began = time.monotonic()
 
     def compare(program: Program) -> None:
@@ -114,7 +120,7 @@ def session(
         report_multiple_bugs=False,
         phases=(Phase.generate, Phase.shrink),
         print_blob=False,
-    )(given(random_programs(profile, max_steps=steps, hugetlb=hugetlb))(compare))
+    )(given(random_programs(profile, max_steps=steps, hugetlb=hugetlb, thp=sizes))(compare))
     try:
         hypothesis_seed(seed)(run)()
     except _Differs as difference:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,22 @@ __all__ = ["Program", "load_program", "program_from_json", "program_to_json", "s
 _VERSION = 1
 
 
+_THP_SIZES = ("always", "inherit", "madvise", "never")
+_THP_ENABLED = ("always", "madvise", "never")
+
+
+def _settings(value: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Pairs of what is set and how, sorted. Raises ArgumentError."""
+    pairs = dict(value)
+    for what, how in pairs.items():
+        allowed = _THP_ENABLED if what == "enabled" else _THP_SIZES
+        if not re.fullmatch(r"enabled|[1-9]\d{0,9}kB", str(what)):
+            raise ArgumentError(f"thp: {what!r} is no size", remedy='a size such as "64kB", or "enabled"')
+        if how not in allowed:
+            raise ArgumentError(f"thp: {what}={how!r}", remedy=f"one of {', '.join(allowed)}")
+    return tuple(sorted(pairs.items()))
+
+
 @attrs.frozen(kw_only=True)
 class Program:
     """Steps in order, with a name, a note for readers, and the rules that it makes visible."""
@@ -24,6 +42,10 @@ class Program:
     steps: tuple[Step, ...]
     note: str = ""
     rules: tuple[str, ...] = ()
+    #: What the administrator has set of transparent huge pages before the first step: pairs of a size ("64kB") and
+    #: "always", "inherit", "madvise" or "never"; "enabled" is what "inherit" refers to. What is not named is as the
+    #: workbench was opened. In JSON an object: {"thp": {"64kB": "always"}}.
+    thp: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=_settings)
 
 
 def program_to_json(program: Program) -> str:
@@ -34,12 +56,14 @@ def program_to_json(program: Program) -> str:
         values = attrs.asdict(step)
         kept = {key: value for key, value in values.items() if value != defaults[key]}
         steps.append({"step": type(step).__name__.lower(), **kept})
-    head = {
+    head: dict[str, Any] = {
         "pmcore_program": _VERSION,
         "name": program.name,
         "note": program.note,
         "rules": list(program.rules),
     }
+    if program.thp:
+        head["thp"] = dict(program.thp)
     return json.dumps({**head, "steps": steps}, indent=1)
 
 
@@ -51,7 +75,7 @@ def program_from_json(text: str, *, source: str = "program") -> Program:
         raise FormatError(f"not JSON: {error}", source=source) from None
     if not isinstance(data, dict) or data.get("pmcore_program") != _VERSION:
         raise FormatError(f"not a program of version {_VERSION}", source=source)
-    unknown = data.keys() - {"pmcore_program", "name", "note", "rules", "steps"}
+    unknown = data.keys() - {"pmcore_program", "name", "note", "rules", "thp", "steps"}
     if unknown:
         raise FormatError(f"unknown fields {sorted(unknown)}", source=source)
     rules = data.get("rules", [])
@@ -61,7 +85,13 @@ def program_from_json(text: str, *, source: str = "program") -> Program:
     strings = (data.get("name", ""), data.get("note", ""), *rules)
     if not all(isinstance(value, str) for value in strings):
         raise FormatError("name, note and rules are text", source=source)
-    return Program(name=strings[0], note=strings[1], rules=tuple(rules), steps=steps)
+    thp = data.get("thp", {})
+    if not isinstance(thp, dict):
+        raise FormatError("thp is an object of sizes and settings", source=source)
+    try:
+        return Program(name=strings[0], note=strings[1], rules=tuple(rules), thp=thp, steps=steps)
+    except ArgumentError as error:
+        raise FormatError(str(error), source=source) from None
 
 
 def save_program(program: Program, path: str | Path) -> None:

@@ -37,7 +37,10 @@ class Outcome:
 
 @attrs.define
 class Run:
-    """A program under way, and its record: names, and the outcomes so far."""
+    """A program under way, and its record: names, and the outcomes so far.
+
+    Making one sets what the program says of huge pages (`Workbench.set_thp`).
+    """
 
     program: Program
     workbench: Workbench
@@ -47,6 +50,9 @@ class Run:
     fds: dict[str, int] = attrs.field(factory=dict)
     outcomes: list[Outcome] = attrs.field(factory=list)
     _next: int = ARENA
+
+    def __attrs_post_init__(self) -> None:
+        self.workbench.set_thp(dict(self.program.thp))
 
     def place(self, length: int, align: int) -> int:
         """An address of the arena, aligned, with a gap behind it."""

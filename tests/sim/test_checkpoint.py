@@ -104,7 +104,7 @@ def test_golden_digest():
     for step in program.steps:
         run.advance(step)
     machine.check()
-    assert machine.digest() == "5fc29aa96c3b3ff37c011ca56d3e8fd868bbc209c8493c4477aef71e2b244e56"
+    assert machine.digest() == "3c38b048c8e7426ee60dccefd1fe49aa390a27a1114eeb4fd29a7bafc3135419"
 
 
 def test_policies_are_part_of_the_state():

@@ -26,7 +26,7 @@ from pmcore.arrays import BoolArray
 from pmcore.backends.procfs import open_kernel
 from pmcore.backends.procfs.kernel import ProcfsKernel
 from pmcore.backends.procfs.process import ProcfsProcess
-from pmcore.backends.procfs.workbench.steady import drain_lru, steady
+from pmcore.backends.procfs.workbench.steady import drain_lru, steady, turn_thp
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
 from pmcore.geometry import parse_size
 from pmcore.protocols import Task, Workbench
@@ -300,6 +300,8 @@ class ProcfsWorkbench(Workbench):
         self._kernel = kernel
         #: Knobs of hugetlb pools, and how many pages are set aside by them.
         self._pools = dict(pools or {})
+        #: Whether the machine is kept still for us; whether sizes of huge pages have been set.
+        self._still, self._set = held is not None, False
         self._held = held or ExitStack()
         self._tasks: list[ProcfsTask] = []
         self.directory = Path(tempfile.mkdtemp(prefix="pmcore-", dir=directory))
@@ -352,6 +354,17 @@ class ProcfsWorkbench(Workbench):
         for path, count in self._pools.items():
             for number in ("0", count):
                 Path(path).write_text(number)
+
+    def set_thp(self, settings: Mapping[str, str]) -> None:
+        """Sizes of huge pages of the whole machine, put back when the workbench closes; only where it holds still."""
+        if not settings and not self._set:
+            return
+        if not self._still:
+            raise BackendUnavailable(
+                "huge pages are set for the whole machine", remedy="open the workbench with still=True"
+            )
+        self._set = True
+        turn_thp(settings)
 
     def close(self) -> None:
         """End all tasks and the server, remove the directory, and put back what was turned."""
@@ -414,7 +427,13 @@ def open_workbench(
                 raise BackendUnavailable(
                     f"not {count} huge pages by {path}", remedy="run as root, with more free memory"
                 )
-        return ProcfsWorkbench(kernel or open_kernel(), directory=directory, held=held.pop_all(), pools=pools)
+        still = still or bool(swap) or bool(knobs) or bool(pools)
+        return ProcfsWorkbench(
+            kernel or open_kernel(),
+            directory=directory,
+            held=held.pop_all() if still else None,
+            pools=pools,
+        )
     raise AssertionError("unreachable")
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pmcore.errors import BackendUnavailable, syscall_error
 
-__all__ = ["drain_lru", "steady"]
+__all__ = ["drain_lru", "steady", "turn_thp"]
 
 _SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
 _MADV_HUGEPAGE = 14
@@ -81,13 +81,15 @@ def steady(
     compressed = swap if isinstance(swap, int) else 0
     wanted = {**_KNOBS, **(_SWAP_KNOBS if compressed else {}), **(knobs or {})}
     before = [(path, value) for path in wanted if (value := _read(path)) not in (None, wanted[path])]
+    sizes = [(path, value) for path in _thp_knobs().values() if (value := _read(path)) and path not in wanted]
     try:
         area = swap if isinstance(swap, str) else _swap_file(swap) if swap else None
         areas = [area] if area else []
         guardian = _guard(
-            {"swapoff": areas, "knobs": before, "remove": areas if compressed else []},
+            {"swapoff": areas, "knobs": [*before, *sizes], "remove": areas if compressed else []},
             lock,
         )
+        _opened_thp.update(sizes)
     finally:
         os.close(lock)  # the guardian's copy holds it from here on
     try:
@@ -116,6 +118,41 @@ def steady(
         guardian.wait()
         assert guardian.stdout is not None
         guardian.stdout.close()
+
+
+#: What the knobs of huge pages said when the machine was last made to hold still.
+_opened_thp: dict[str, str] = {}
+
+
+def _thp_knobs() -> dict[str, str]:
+    """The knobs of huge pages by what they set: "enabled", or a size such as "64kB"."""
+    knobs = {
+        path.parent.name.removeprefix("hugepages-"): str(path)
+        for path in Path(_THP).glob("hugepages-*/enabled")
+    }
+    return {"enabled": f"{_THP}/enabled", **knobs}
+
+
+def turn_thp(settings: Mapping[str, str]) -> None:
+    """Set sizes of huge pages; those that are not named are as `steady` found them, which puts all back on leaving.
+
+    Raises BackendUnavailable for what this kernel does not have, with everything as it was found.
+    """
+    knobs = _thp_knobs()
+    wanted = {**_opened_thp, **{knobs.get(what, what): how for what, how in settings.items()}}
+    for path, how in wanted.items():
+        if _read(path) == how:
+            continue
+        try:
+            Path(path).write_text(how)
+        except OSError:
+            for other, value in _opened_thp.items():
+                if _read(other) != value:
+                    Path(other).write_text(value)
+            raise BackendUnavailable(
+                f"huge pages: {path} cannot be set to {how!r}",
+                remedy=f"as root, and one of {', '.join(knobs)}",
+            ) from None
 
 
 def _read(path: str) -> str | None:

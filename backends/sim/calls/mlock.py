@@ -9,6 +9,7 @@ import numpy as np
 from pmcore.backends.sim.calls.mmap import breaks_cow, populate
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
+from pmcore.backends.sim.services.batches import large_runs
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
@@ -82,16 +83,14 @@ def set_lock(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, fl
                     change(core, head, core.geometry.pmd_pages)
             continue
         pfns = pfns[pfns != core.zero_pfn]
-        compound = (frames.flags[pfns] & np.uint64(COMPOUND)) != 0
-        for pfn in pfns[~compound].tolist():
+        for pfn in pfns[(frames.flags[pfns] & np.uint64(COMPOUND)) == 0].tolist():
             change(core, pfn, 1)
-        if compound.any():
-            heads, counts = np.unique(pfns[compound] - frames.behind[pfns[compound]], return_counts=True)
-            for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
-                # A large folio is locked where all of it is mapped here; unlocked in any case.
-                folio = core.memory.large[head]
-                if not flags or count == folio.pages:
-                    change(core, head, folio.pages)
+        runs = large_runs(core, extent.start, entries)
+        if flags:
+            # A large folio is locked where one run maps all of it; unlocked by any.
+            runs = runs.take(runs.whole)
+        for head, order in zip(runs.head.tolist(), runs.order.tolist(), strict=True):
+            change(core, head, 1 << order)
 
 
 def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int) -> None:

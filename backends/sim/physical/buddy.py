@@ -119,10 +119,36 @@ class Zone:
         self.free_pages -= pages
         return first
 
-    def _smallest_order(self, limit: int) -> int:
-        """The order of the smallest free block, of no more than `limit` pages; -1 if only untouched is left."""
+    def take_blocks(self, order: int, count: int) -> Pfns:
+        """The first frames of up to `count` blocks of 2**order pages, as the same number of single requests."""
+        pieces: list[Pfns] = []
+        left, step = count, 1 << order
+        while left:
+            have = self._smallest_order(left << order, order)
+            if have < 0:
+                whole = min((left << order) // _BLOCK, (self.end - self.frontier) // _BLOCK)
+                if whole:
+                    first = self.frontier
+                    self._advance(whole)
+                    self.free_pages -= whole * _BLOCK
+                    pieces.append(np.arange(first, self.frontier, step, dtype=np.int64))
+                    left -= whole * _BLOCK >> order
+                    continue
+                have = min(MAX_ORDER, (left << order).bit_length() - 1)
+            first = self.take(have)
+            if first < 0:
+                break
+            pieces.append(np.arange(first, first + (1 << have), step, dtype=np.int64))
+            left -= 1 << have - order
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+    def _smallest_order(self, limit: int, least: int = 0) -> int:
+        """The order of the smallest free block of `least` or more, of no more than `limit` pages.
+
+        -1 if only untouched is left.
+        """
         free_order = self.frames.free_order_at
-        for order in range(MAX_ORDER + 1):
+        for order in range(least, MAX_ORDER + 1):
             heap = self._heaps[order]
             while heap and free_order[heap[0]] != order + 1:
                 heapq.heappop(heap)
@@ -150,38 +176,39 @@ class Zone:
         free_order[pfn] = order + 1
         heapq.heappush(self._heaps[order], pfn)
 
-    def give_pages(self, pfns: Pfns) -> None:
-        """Free single pages, each once, in any order."""
+    def give_pages(self, pfns: Pfns, order: int = 0) -> None:
+        """Free single pages (or blocks of 2**order), each once, in any order."""
         if len(pfns) < 8:
             for pfn in pfns.tolist():
-                self.give(pfn, 0)
+                self.give(pfn, order)
             return
-        blocks = np.sort(pfns)
-        breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
+        blocks, step = np.sort(pfns), 1 << order
+        breaks = np.flatnonzero(np.diff(blocks) != step) + 1
         if len(breaks) * 16 < len(blocks):
             bounds = [0, *breaks.tolist(), len(blocks)]
             for first, last in itertools.pairwise(bounds):
-                self._give_run(int(blocks[first]), int(blocks[last - 1]) + 1)
+                self._give_run(int(blocks[first]), int(blocks[last - 1]) + step)
             return
-        self.frames.flags[blocks] = _BUDDY
-        self.free_pages += len(blocks)
+        every = blocks if not order else (blocks[:, None] + np.arange(step, dtype=np.int64)).reshape(-1)
+        self.frames.flags[every] = _BUDDY
+        self.free_pages += len(every)
         free_order = self.frames.free_order
-        for order in range(MAX_ORDER + 1):
-            free_order[blocks] = order + 1
-            if order == MAX_ORDER:
-                self._keep(order, blocks)
+        for have in range(order, MAX_ORDER + 1):
+            free_order[blocks] = have + 1
+            if have == MAX_ORDER:
+                self._keep(have, blocks)
                 return
-            buddies = blocks ^ np.int64(1 << order)
+            buddies = blocks ^ np.int64(1 << have)
             inside = buddies < min(self.frontier, len(free_order))
             merges = np.zeros(len(blocks), dtype=np.bool_)
-            merges[inside] = free_order[buddies[inside]] == order + 1
-            self._keep(order, blocks[~merges])
+            merges[inside] = free_order[buddies[inside]] == have + 1
+            self._keep(have, blocks[~merges])
             pairs = blocks[merges]
             if len(pairs) == 0:
                 return
             free_order[pairs] = 0
             free_order[buddies[merges]] = 0
-            blocks = pairs & ~np.int64(1 << order)
+            blocks = pairs & ~np.int64(1 << have)
             blocks = blocks[np.append(True, blocks[1:] != blocks[:-1])]
 
     def _give_run(self, first: int, end: int) -> None:

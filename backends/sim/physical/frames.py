@@ -41,6 +41,8 @@ class Frames:
         ("swap", np.int64),
         # When it went on its LRU list: smaller is nearer to the tail.
         ("lru", np.int64),
+        # Of the head of a large folio that one process maps whole: that, see folios.py; else 0.
+        ("whole", np.int64),
         # Number of the inode whose page it is, and which page.
         ("owner", np.int32),
         ("index", np.int64),
@@ -54,6 +56,7 @@ class Frames:
     content: NDArray[np.int32]
     swap: NDArray[np.int64]
     lru: NDArray[np.int64]
+    whole: NDArray[np.int64]
     owner: NDArray[np.int32]
     index: NDArray[np.int64]
     free_order: NDArray[np.uint8]
@@ -63,6 +66,7 @@ class Frames:
     content_at: memoryview[int]
     swap_at: memoryview[int]
     lru_at: memoryview[int]
+    whole_at: memoryview[int]
     owner_at: memoryview[int]
     index_at: memoryview[int]
     free_order_at: memoryview[int]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import attrs
 import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Pfns, Zone
 from pmcore.backends.sim.physical.contents import Contents
+from pmcore.backends.sim.physical.folios import LargeFolio, LargeFolios
 from pmcore.backends.sim.physical.frames import Frames
 from pmcore.uapi import PageFlag
 
@@ -24,34 +24,6 @@ class NoMemory(Exception):
     """No frame is left, and none could be reclaimed."""
 
 
-@attrs.define(slots=True)
-class LargeFolio:
-    """A compound page that processes map: who maps how much of it."""
-
-    head: int
-    order: int
-    #: PMDs that map all of it.
-    entire: int = 0
-    #: PTEs and PMDs that map any of it.
-    mapped: int = 0
-    #: The same by address space.
-    by_mm: dict[int, int] = attrs.field(factory=dict)
-
-    @property
-    def pages(self) -> int:
-        """Number of its pages."""
-        return 1 << self.order
-
-    def add(self, mm: int, count: int) -> None:
-        """Count `count` mappings more (or less) by the address space `mm`."""
-        self.mapped += count
-        left = self.by_mm.get(mm, 0) + count
-        if left:
-            self.by_mm[mm] = left
-        else:
-            self.by_mm.pop(mm, None)
-
-
 class Memory:
     """Frames, zones and contents together."""
 
@@ -60,7 +32,7 @@ class Memory:
         self.zones = zones
         self.contents = contents
         #: Large folios by their head.
-        self.large: dict[int, LargeFolio] = {}
+        self.large = LargeFolios(frames)
         #: Order of the compound pages that the kernel keeps for itself, by head.
         self.kernel_folios: dict[int, int] = {}
         #: Asked for that many frames when memory runs out; says whether trying again makes sense.
@@ -124,6 +96,39 @@ class Memory:
         folio = self.large[head] = LargeFolio(head, order)
         return folio
 
+    def folios(self, order: int, count: int, flags: int, mm: int) -> Pfns:
+        """The heads of up to `count` compound pages that `mm` is about to map whole, ascending as they are taken.
+
+        Fewer where no more blocks are free: as for `folio`, nothing is reclaimed for them.
+        """
+        found: list[Pfns] = []
+        for zone in self.zones:
+            spare = max(0, zone.free_pages - self.reserve // len(self.zones)) >> order
+            if count and spare:
+                got = zone.take_blocks(order, min(count, spare))
+                count -= len(got)
+                found.append(got)
+        heads = np.concatenate(found) if len(found) != 1 else found[0]
+        frames, pages = self.frames, 1 << order
+        tail = np.arange(pages, dtype=np.int64)
+        if (
+            len(heads)
+            and int(heads[-1]) - int(heads[0]) == (len(heads) - 1) << order
+            and (np.diff(heads) > 0).all()
+        ):
+            part = slice(int(heads[0]), int(heads[-1]) + pages)
+            frames.flags[part] = flags | TAIL
+            frames.mapcount[part] = 1
+            frames.behind[part].reshape(-1, pages)[:] = tail
+        else:
+            every = (heads[:, None] + tail).reshape(-1)
+            frames.flags[every] = flags | TAIL
+            frames.mapcount[every] = 1
+            frames.behind[every] = np.tile(tail, len(heads))
+        frames.flags[heads] = flags | HEAD
+        self.large.add_whole(heads, mm, order)
+        return heads
+
     def kernel_folio(self, order: int, flags: int) -> int:
         """The head of a compound page that the kernel keeps for itself."""
         folio = self.folio(order, flags)
@@ -165,6 +170,17 @@ class Memory:
         self.frames.lru[pfns] = np.arange(self.lru_clock, self.lru_clock + len(pfns), dtype=np.int64)
         self.lru_clock += len(pfns)
 
+    def on_lru_folios(self, heads: list[Pfns], orders: list[int], turns: list[NDArray[np.int64]]) -> None:
+        """Put folios at the head of their LRU list, in the order of their turns (0, 1, ... over all arrays)."""
+        for firsts, order, turn in zip(heads, orders, turns, strict=True):
+            clock = turn + self.lru_clock
+            if order:
+                every = firsts[:, None] + np.arange(1 << order, dtype=np.int64)
+                self.frames.lru[every] = clock[:, None]
+            else:
+                self.frames.lru[firsts] = clock
+        self.lru_clock += sum(map(len, heads))
+
     def recently(self, shadow: int) -> bool:
         """Whether fewer pages were evicted since that time (plus 1; 0: never) than there is memory.
 
@@ -176,6 +192,11 @@ class Memory:
     def managed(self) -> int:
         """Frames of all zones."""
         return sum(zone.end - zone.start for zone in self.zones)
+
+    @property
+    def spare(self) -> int:
+        """Free frames above what the kernel keeps for itself."""
+        return sum(max(0, zone.free_pages - self.reserve // len(self.zones)) for zone in self.zones)
 
     # -- giving back -----------------------------------------------------------------------------------
 
@@ -226,12 +247,39 @@ class Memory:
         del self.large[folio.head]
         self.free(folio.head, folio.order)
 
+    def free_whole(self, heads: Pfns, order: int) -> None:
+        """Free compound pages of that order that one process mapped whole, and whose entries are empty now."""
+        frames, pages = self.frames, 1 << order
+        every = (heads[:, None] + np.arange(pages, dtype=np.int64)).reshape(-1)
+        rows = frames.content[every]
+        if rows.any():
+            self.contents.give_back(rows)
+            frames.content[every] = 0
+        frames.mapcount[every] = frames.behind[every] = frames.lru[every] = 0
+        self.large.drop(heads)
+        for zone in self.zones:
+            mine = heads[(heads >= zone.start) & (heads < zone.end)]
+            if len(mine):
+                zone.give_pages(mine, order)
+
     def dissolve(self, folio: LargeFolio) -> None:
         """Make single pages of a compound page (what is mapped of it stays mapped)."""
         part = slice(folio.head, folio.head + folio.pages)
         self.frames.flags[part] &= np.uint64(~(COMPOUND | int(PageFlag.THP)) & (1 << 64) - 1)
         self.frames.behind[part] = 0
         del self.large[folio.head]
+
+    def dissolve_many(self, pfns: Pfns) -> int:
+        """The same for compound pages of which these are all the pages; how many there were."""
+        frames = self.frames
+        heads = pfns[frames.behind[pfns] == 0]
+        words = frames.whole[heads] != 0
+        self.large.drop(heads[words])
+        for head in heads[~words].tolist():
+            del self.large[head]
+        frames.flags[pfns] &= np.uint64(~(COMPOUND | int(PageFlag.THP)) & (1 << 64) - 1)
+        frames.behind[pfns] = 0
+        return len(heads)
 
     # -- page tables -----------------------------------------------------------------------------------
 

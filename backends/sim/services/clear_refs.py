@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.services.batches import large_runs
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import ClearRefs, Errno, PageFlag
@@ -68,3 +69,6 @@ def _accessed(core: Core, mm: AddressSpace, what: int) -> None:
                     frames.clear_bits(head, core.geometry.pmd_pages, int(PageFlag.REFERENCED))
             else:
                 frames.flags[pfns] &= _REFERENCED
+                runs = large_runs(core, extent.start, entries)
+                for head, order in zip(runs.head.tolist(), runs.order.tolist(), strict=True):
+                    frames.clear_bits(head, 1 << order, int(PageFlag.REFERENCED))

@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Pfns
+from pmcore.backends.sim.physical.folios import LargeFolio
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
-from pmcore.backends.sim.physical.memory import COMPOUND, LargeFolio
+from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.services import pagecache, thp
+from pmcore.backends.sim.services.batches import Runs, large_runs
 from pmcore.backends.sim.services.pagecache import Inode
 from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.virtual.filemap import cached_only
@@ -20,6 +22,7 @@ from pmcore.backends.sim.virtual.pte import (
     FIELD,
     PRESENT,
     SOFT_DIRTY,
+    SPECIAL,
     SWAP,
     SWAP_EXCLUSIVE,
     UFFD_MARKER,
@@ -59,48 +62,70 @@ def _huge_blocks(core: Core, extent: Extent, start: int, end: int) -> list[tuple
 
 
 def _split_partial(core: Core, mm: AddressSpace, start: int, end: int) -> None:
-    """Take apart the large folios of this process alone that the range covers in part."""
-    for extent in list(mm.tables.extents(start, end)):
-        if extent.huge:
-            for addr, whole in _huge_blocks(core, extent, start, end):
-                slot = mm.tables.pmd_slot(addr)
-                folio = core.memory.large[core.pool.at[slot] & FIELD]
-                if not whole and folio.mapped == folio.entire == 1:
+    """Take apart the large folios of this process alone of which no run in the range covers all (rule TH-006)."""
+    plan = [(extent.start, len(extent.entries), extent.huge) for extent in mm.tables.extents(start, end)]
+    for begin, count, huge in plan:
+        if huge:
+            for addr in range(begin, begin + count * core.geometry.pmd_size, core.geometry.pmd_size):
+                head = core.pool.at[mm.tables.pmd_slot(addr)] & FIELD
+                if head == core.huge_zero_pfn or (start <= addr and addr + core.geometry.pmd_size <= end):
+                    continue
+                folio = core.memory.large[head]
+                if folio.mapped == folio.entire == 1:
                     vma = mm.vmas.at(addr)
                     assert vma is not None
                     thp.split_pmd(core, mm, vma, addr, migrating=True)
                     thp.split_folio(core, mm, folio, addr)
             continue
-        if not core.memory.large:
-            continue
-        present = (extent.entries & _PRESENT) != 0
-        pfns = (extent.entries[present] & _FIELD).view(np.int64)
-        frames = core.memory.frames
-        compound = pfns[(frames.flags[pfns] & np.uint64(COMPOUND)) != 0]
-        compound = compound[compound != core.huge_zero_pfn]
-        heads, counts = np.unique(compound - frames.behind[compound], return_counts=True)
-        for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
+        slot = mm.tables.pte_slot(begin)
+        runs = large_runs(core, begin, core.pool.flat[slot : slot + count])
+        runs = runs.take(~runs.whole)
+        for head, first in zip(runs.head.tolist(), runs.first.tolist(), strict=True):
             part = core.memory.large.get(head)
-            if part is not None and count < part.pages and len(part.by_mm) == 1:
-                thp.split_folio(core, mm, part, extent.start)
+            if part is not None and not thp.maybe_shared(core, part):
+                thp.split_folio(core, mm, part, begin + first * core.geometry.page_size)
 
 
-def _own_pages(core: Core, entries: U64Array) -> BoolArray:
-    """Which present entries map a page that is mapped nowhere else, on an LRU list, not the zero page."""
-    chosen: BoolArray = (entries & _PRESENT) != 0
-    pfns = (entries[chosen] & _FIELD).view(np.int64)
-    frames = core.memory.frames
-    good = (frames.mapcount[pfns] == 1) & ((frames.flags[pfns] & np.uint64(_LRU)) != 0)
-    chosen[chosen] = good
+def _whole_runs(core: Core, start: int, entries: U64Array) -> tuple[Runs, BoolArray]:
+    """The runs that cover their folio, and whether each of those is all that maps it."""
+    runs = large_runs(core, start, entries)
+    runs = runs.take(runs.whole)
+    words = core.memory.frames.whole[runs.head] != 0
+    alone = words.copy()
+    for index in np.flatnonzero(~words).tolist():
+        folio = core.memory.large[int(runs.head[index])]
+        alone[index] = folio.mapped == folio.pages
+    return runs, alone
+
+
+def _small(core: Core, entries: U64Array) -> BoolArray:
+    """Which entries map a single page, not the zero page."""
+    chosen: BoolArray = (entries & (_PRESENT | np.uint64(SPECIAL))) == _PRESENT
     if core.memory.large:
         pfns = (entries[chosen] & _FIELD).view(np.int64)
-        compound = (frames.flags[pfns] & np.uint64(COMPOUND)) != 0
-        keep = np.ones(len(pfns), dtype=np.bool_)
-        for index in np.flatnonzero(compound).tolist():
-            folio = core.memory.large[int(pfns[index]) - int(frames.behind[pfns[index]])]
-            keep[index] = folio.mapped == folio.pages and not folio.entire
-        chosen[chosen] = keep
+        chosen[chosen] = (core.memory.frames.flags[pfns] & np.uint64(COMPOUND)) == 0
     return chosen
+
+
+def _own_pages(core: Core, start: int, entries: U64Array) -> BoolArray:
+    """Which entries map a page, or all of a large folio, that is mapped nowhere else and on an LRU list."""
+    chosen = _small(core, entries)
+    frames = core.memory.frames
+    chosen[chosen] = frames.mapcount[(entries[chosen] & _FIELD).view(np.int64)] == 1
+    if core.memory.large:
+        runs, alone = _whole_runs(core, start, entries)
+        chosen[runs.take(alone).entries()] = True
+    pfns = (entries[chosen] & _FIELD).view(np.int64)
+    chosen[chosen] = (frames.flags[pfns] & np.uint64(_LRU)) != 0
+    return chosen
+
+
+def _on_lru(core: Core, pfns: Pfns) -> None:
+    """Put pages at the head of their LRU list, those of a large folio together."""
+    frames = core.memory.frames
+    core.memory.on_lru_pages(pfns)
+    if core.memory.large:
+        frames.lru[pfns] = frames.lru[pfns - frames.behind[pfns]]
 
 
 # -- advice ----------------------------------------------------------------------------------------------
@@ -120,13 +145,13 @@ def cold(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> Non
                     frames.clear_bits(folio.head, folio.pages, _REFERENCED | _ACTIVE)
                     core.memory.on_lru(folio.head, folio.pages)
             continue
-        chosen = _own_pages(core, extent.entries)
+        chosen = _own_pages(core, extent.start, extent.entries)
         extent.entries[chosen] &= np.uint64(~YOUNG & _ALL)
         pfns = (extent.entries[chosen] & _FIELD).view(np.int64)
         evictable = pfns[(frames.flags[pfns] & np.uint64(MLOCKED)) == 0]
         frames.flags[pfns] &= np.uint64(~_REFERENCED & _ALL)
         frames.flags[evictable] &= np.uint64(~_ACTIVE & _ALL)
-        core.memory.on_lru_pages(evictable)
+        _on_lru(core, evictable)
 
 
 def lazy_free(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> None:
@@ -149,21 +174,26 @@ def lazy_free(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -
             fields = entries[swap] & _FIELD
             entries[swap] = 0
             core.swap.release(fields)
-        present = (entries & _PRESENT) != 0
-        pfns = (entries[present] & _FIELD).view(np.int64)
-        normal = pfns != core.zero_pfn
-        flags = frames.flags[pfns]
+        touched = _small(core, entries)
+        pfns = (entries[touched] & _FIELD).view(np.int64)
         # A dirty page, or one in the swap cache, is looked at more closely: only if it is mapped here alone.
-        special = normal & ((flags & np.uint64(_SWAPCACHE | _DIRTY)) != 0)
-        alone = _own_pages(core, entries)[present] if special.any() else normal
-        good = normal & (~special | alone)
-        for index in np.flatnonzero(good & ((flags & np.uint64(_SWAPCACHE)) != 0)).tolist():
+        closely = np.uint64(_SWAPCACHE | _DIRTY)
+        good = ((frames.flags[pfns] & closely) == 0) | (frames.mapcount[pfns] == 1)
+        for index in np.flatnonzero(good & ((frames.flags[pfns] & np.uint64(_SWAPCACHE)) != 0)).tolist():
             good[index] = core.swap.uncache(int(pfns[index]))
-        touched = np.zeros(len(entries), dtype=np.bool_)
-        touched[present] = good
+        touched[touched] = good
+        if core.memory.large:
+            runs, alone = _whole_runs(core, extent.start, entries)
+            good = ((frames.flags[runs.head] & closely) == 0) | alone
+            for index in np.flatnonzero(
+                good & ((frames.flags[runs.head] & np.uint64(_SWAPCACHE)) != 0)
+            ).tolist():
+                good[index] = core.swap.uncache(int(runs.head[index]), int(runs.order[index]))
+            touched[runs.take(good).entries()] = True
         entries[touched] &= clean
-        frames.flags[pfns[good]] &= np.uint64(~_DIRTY & _ALL)
-        _mark_lazy(core, pfns[good])
+        pfns = (entries[touched] & _FIELD).view(np.int64)
+        frames.flags[pfns] &= np.uint64(~_DIRTY & _ALL)
+        _mark_lazy(core, pfns)
 
 
 def _mark_lazy(core: Core, pfns: Pfns) -> None:
@@ -172,7 +202,7 @@ def _mark_lazy(core: Core, pfns: Pfns) -> None:
     flags = frames.flags[pfns]
     chosen = pfns[(flags & np.uint64(_SWAPBACKED | _SWAPCACHE | MLOCKED)) == np.uint64(_SWAPBACKED)]
     frames.flags[chosen] &= np.uint64(~(_SWAPBACKED | _ACTIVE | _REFERENCED | _DIRTY) & _ALL)
-    core.memory.on_lru_pages(chosen)
+    _on_lru(core, chosen)
 
 
 def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> None:
@@ -186,7 +216,7 @@ def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
                 if whole and folio.mapped == 1 and not core.memory.frames.flags_at[folio.head] & MLOCKED:
                     _huge_out(core, mm, vma, addr, folio)
             continue
-        chosen = _own_pages(core, extent.entries)
+        chosen = _own_pages(core, extent.start, extent.entries)
         if vma.file is not None:
             cached = chosen & cached_only(core, extent.entries)
             if cached.any():
@@ -225,22 +255,58 @@ def _out(core: Core, mm: AddressSpace, start: int, entries: U64Array, index: NDA
     lazy = evictable & ((flags & np.uint64(_SWAPBACKED)) == 0)
     if lazy.any():
         dirty = lazy & (((entries[index] & np.uint64(DIRTY)) != 0) | ((flags & np.uint64(_DIRTY)) != 0))
+        gone = lazy & ~dirty
+        if core.memory.large:
+            dirty, gone = _large_written(core, entries, index, pfns, lazy, dirty)
         # Written since: an ordinary page again, and an active one.
         frames.flags[pfns[dirty]] |= np.uint64(_SWAPBACKED | _DIRTY | _ACTIVE)
-        gone = lazy & ~dirty
         entries[index[gone]] = 0
         _drop(core, mm, pfns[gone])
     rest = np.flatnonzero(evictable & ~lazy)
     if len(rest):
         index, pfns = index[rest], pfns[rest]
         compound = (frames.flags[pfns] & np.uint64(COMPOUND)) != 0
-        if compound.any() and not any(area.large_folios for area in core.swap.order):
-            for head in np.unique(pfns[compound] - frames.behind[pfns[compound]]).tolist():
-                thp.split_folio(core, mm, core.memory.large[head], start)
+        blocks: dict[int, int] = {}
+        if compound.any():
+            heads = pfns - frames.behind[pfns]
+            apart = compound.copy()
+            for head in np.unique(heads[compound]).tolist() if core.swap.takes_folios(pfns) else ():
+                field = int(frames.swap[head]) - 1
+                if field < 0:
+                    field = core.swap.take_block(head, core.memory.large[head].order)
+                if field >= 0:
+                    blocks[head] = field
+                    apart &= heads != head
+            thp.split_whole(core, entries, index[apart], pfns[apart])
             # What was nothing but zeros is the zero page now.
             left = (entries[index] & _FIELD) != np.uint64(core.zero_pfn)
             index, pfns = index[left], pfns[left]
-        _to_swap(core, mm, entries, index, pfns)
+        _to_swap(core, mm, entries, index, pfns, blocks)
+
+
+def _large_written(
+    core: Core, entries: U64Array, index: NDArray[np.intp], pfns: Pfns, lazy: BoolArray, dirty: BoolArray
+) -> tuple[BoolArray, BoolArray]:
+    """What was written since, and what goes, where pages may belong to large folios, which are all here.
+
+    One page of a folio that was written keeps all of it, and its entries share their accessed and dirty bits; older
+    kernels go page by page, and have emptied those before it.
+    """
+    frames = core.memory.frames
+    heads, group = np.unique(pfns - frames.behind[pfns], return_inverse=True)
+    written = np.zeros(len(heads), dtype=np.bool_)
+    written[group[dirty]] = True
+    kept = lazy & written[group]
+    gone = lazy & ~kept
+    if core.caps.lazyfree_batch:
+        for bit in (DIRTY, YOUNG):
+            with_bit = np.zeros(len(heads), dtype=np.bool_)
+            with_bit[group[(entries[index] & np.uint64(bit)) != 0]] = True
+            entries[index[kept & with_bit[group]]] |= np.uint64(bit)
+        return kept, gone
+    first = np.full(len(heads), len(pfns))
+    np.minimum.at(first, group[dirty], np.flatnonzero(dirty))
+    return kept, gone | (kept & (np.arange(len(pfns)) < first[group]))
 
 
 def _shmem_out(
@@ -283,17 +349,23 @@ def _shmem_out(
     core.count("swap_out", len(pfns))
 
 
-def _to_swap(core: Core, mm: AddressSpace, entries: U64Array, index: NDArray[np.intp], pfns: Pfns) -> None:
+def _to_swap(
+    core: Core,
+    mm: AddressSpace,
+    entries: U64Array,
+    index: NDArray[np.intp],
+    pfns: Pfns,
+    blocks: dict[int, int],
+) -> None:
+    """Give each page a slot, and write it. Those of a large folio lie together: `blocks` has its first, by head."""
     frames = core.memory.frames
     fields = frames.swap[pfns] - 1
+    for place in np.flatnonzero((frames.flags[pfns] & np.uint64(COMPOUND)) != 0).tolist() if blocks else ():
+        behind = frames.behind_at[int(pfns[place])]
+        fields[place] = blocks[int(pfns[place]) - behind] + (behind << 5)
     missing = np.flatnonzero(fields < 0)
-    failed = missing
-    for area in core.swap.order:
-        if not len(failed):
-            break
-        slots = area.take(len(failed))
-        fields[failed[: len(slots)]] = slots << 5 | area.number
-        failed = failed[len(slots) :]
+    fields[missing] = core.swap.take(len(missing))
+    failed = np.flatnonzero(fields < 0)
     if len(failed):
         frames.flags[pfns[failed]] |= np.uint64(_ACTIVE)
         keep = np.ones(len(pfns), dtype=np.bool_)

@@ -95,6 +95,22 @@ class SwapArea:
         self.used += len(slots)
         return slots
 
+    def take_block(self, head: int, order: int) -> int:
+        """The first of 2**order free slots, aligned, which the large folio is cached in now; -1 for none."""
+        pages = 1 << order
+        if not self.large_folios or self.free < pages:
+            return -1
+        whole = self.slots >> order << order
+        taken = (self.counts[:whole] != 0) | (self.cached[:whole] != 0)
+        taken[0] = True  # the header
+        blocks = np.flatnonzero(~taken.reshape(-1, pages).any(axis=1))
+        if not len(blocks):
+            return -1
+        self.used += pages
+        first = int(blocks[0]) << order
+        self.cached[first : first + pages] = np.arange(head + 1, head + 1 + pages)
+        return first
+
     def give_back(self, slots: NDArray[np.int64]) -> None:
         """Slots that nothing names and no page caches any more."""
         if len(slots):
@@ -151,6 +167,18 @@ class SwapSpace:
         assert area is not None
         return area
 
+    def takes_folios(self, pfns: Pfns) -> bool:
+        """Whether large folios may have slots: they have some, or an area has blocks of them."""
+        return any(area.large_folios for area in self.order) or bool(self.memory.frames.swap[pfns].any())
+
+    def take_block(self, head: int, order: int) -> int:
+        """The field of the first slot of a block for a large folio, in the first area that has one; -1 if none has."""
+        for area in self.order:
+            slot = area.take_block(head, order)
+            if slot >= 0:
+                return field_of(area.number, slot)
+        return -1
+
     def take(self, count: int) -> NDArray[np.int64]:
         """Free slots as the fields of entries, from the areas in their order; -1 for each that none was left for."""
         fields = np.full(count, -1, dtype=np.int64)
@@ -182,7 +210,8 @@ class SwapSpace:
             area.content[bare] = 0
             area.give_back(bare)
             for pfn in (cached[cached != 0] - 1).tolist():
-                self.drop_if_unused(pfn)
+                if self.memory.frames.swap_at[pfn]:  # a large folio goes at once
+                    self.drop_if_unused(pfn)
 
     def drop_if_unused(self, pfn: int) -> None:
         """Take a page that is neither mapped nor named by an entry out of the swap cache, and free it."""

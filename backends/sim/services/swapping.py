@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
-from pmcore.backends.sim.physical.memory import NoMemory
+from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
@@ -57,10 +57,18 @@ def bring_in(core: Core, field: int) -> int:
     return pfn
 
 
-def swap_in(core: Core, mm: AddressSpace, vma: VmArea, slot: int, pte: int, *, write: bool) -> None:
-    """Map the page of a swap entry (do_swap_page). A write that still may not be is asked again by the caller."""
+def swap_in(
+    core: Core, mm: AddressSpace, vma: VmArea, slot: int, pte: int, *, write: bool, addr: int = -1
+) -> None:
+    """Map the page of a swap entry (do_swap_page). A write that still may not be is asked again by the caller.
+
+    `addr` is where; without it a large folio of the swap cache is not mapped at once.
+    """
     field = pte & FIELD
     pfn = bring_in(core, field)
+    if core.memory.frames.flags_at[pfn] & COMPOUND:
+        _large_in(core, mm, vma, slot, pte, pfn, write=write, addr=addr)
+        return
     frames, area = core.memory.frames, core.swap.area(field)
     mm.prepare_anon(vma)
     area.counts[field >> 5] -= 1
@@ -86,6 +94,41 @@ def swap_in(core: Core, mm: AddressSpace, vma: VmArea, slot: int, pte: int, *, w
     if vma.flags & VmFlag.LOCKED and not (fresh and core.caps.swapin_not_mlocked):
         mapping.mlock(core, pfn, 1)
     core.pool.at[slot] = entry
+
+
+def _large_in(
+    core: Core, mm: AddressSpace, vma: VmArea, slot: int, pte: int, pfn: int, *, write: bool, addr: int
+) -> None:
+    """Map a page of a large folio that is still in the swap cache; all of them where all are swapped out alike."""
+    frames, size = core.memory.frames, core.geometry.page_size
+    folio = core.memory.large[frames.head(pfn)]
+    field, count, skip = pte & FIELD, 1, pfn - folio.head
+    start = addr - addr % size - skip * size
+    inside = addr >= 0 and vma.start <= start and start + folio.pages * size <= vma.end
+    first = slot - skip
+    if inside and first >= 0 and first // core.pool.entries == (first + folio.pages - 1) // core.pool.entries:
+        wanted = np.uint64(pte - (skip << 5)) + (np.arange(folio.pages, dtype=np.uint64) << np.uint64(5))
+        if (core.pool.flat[first : first + folio.pages] == wanted).all():
+            slot, count, pfn, field = first, folio.pages, folio.head, field - (skip << 5)
+    area = core.swap.area(field)
+    mm.prepare_anon(vma)
+    area.counts[field >> 5 : (field >> 5) + count] -= 1
+    flags = frames.flags_at[pfn]
+    wanted_back = core.swap.half_full or vma.flags & VmFlag.LOCKED or flags & int(PageFlag.MLOCKED)
+    if wanted_back or (write and not folio.mapped):
+        core.swap.uncache(folio.head, folio.order)
+    alone = not folio.mapped and not frames.flags_at[pfn] & _SWAPCACHE
+    entry = PRESENT | YOUNG | pte & (SOFT_DIRTY | UFFD_WP)
+    if pte & SWAP_EXCLUSIVE or alone:
+        frames.set_bits(pfn, count, ANON_EXCLUSIVE)
+        protected = pte & UFFD_WP and vma.flags & VmFlag.UFFD_WP
+        clean = core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY and not pte & SOFT_DIRTY
+        if vma.flags & VmFlag.WRITE and not protected and not clean:
+            entry |= WRITE | (DIRTY | core.soft_dirty if write else 0)
+    frames.set_bits(folio.head, folio.pages, _ANON)
+    frames.mapcount[pfn : pfn + count] += 1
+    folio.add(mm.number, count)
+    core.pool.flat[slot : slot + count] = np.arange(pfn, pfn + count, dtype=np.uint64) | np.uint64(entry)
 
 
 def simple(core: Core, vma: VmArea, entries: U64Array, swap: BoolArray) -> BoolArray:

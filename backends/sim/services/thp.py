@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import LargeFolio, NoMemory
@@ -25,24 +26,64 @@ from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
+    from pmcore.arrays import U64Array
     from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.physical.buddy import Pfns
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["fault", "huge_zero", "order_allowed", "split_at", "split_pmd", "wp_fault", "zap_pmd"]
+__all__ = [
+    "eligible",
+    "fault",
+    "huge_zero",
+    "maybe_shared",
+    "order_allowed",
+    "orders",
+    "split_at",
+    "split_pmd",
+    "split_whole",
+    "wp_fault",
+    "zap_pmd",
+]
 
 THP = int(PageFlag.THP)
 
 
-def order_allowed(core: Core, vma: VmArea, addr: int) -> bool:
-    """Whether policy lets a fault at the address map a huge page."""
+def orders(core: Core, vma: VmArea) -> int:
+    """Bits of the orders of huge pages that policy gives the VMA."""
     if not core.caps.thp or vma.flags & (VmFlag.NOHUGEPAGE | VmFlag.HUGETLB) or vma.file is not None:
-        return False
-    policy = core.policy.pmd
-    if policy == "never" or (policy == "madvise" and not vma.flags & VmFlag.HUGEPAGE):
+        return 0
+    always, advised = core.thp_orders()
+    return advised if vma.flags & VmFlag.HUGEPAGE else always
+
+
+def order_allowed(core: Core, vma: VmArea, addr: int) -> bool:
+    """Whether policy lets a fault at the address map a huge page by a PMD."""
+    if not orders(core, vma) >> core.geometry.pmd_order & 1:
         return False
     start = addr & -core.geometry.pmd_size
     return vma.start <= start and start + core.geometry.pmd_size <= vma.end
+
+
+def eligible(core: Core, vma: VmArea) -> bool:
+    """Whether the VMA has room for a huge page of any size that policy gives it."""
+    allowed, shift = orders(core, vma), core.geometry.page_shift
+    return any(
+        allowed >> order & 1 and (vma.end >> shift + order) > (vma.start - 1 >> shift + order) + 1
+        for order in range(allowed.bit_length())
+    )
+
+
+def maybe_shared(core: Core, folio: LargeFolio) -> bool:
+    """Whether the kernel takes a mapped folio to be mapped by more than one process."""
+    if folio.mapped <= 1:
+        return False
+    if core.caps.folio_mm_ids:
+        return folio.shared
+    # Older kernels guess: mapped too often for one process, or its first page is mapped twice.
+    # They are right here where they take one for unshared: taking a shared one apart is not modelled.
+    first = core.memory.frames.mapcount_at[folio.head]
+    return bool(folio.entire or folio.mapped > folio.pages or first > 1 or len(folio.by_mm) > 1)
 
 
 def huge_zero(core: Core) -> int:
@@ -140,7 +181,8 @@ def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int, *, migratin
         entries[:] = np.arange(head, head + pages, dtype=np.uint64) | np.uint64(keep)
         folio = core.memory.large[head]
         folio.entire -= 1
-        folio.add(mm.number, pages - 1)
+        folio.add(mm.number, pages)
+        folio.add(mm.number, -1)
         if entry & DIRTY:
             core.memory.frames.set_bits(head, pages, int(PageFlag.DIRTY))
         if core.caps.pmd_split_munlocks and vma.flags & VmFlag.LOCKED:
@@ -169,26 +211,52 @@ def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> N
     old = core.pool.flat[slots]
     if (old & np.uint64(DIRTY)).any():
         frames.set_bits(head, pages, int(PageFlag.DIRTY))
-    mlocked = frames.flags_at[head] & mapping.MLOCKED
     locked = np.zeros(len(slots), dtype=np.bool_)
     for vma in mm.vmas:
         if vma.flags & VmFlag.LOCKED:
             locked |= (addresses >= vma.start) & (addresses < vma.end)
+    # Unmapped first, page by page, each from a locked mapping one lock less; what locks are left stay with the head.
+    locks = core.mlocks.pop(head, 1) if frames.flags_at[head] & mapping.MLOCKED else 0
+    left = locks - int(np.count_nonzero(locked))
+    mlocked = left > 0
+    if locks and not mlocked:
+        frames.clear_bits(head, pages, mapping.MLOCKED)
     core.memory.dissolve(folio)
-    core.mlocks.pop(head, None)
+    if left > 1:
+        core.mlocks[head] = left
     for index in np.flatnonzero(frames.mapcount[head : head + pages] == 0).tolist():
         core.memory.free(head + index)
     if core.caps.split_maps_zero and not mlocked:
-        pfns = (old & np.uint64(FIELD)).view(np.int64)
-        zero = core.memory.contents.zero(frames.content[pfns])
-        zero &= ~locked
-        core.pool.flat[slots[zero]] = old[zero] & np.uint64(UFFD_WP | SOFT_DIRTY) | np.uint64(
-            PRESENT | SPECIAL | YOUNG | core.zero_pfn
-        )
-        frames.mapcount[pfns[zero]] = 0
-        core.memory.free_pages(pfns[zero])
-    if not mlocked:
-        # Mapped anew, as small pages: those of a locked mapping are locked now.
-        for pfn in (old[locked] & np.uint64(FIELD)).tolist():
-            mapping.mlock(core, pfn, 1)
+        _map_zeros(core, core.pool.flat, slots[~locked])
+    # Mapped anew, as small pages: those of a locked mapping are locked now.
+    for pfn in (old[locked] & np.uint64(FIELD)).tolist():
+        mapping.mlock(core, pfn, 1)
     core.count("split_folio")
+
+
+def split_whole(core: Core, entries: U64Array, index: NDArray[np.intp], pfns: Pfns) -> None:
+    """`split_folio` for many at once: `entries[index]` map `pfns`, all pages of folios that nobody else maps."""
+    if not len(pfns):
+        return
+    frames = core.memory.frames
+    written = (entries[index] & np.uint64(DIRTY)) != 0
+    if core.caps.migration_makes_soft_dirty:
+        entries[index[written]] |= np.uint64(core.soft_dirty)
+    dirty = np.unique((pfns - frames.behind[pfns])[written])
+    frames.flags[pfns[np.isin(pfns - frames.behind[pfns], dirty)]] |= np.uint64(PageFlag.DIRTY)
+    core.count("split_folio", core.memory.dissolve_many(pfns))
+    if core.caps.split_maps_zero:
+        _map_zeros(core, entries, index)
+
+
+def _map_zeros(core: Core, entries: U64Array, index: NDArray[np.intp]) -> None:
+    """Of the single pages that `entries[index]` map alone, map the zero page instead of those that hold only zeros."""
+    frames = core.memory.frames
+    pfns = (entries[index] & np.uint64(FIELD)).view(np.int64)
+    zero = core.memory.contents.zero(frames.content[pfns])
+    index, pfns = index[zero], pfns[zero]
+    entries[index] = entries[index] & np.uint64(UFFD_WP | SOFT_DIRTY) | np.uint64(
+        PRESENT | SPECIAL | YOUNG | core.zero_pfn
+    )
+    frames.mapcount[pfns] = 0
+    core.memory.free_pages(pfns)

@@ -107,11 +107,10 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
         del counters["KSM"]
     if huge:
         counters |= huge_view.counters(core, mm, vma)
-    eligible = core.caps.thp and not huge and _thp_eligible(core, vma)
     return SmapsEntry(
         vma=_vma(vma, core.geometry.page_shift),
         counters=counters,
-        plain={"THPeligible": int(eligible)},
+        plain={"THPeligible": int(thp.eligible(core, vma))},
         vm_flags=tuple(
             code if core.knows_vm_flag(code) else "??" for flag, code in VM_FLAG_CODES if vma.flags & flag
         ),
@@ -121,12 +120,6 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
 def _kb(value: int) -> int:
     """What is left of a number of bytes shown in kB."""
     return value >> 10 << 10
-
-
-def _thp_eligible(core: Core, vma: VmArea) -> bool:
-    size = core.geometry.pmd_size
-    low = -(-vma.start // size) * size
-    return low + size <= vma.end and thp.order_allowed(core, vma, low)
 
 
 def _swap(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:

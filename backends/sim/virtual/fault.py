@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
-from pmcore.backends.sim.services import swapping, thp, userfaultfd
+from pmcore.backends.sim.services import mthp, swapping, thp, userfaultfd
 from pmcore.backends.sim.virtual import filemap, hugetlb, mapping
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
@@ -102,7 +102,7 @@ def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
         elif not pte or is_marker(pte):
             _missing(core, mm, vma, addr, slot, pte, write=write)
         else:
-            swapping.swap_in(core, mm, vma, slot, pte, write=write)
+            swapping.swap_in(core, mm, vma, slot, pte, write=write, addr=addr)
 
 
 def _missing(
@@ -122,6 +122,9 @@ def _missing(
         core.pool.at[slot] = core.zero_pfn | PRESENT | SPECIAL | YOUNG | protected
         return
     mm.prepare_anon(vma)
+    orders = mthp.orders(core, vma)
+    if orders and mthp.fault(core, mm, vma, addr, slot, orders):
+        return
     pfn = mapping.take_page(core, vma)
     entry = pfn | PRESENT | YOUNG | protected
     if vma.flags & VmFlag.WRITE:
@@ -168,12 +171,9 @@ def _reusable(core: Core, mm: AddressSpace, pfn: int) -> bool:
         return False
     if flags & COMPOUND:
         folio = core.memory.large[pfn - frames.behind_at[pfn]]
-        return bool(
-            core.caps.large_folio_reuse
-            and not flags & _SWAPCACHE
-            and not folio.entire
-            and folio.by_mm.get(mm.number, 0) == folio.mapped
-        )
+        if not core.caps.large_folio_reuse or folio.mapped <= 1 or thp.maybe_shared(core, folio):
+            return False
+        return not flags & _SWAPCACHE or core.swap.uncache(folio.head, folio.order)
     if frames.mapcount_at[pfn] != 1:
         return False
     return not flags & _SWAPCACHE or core.swap.uncache(pfn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
@@ -105,6 +106,7 @@ def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
         if len(compound):
             frames.mapcount[compound] -= 1
             heads, counts = np.unique(compound - frames.behind[compound], return_counts=True)
+            heads, counts = _free_whole(core, mm, heads, counts)
             for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
                 folio = memory.large[head]
                 folio.add(mm.number, -count)
@@ -123,6 +125,19 @@ def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
     if vma.file is not None:
         gone &= (frames.flags[pfns] & np.uint64(CACHED)) == 0
     memory.free_pages(pfns if gone.all() else pfns[gone])
+
+
+def _free_whole(
+    core: Core, mm: AddressSpace, heads: Pfns, counts: NDArray[np.int64]
+) -> tuple[Pfns, NDArray[np.int64]]:
+    """Free those folios of which every page was mapped here alone and none is any more; the others are left over."""
+    memory = core.memory
+    orders = memory.large.whole_of(heads, mm.number)
+    done = (orders > 0) & (counts == 1 << orders)
+    done &= (memory.frames.flags[heads] & np.uint64(_SWAPCACHE | MLOCKED)) == 0
+    for order in np.unique(orders[done]).tolist():
+        memory.free_whole(heads[done & (orders == order)], order)
+    return heads[~done], counts[~done]
 
 
 def remove_pmd(core: Core, mm: AddressSpace, vma: VmArea, folio: LargeFolio) -> None:

@@ -75,7 +75,12 @@ def _put_back(
             if write:
                 clean = chosen & ((old[part] & np.uint64(DIRTY)) == 0)
                 pfns = (extent.entries[clean] & _FIELD).view(np.int64)
-                core.memory.frames.flags[pfns] |= np.uint64(_DIRTY)
+                frames = core.memory.frames
+                frames.flags[pfns] |= np.uint64(_DIRTY)
+                for head in np.unique(pfns - frames.behind[pfns]).tolist() if core.memory.large else ():
+                    folio = core.memory.large.get(head)
+                    if folio is not None:
+                        frames.set_bits(head, folio.pages, _DIRTY)
             extent.entries[chosen] = extent.entries[chosen] & np.uint64(~bits & _ALL) | old[part][
                 chosen
             ] & np.uint64(bits)

@@ -10,7 +10,7 @@ import numpy as np
 from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import swapping, thp
+from pmcore.backends.sim.services import mthp, swapping, thp
 from pmcore.backends.sim.virtual import fault, filemap, hugetlb, mapping, zap
 from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -102,9 +102,13 @@ def _ptes(
     easy = present | fresh if not write else (present & ((entries & _WRITE) != 0)) | fresh
     if vma.flags & VmFlag.UFFD_MISSING:
         easy &= ~fresh
+    orders = mthp.orders(core, vma) if write else 0
     if easy.all():
-        _tell(core, mm, start, fresh, write=write)
-        _easy(core, mm, vma, entries, fresh, write=write)
+        if orders and fresh.any():
+            _large(core, mm, vma, start, slot, count, orders)
+        else:
+            _tell(core, mm, start, fresh, write=write)
+            _easy(core, mm, vma, entries, fresh, write=write)
         return
     # Runs of one sort, in the order of the addresses: easy, swapped out (by area), anything else one by one.
     sort = easy.astype(np.int8)
@@ -116,7 +120,9 @@ def _ptes(
     for low, high in itertools.pairwise(bounds):
         slot = mm.tables.pte_slot(start + low * size)
         part = core.pool.flat[slot : slot + high - low]
-        if sort[low] == 1:
+        if sort[low] == 1 and orders:
+            _large(core, mm, vma, start + low * size, slot, high - low, orders)
+        elif sort[low] == 1:
             _tell(core, mm, start + low * size, fresh[low:high], write=write)
             _easy(core, mm, vma, part, fresh[low:high], write=write)
         elif sort[low] and high - low > _FEW:
@@ -135,6 +141,18 @@ def _tell(core: Core, mm: AddressSpace, start: int, chosen: BoolArray, *, write:
     if core.on_fault is not None:
         index = np.flatnonzero(chosen).astype(np.uint64)
         core.on_fault(mm, np.uint64(start) + index * np.uint64(core.geometry.page_size), write)
+
+
+def _large(core: Core, mm: AddressSpace, vma: VmArea, start: int, slot: int, count: int, orders: int) -> None:
+    """Writes to `count` pages that are empty or writable, where a fault may map more than one page."""
+    mm.prepare_anon(vma)
+    if core.on_fault is not None or core.memory.spare < count + (1 << orders.bit_length()):
+        # Whoever observes is told of each, and memory may run out at any of them.
+        for addr in range(start, start + count * core.geometry.page_size, core.geometry.page_size):
+            fault.access(core, mm, addr, write=True)
+        return
+    mthp.fault_many(core, mm, vma, start, slot, count, orders)
+    core.pool.flat[slot : slot + count] |= np.uint64(YOUNG | DIRTY)
 
 
 def _file(

@@ -1,0 +1,188 @@
+"""Large folios that processes map: who maps how much of each.
+
+Most are mapped whole by one process, a PTE a page, from the fault on to the end: of those the frame table holds one
+word, `Frames.whole`, so that a GiB of them costs no objects. Who asks for one gets a `LargeFolio`, that counts from
+then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from pmcore.backends.sim.physical.buddy import Pfns
+from pmcore.backends.sim.physical.frames import Frames
+
+__all__ = ["LargeFolio", "LargeFolios", "whole_word"]
+
+#: Bits of a word that hold the order.
+_ORDER_BITS = 6
+_ORDER = (1 << _ORDER_BITS) - 1
+
+
+@attrs.define(slots=True)
+class LargeFolio:
+    """A compound page that processes map: who maps how much of it."""
+
+    head: int
+    order: int
+    #: PMDs that map all of it.
+    entire: int = 0
+    #: PTEs and PMDs that map any of it.
+    mapped: int = 0
+    #: The same by address space.
+    by_mm: dict[int, int] = attrs.field(factory=dict)
+    #: The kernel has room for two address spaces in a folio: what it counts of them, and whether it takes the folio to
+    #: be shared. Others map it uncounted, and so it may go on being "shared" with one of them alone (rule TH-008).
+    known: dict[int, int] = attrs.field(factory=dict)
+    shared: bool = False
+
+    @property
+    def pages(self) -> int:
+        """Number of its pages."""
+        return 1 << self.order
+
+    def add(self, mm: int, count: int) -> None:
+        """Count `count` mappings more (or less) by the address space `mm`."""
+        self.mapped += count
+        left = self.by_mm.get(mm, 0) + count
+        if left:
+            self.by_mm[mm] = left
+        else:
+            self.by_mm.pop(mm, None)
+        if count > 0:
+            if mm in self.known:
+                self.known[mm] += count
+            elif len(self.known) < 2:
+                self.known[mm] = count
+                self.shared |= self.mapped != count
+            return
+        if mm in self.known:
+            self.known[mm] += count
+            if self.known[mm] > 0:
+                return
+            del self.known[mm]
+        if not self.mapped or self.mapped in self.known.values():
+            self.shared = False
+
+
+def _whole(head: int, word: int) -> LargeFolio:
+    """The folio that a word stands for."""
+    mm, order = word >> _ORDER_BITS, word & _ORDER
+    return LargeFolio(head, order, 0, 1 << order, {mm: 1 << order}, {mm: 1 << order})
+
+
+def whole_word(mm: int, order: int) -> int:
+    """The word of a folio of that order whose pages `mm` maps by one PTE each, and nobody else does."""
+    return mm << _ORDER_BITS | order
+
+
+class LargeFolios:
+    """All of them, by head: a mapping of heads to `LargeFolio`."""
+
+    def __init__(self, frames: Frames) -> None:
+        self._frames = frames
+        self._counted: dict[int, LargeFolio] = {}
+        #: Folios that are a word in the frame table.
+        self.words = 0
+
+    def __len__(self) -> int:
+        return self.words + len(self._counted)
+
+    def __bool__(self) -> bool:
+        return bool(self._counted) or self.words > 0
+
+    def __contains__(self, head: int) -> bool:
+        return head in self._counted or self._frames.whole_at[head] != 0
+
+    def __getitem__(self, head: int) -> LargeFolio:
+        folio = self._counted.get(head)
+        return self._count(head) if folio is None else folio
+
+    def get(self, head: int) -> LargeFolio | None:
+        """The folio of that head, or None."""
+        try:
+            return self[head]
+        except KeyError:
+            return None
+
+    def __setitem__(self, head: int, folio: LargeFolio) -> None:
+        self._counted[head] = folio
+
+    def __delitem__(self, head: int) -> None:
+        if self._counted.pop(head, None) is None:
+            self._forget(head)
+
+    def _forget(self, head: int) -> int:
+        word = self._frames.whole_at[head]
+        if not word:
+            raise KeyError(head)
+        self._frames.whole_at[head] = 0
+        self.words -= 1
+        return word
+
+    def _count(self, head: int) -> LargeFolio:
+        folio = self._counted[head] = _whole(head, self._forget(head))
+        return folio
+
+    def values(self) -> Iterator[LargeFolio]:
+        """Each folio, those that are words as values of the moment."""
+        yield from self._counted.values()
+        heads = np.flatnonzero(self._frames.whole)
+        for head, word in zip(heads.tolist(), self._frames.whole[heads].tolist(), strict=True):
+            yield _whole(head, word)
+
+    def items(self) -> Iterator[tuple[int, LargeFolio]]:
+        """Heads and folios, as `values`."""
+        return ((folio.head, folio) for folio in self.values())
+
+    # -- many at once ----------------------------------------------------------------------------------
+
+    def add_whole(self, heads: Pfns, mm: int, order: int) -> None:
+        """New ones that `mm` maps whole."""
+        self._frames.whole[heads] = whole_word(mm, order)
+        self.words += len(heads)
+
+    def whole_of(self, heads: Pfns, mm: int) -> Pfns:
+        """The orders of those of these heads that `mm` alone maps, whole; 0 for the others."""
+        self.settle(heads)
+        words = self._frames.whole[heads]
+        return np.where(words >> _ORDER_BITS == mm, words & _ORDER, 0)
+
+    def orders(self, heads: Pfns) -> NDArray[np.int64]:
+        """The orders of folios."""
+        orders: NDArray[np.int64] = self._frames.whole[heads] & _ORDER
+        for index in np.flatnonzero(orders == 0).tolist():
+            orders[index] = self._counted[int(heads[index])].order
+        return orders
+
+    def drop(self, heads: Pfns) -> None:
+        """Forget some that are words."""
+        self._frames.whole[heads] = 0
+        self.words -= len(heads)
+
+    def settle(self, heads: Pfns | None = None) -> None:
+        """Turn into words what can be one: the state does not depend on who was looked at."""
+        chosen = list(self._counted) if heads is None else heads.tolist() if self._counted else []
+        for head in chosen:
+            folio = self._counted.get(head)
+            if folio is None or folio.entire or folio.shared or folio.mapped != folio.pages:
+                continue
+            if len(folio.by_mm) == 1 and folio.known == folio.by_mm:
+                [mm] = folio.by_mm
+                del self._counted[head]
+                self._frames.whole_at[head] = whole_word(mm, folio.order)
+                self.words += 1
+
+    def capture(self) -> list[LargeFolio]:
+        """Those that are no words, by head."""
+        self.settle()
+        return [folio for _, folio in sorted(self._counted.items())]
+
+    def restore(self, folios: list[LargeFolio]) -> None:
+        """What `capture` gave; the frame table has been restored."""
+        self._counted = {folio.head: folio for folio in folios}
+        self.words = int(np.count_nonzero(self._frames.whole))
