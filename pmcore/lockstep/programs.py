@@ -210,6 +210,8 @@ def _map_huge(draw: st.DrawFn, state: _State) -> s.Step | None:
         flags |= draw(st.sampled_from((MapFlag.FIXED, MapFlag.FIXED, MapFlag.FIXED_NOREPLACE)))
         pages = min(pages, 2 * _HUGE)
         common |= {"task": _task(draw, state), "within": area, "page": page}
+        if area in state.shared:  # where it is refused, that is what lies there
+            state.shared.add(name)
     else:
         common["align"] = draw(st.sampled_from((_HUGE * 4096,) * 9 + (4096,)))
         common["page_offset"] = draw(st.sampled_from((0,) * 12 + (_HUGE, 3)))
@@ -325,6 +327,8 @@ def _map_over(draw: st.DrawFn, state: _State) -> s.Step | None:
         return None
     area, page, pages = _range(draw, state)
     name = state.name("a")
+    if area in state.shared:
+        state.shared.add(name)
     state.areas[name] = pages
     flags = _FLAGS | draw(st.sampled_from((MapFlag.FIXED, MapFlag.FIXED, MapFlag.FIXED_NOREPLACE)))
     return s.Map(
