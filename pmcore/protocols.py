@@ -31,7 +31,20 @@ if TYPE_CHECKING:
     from pmcore.uapi import ClearRefs, Madvise, MapFlag, MremapFlag, Prot, UffdFeature
     from pmcore.vma import Vma
 
-__all__ = ["BoolArray", "FileResidency", "FrameFile", "Kernel", "Process", "Task", "U64Array", "Workbench"]
+__all__ = [
+    "HEAP",
+    "BoolArray",
+    "FileResidency",
+    "FrameFile",
+    "Kernel",
+    "Process",
+    "Task",
+    "U64Array",
+    "Workbench",
+]
+
+#: Where the heap of a task begins (`Task.brk`): free in any process, and the same on every workbench.
+HEAP = 0x0F00_0000_0000
 
 
 class FrameFile(enum.StrEnum):
@@ -285,6 +298,18 @@ class Task(Protocol):
 
     def munlock(self, start: int, length: int) -> None:
         """munlock(2)."""
+        ...
+
+    def mlockall(self, flags: int) -> None:
+        """mlockall(2): 1 what is mapped now, 2 what will be, 4 pages as they are faulted in."""
+        ...
+
+    def munlockall(self) -> None:
+        """munlockall(2)."""
+        ...
+
+    def brk(self, addr: int) -> int:
+        """The system call brk(2): the break after it, moved to `addr` or not. The heap begins at `HEAP`."""
         ...
 
     def mincore(self, start: int, length: int) -> BoolArray:

@@ -61,6 +61,8 @@ class Capabilities:
     collapse_needs_writable: bool
     mprotect_unaccounts: bool
     maybe_guard: bool
+    #: MADV_DONTNEED frees tables of PTEs that it empties.
+    pt_reclaim: bool
     mremap_many: bool
     split_maps_zero: bool
     swapin_not_mlocked: bool
@@ -74,7 +76,6 @@ class Capabilities:
     populate_stops_at_hole: bool
     pmd_split_munlocks: bool
     mremap_realigns: bool
-    pt_reclaim: bool
     uffd_wp_many: bool
     merge_with_empty: bool
     pmd_split_keeps_dirty: bool
@@ -143,6 +144,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         collapse_needs_writable=has("mm.collapse_needs_writable"),
         mprotect_unaccounts=has("mm.mprotect_unaccounts"),
         maybe_guard=has("mm.maybe_guard"),
+        pt_reclaim=has("mm.pt_reclaim"),
         mremap_many=has("mm.mremap_many"),
         split_maps_zero=has("mm.split_maps_zero"),
         swapin_not_mlocked=has("quirk.swapin_not_mlocked"),
@@ -155,7 +157,6 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         smaps_ksm=has("smaps.ksm"),
         pmd_split_munlocks=has("quirk.pmd_split_munlocks"),
         mremap_realigns=has("mm.mremap_realigns"),
-        pt_reclaim=has("mm.pt_reclaim"),
         uffd_wp_many=has("uffd.wp_many_mappings"),
         merge_with_empty=has("mm.merge_with_empty"),
         pmd_split_keeps_dirty=has("mm.pmd_split_keeps_dirty"),

@@ -9,6 +9,7 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.calls.files import data_pages
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import clear_refs
 from pmcore.backends.sim.services.mincore import in_core
 from pmcore.backends.sim.views import maps as maps_view
@@ -87,7 +88,10 @@ class SimProcess(Process):
             return ScanResult(errno=int(Errno.ESRCH))
         if not self._machine.core.caps.scan:
             return scan_pagemap(self, request)
-        return scan_tables(request, SimTables(self._machine.core, self._task.mm), self._machine.profile)
+        try:
+            return scan_tables(request, SimTables(self._machine.core, self._task.mm), self._machine.profile)
+        except NoMemory:
+            return ScanResult(errno=int(Errno.ENOMEM))
 
     def clear_refs(self, what: ClearRefs | int) -> None:
         """Write `what` to clear_refs."""

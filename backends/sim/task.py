@@ -110,6 +110,11 @@ class SimTask(Task):
         """munlockall(2)."""
         self._call(mlock_call.munlockall)
 
+    def brk(self, addr: int) -> int:
+        """brk(2)."""
+        _words(addr)
+        return int(self._call(mmap_call.brk, addr))
+
     def mincore(self, start: int, length: int) -> BoolArray:
         """mincore(2)."""
         _words(start, length)

@@ -11,6 +11,7 @@ from pmcore.pagemap import PagemapEntries
 from pmcore.program import Run
 from pmcore.protocols import FrameFile, Kernel, Task
 from pmcore.smaps import SmapsEntry
+from pmcore.uapi import PM_PFRAME_MASK, PM_PRESENT
 
 __all__ = ["Look", "TaskLook", "take"]
 
@@ -39,6 +40,16 @@ class Look:
     kpagecount: U64Array
     #: The hugetlb pool as meminfo has it: its lines.
     pool: tuple[str, ...] = ()
+
+    def flags_of(self, words: U64Array) -> U64Array:
+        """kpageflags of the frames that pagemap entries name, 0 where they name none."""
+        present = np.flatnonzero((words & np.uint64(PM_PRESENT)) != 0)
+        found = np.zeros(len(words), dtype=np.uint64)
+        if len(self.pfns):
+            wanted = words[present] & np.uint64(PM_PFRAME_MASK)
+            place = np.minimum(np.searchsorted(self.pfns, wanted), len(self.pfns) - 1)
+            found[present] = np.where(self.pfns[place] == wanted, self.kpageflags[place], np.uint64(0))
+        return found
 
 
 def take(run: Run) -> Look:

@@ -19,6 +19,10 @@ from pmcore.uapi import Madvise, MapFlag, MremapFlag, UffdFeature
 __all__ = ["KEPT", "programs", "thp_settings"]
 
 _HUGE = 512
+#: Pages of a mapping that reaches over the gap between two areas.
+_WIDE = 1024 + 40
+#: PROT_GROWSDOWN, PROT_GROWSUP.
+_DOWN, _UP = 0x01000000, 0x02000000
 _FLAGS = int(MapFlag.PRIVATE | MapFlag.ANONYMOUS)
 _MAX_AREAS = 5
 #: A page that every program with hugetlb mappings touches first and then leaves alone: on a running kernel of before
@@ -77,9 +81,13 @@ class _State:
     shared: set[str] = attrs.field(factory=set)
     #: Areas of hugetlb, and the flags that they were mapped with.
     huge: dict[str, int] = attrs.field(factory=dict)
+    #: Whether mlockall was asked for: what is mapped from then on may be locked.
+    locked_all: bool = False
     made: int = 0
     #: Pages of the smaller huge pages that may be met: ranges like their edges.
     folios: tuple[int, ...] = ()
+    #: Steps that have to follow at once.
+    next: list[s.Step] = attrs.field(factory=list)
 
     def name(self, kind: str) -> str:
         self.made += 1
@@ -136,8 +144,8 @@ def programs(
     while len(steps) < length:
         kind = draw(st.sampled_from(kinds))
         step = kind(draw, state)
-        if step is not None:
-            steps.append(step)
+        steps += [one for one in (step, *state.next) if one is not None and _compared(one, state)]
+        state.next.clear()
         if isinstance(step, s.Map) and step.pages >= _HUGE and draw(st.integers(0, 2)):
             steps.append(s.Advise(area=step.area, pages=step.pages, advice=int(Madvise.HUGEPAGE)))
     return Program(name="random", steps=tuple(steps), thp=settings)
@@ -178,7 +186,7 @@ def _map(draw: st.DrawFn, state: _State) -> s.Step | None:
     name = state.name("a")
     huge = draw(st.booleans())
     pages = draw(st.sampled_from((_HUGE, 2 * _HUGE, 2 * _HUGE + 7) if huge else (1, 2, 3, 5, 8, 16, 33, 64)))
-    if draw(st.integers(0, 3)) == 0:
+    if draw(st.integers(0, 3)) == 0 and not state.locked_all:
         return _map_shared(draw, state, name, huge, pages)
     extra = draw(st.sampled_from((0,) * 8 + (MapFlag.POPULATE, MapFlag.LOCKED, MapFlag.NORESERVE)))
     prot = draw(st.sampled_from((3,) * 8 + (1, 0, 2, 7)))
@@ -330,7 +338,11 @@ def _map_over(draw: st.DrawFn, state: _State) -> s.Step | None:
     if area in state.shared:
         state.shared.add(name)
     state.areas[name] = pages
-    flags = _FLAGS | draw(st.sampled_from((MapFlag.FIXED, MapFlag.FIXED, MapFlag.FIXED_NOREPLACE)))
+    if draw(st.integers(0, 15)) == 0:
+        pages = _WIDE  # over the end of the area, and over what lies behind the gap
+        state.areas[name] = pages
+    grows = draw(st.sampled_from((0, 0, MapFlag.GROWSDOWN)))
+    flags = _FLAGS | grows | draw(st.sampled_from((MapFlag.FIXED, MapFlag.FIXED, MapFlag.FIXED_NOREPLACE)))
     return s.Map(
         task=_task(draw, state),
         area=name,
@@ -342,6 +354,170 @@ def _map_over(draw: st.DrawFn, state: _State) -> s.Step | None:
     )
 
 
+def _map_anywhere(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """A place of the kernel's choice, or a hint that may be free."""
+    if len(state.areas) >= _MAX_AREAS:
+        return None
+    hint, page, _ = _range(draw, state)
+    name = state.name("a")
+    within = draw(st.sampled_from(("", hint, hint)))
+    state.areas[name] = pages = draw(st.sampled_from((1, 2, 16, _HUGE, 2 * _HUGE, 2 * _HUGE + 7)))
+    return s.Map(
+        task=_task(draw, state),
+        area=name,
+        pages=pages,
+        anywhere=True,
+        within=within,
+        page=page if within else 0,
+        align=_HUGE * 4096 if pages >= _HUGE else 4096,
+    )
+
+
+def _stack(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """A mapping that grows downwards at the end of an area that is unmapped otherwise."""
+    area, page, _ = _range(draw, state)
+    pages, task = state.areas[area], _task(draw, state)
+    if not page or len(state.areas) >= _MAX_AREAS:
+        return None
+    name = state.name("a")
+    state.areas[name] = pages - page
+    flags = int(_FLAGS | MapFlag.FIXED | MapFlag.GROWSDOWN)
+    state.next = [
+        s.Map(task=task, area=name, pages=pages - page, within=area, page=page, flags=flags),
+        s.Touch(task=task, area=area, page=draw(st.integers(0, page)), pages=1),
+    ]
+    return s.Unmap(task=task, area=area, pages=pages)
+
+
+def _brk(draw: st.DrawFn, state: _State) -> s.Step:
+    lengths = (0, 1, 4096, 5 * 4096 + 1, 64 * 4096, _HUGE * 4096 - 1, 2 * _HUGE * 4096)
+    length = draw(st.sampled_from(lengths))
+    state.areas["heap"] = max(state.areas.get("heap", 1), -(-length // 4096))
+    return s.Brk(task=_task(draw, state), length=length)
+
+
+def _pagemap_read(draw: st.DrawFn, state: _State) -> s.Step:
+    area, page, pages = _range(draw, state)
+    task = _task(draw, state)
+    if draw(st.integers(0, 4)) == 0:
+        offset, length = draw(st.sampled_from((0, 0, 8, 1, 4096))), draw(st.sampled_from((0, 8, 64, 3)))
+        return s.PagemapRead(task=task, area=area, offset=offset, length=length, from_end=True)
+    shift = draw(st.sampled_from((0,) * 8 + (1, 4, 7)))
+    length = draw(
+        st.sampled_from((0, 8, 8, 16, 8 * pages, 8 * pages, 8 * pages + 4, 4096, 8 * (pages + 600), 5))
+    )
+    return s.PagemapRead(task=task, area=area, offset=8 * page + shift, length=length)
+
+
+#: What leads to rare states: advice, "read" and "write" accesses, one after the other over one range.
+_SEQUENCES: tuple[tuple[Madvise | str, ...], ...] = (
+    ("write", Madvise.PAGEOUT, "read", "write"),
+    ("write", Madvise.PAGEOUT, Madvise.WILLNEED, "write"),
+    ("write", Madvise.FREE, "write", Madvise.PAGEOUT),
+    ("write", Madvise.FREE, Madvise.PAGEOUT, "read"),
+    ("write", Madvise.GUARD_INSTALL, "read", Madvise.GUARD_REMOVE, "write"),
+    ("read", Madvise.COLD, "write"),
+    (Madvise.POPULATE_WRITE, Madvise.PAGEOUT, Madvise.COLLAPSE),
+    ("write", "fork", "write", Madvise.PAGEOUT),
+)
+
+
+def _sequence(draw: st.DrawFn, state: _State) -> s.Step:
+    area, page, pages = _range(draw, state)
+    task = _task(draw, state)
+    steps: list[s.Step] = []
+    for what in draw(st.sampled_from(_SEQUENCES)):
+        if what == "fork":
+            steps += [step] if (step := _fork(draw, state)) else []
+        elif isinstance(what, Madvise):
+            steps.append(s.Advise(task=task, area=area, page=page, pages=pages, advice=int(what)))
+        else:
+            steps.append(s.Touch(task=task, area=area, page=page, pages=pages, write=what == "write"))
+    state.next = steps[1:]
+    return steps[0]
+
+
+def _huge(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """A huge page: mapped, collapsed or shared, then advised of in part, and paged out."""
+    large = sorted(area for area, pages in state.areas.items() if pages >= _HUGE)
+    if not large:
+        return None
+    area, task = draw(st.sampled_from(large)), _task(draw, state)
+    way = draw(st.sampled_from((Madvise.HUGEPAGE, Madvise.COLLAPSE)))
+    small = draw(st.sampled_from((1, 8, _HUGE // 2, _HUGE)))
+    part = draw(st.sampled_from((Madvise.FREE, Madvise.COLD, Madvise.PAGEOUT, Madvise.DONTNEED, None)))
+    first = s.Advise(task=task, area=area, pages=_HUGE, advice=int(way))
+    touch = s.Touch(task=task, area=area, pages=small, write=draw(st.sampled_from((True, True, False))))
+    text = s.Write(task=task, area=area, offset=draw(st.sampled_from((0, 0, 5 * 4096))), text="huge")
+    state.next = [touch, text] if way == Madvise.HUGEPAGE else [text, first]
+    if part is None:
+        state.next.append(
+            s.Protect(task=task, area=area, page=small // 2, pages=1, prot=draw(st.integers(0, 3)))
+        )
+    else:
+        state.next.append(s.Advise(task=task, area=area, page=small // 2, pages=small, advice=int(part)))
+    if draw(st.booleans()):
+        state.next.append(s.Advise(task=task, area=area, pages=_HUGE, advice=int(Madvise.PAGEOUT)))
+    return first if way == Madvise.HUGEPAGE else touch
+
+
+def _arm(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """Write protection over a range that is populated in part: put on, written, put on again, by either way."""
+    area, page, pages = _range(draw, state)
+    steps: list[s.Step] = []
+    if not state.fds:
+        opened = state.name("u")
+        state.fds[opened] = state.tasks[0]
+        features = draw(st.sampled_from((_UFFD[0], _UFFD[2], _UFFD[4])))
+        steps.append(s.UffdOpen(task=state.tasks[0], fd=opened, features=int(features)))
+    fd, task = next(iter(state.fds.items()))
+    if draw(st.booleans()):
+        part = max(1, pages // 2)
+        steps.append(s.Touch(task=task, area=area, page=page, pages=part))
+        if draw(st.booleans()):
+            steps.append(s.Advise(task=task, area=area, page=page, pages=part, advice=int(Madvise.PAGEOUT)))
+    steps.append(
+        s.UffdRegister(task=task, fd=fd, area=area, pages=state.areas[area], mode=2),
+    )
+    for _ in range(draw(st.integers(1, 2))):
+        if draw(st.booleans()):
+            steps.append(s.UffdProtect(task=task, fd=fd, area=area, page=page, pages=pages))
+        else:
+            steps.append(
+                s.Scan(task=task, area=area, page=page, pages=pages, flags=1, category_mask=2, return_mask=2)
+            )
+        write = draw(st.sampled_from((True, True, False)))
+        steps.append(s.Touch(task=task, area=area, page=page, pages=pages, write=write))
+    state.next = steps[1:]
+    return steps[0]
+
+
+def _bounce(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """Every second page of an area present: its scans fill the kernel's buffer of 512 regions, or nearly."""
+    large = sorted(area for area, pages in state.areas.items() if pages >= 2 * _HUGE)
+    if not large:
+        return None
+    more = [
+        area for area in large if state.areas[area] > 2 * _HUGE + 2
+    ]  # the buffer is filled, and begun anew
+    area, task = draw(st.sampled_from(more or large)), _task(draw, state)
+    pages = state.areas[area]
+    regions = -(-pages // 2)
+    scan = s.Scan(
+        task=task,
+        area=area,
+        page=draw(st.sampled_from((0, 0, 1))),
+        pages=pages - 1,
+        vec_len=draw(st.sampled_from((_HUGE - 1, _HUGE, _HUGE + 1, regions, regions - 1, *(2 * _HUGE,) * 4))),
+        max_pages=draw(st.sampled_from((0, 0, 0, 0, _HUGE - 1, _HUGE, _HUGE + 1, regions))),
+        flags=draw(st.sampled_from((0, 0, 1))),
+        category_mask=draw(st.sampled_from((8, 8, 2))),
+        return_mask=draw(st.sampled_from((8, 0x7F))),
+    )
+    state.next = [s.Touch(task=task, area=area, pages=pages, stride=2), scan]
+    return s.Advise(task=task, area=area, pages=pages, advice=int(Madvise.DONTNEED))
+
+
 def _ranged(kind: Any, **fields: Any) -> _Maker:
     """A step over a range, with these fields drawn."""
 
@@ -349,21 +525,24 @@ def _ranged(kind: Any, **fields: Any) -> _Maker:
         aligned = bool(state.huge) and draw(st.booleans())
         area, page, pages = (_range_huge if aligned else _range)(draw, state)
         drawn = {name: draw(strategy) for name, strategy in fields.items()}
-        if area in state.shared and (kind is s.Lock or drawn.get("advice") in _not_for_files(state)):
-            return None
         step: s.Step = kind(task=_task(draw, state), area=area, page=page, pages=pages, **drawn)
         return step
 
     return make
 
 
-def _not_for_files(state: _State) -> tuple[int, ...]:
-    """Advice that would end the comparison: what is not modelled, and what the kernel never returns from (DV-026).
+def _compared(step: s.Step, state: _State) -> bool:
+    """Whether a step can be compared: not what is not modelled of files, nor what the kernel never returns from (DV-026).
 
-    (Nor is shared memory locked: the locks of a page are counted no better than in batches, DV-027.)
+    Nor is shared memory locked: the locks of a page are counted no better than in batches (DV-027).
     """
-    collapse = (int(Madvise.COLLAPSE),)
-    return (*collapse, int(Madvise.GUARD_INSTALL)) if state.fds else collapse
+    if isinstance(step, s.LockAll):
+        return not state.shared
+    if not isinstance(step, s.Advise | s.Lock) or step.area not in state.shared:
+        return True
+    if isinstance(step, s.Lock) or step.advice == Madvise.COLLAPSE:
+        return False
+    return step.advice != Madvise.GUARD_INSTALL or not state.fds
 
 
 def _write(draw: st.DrawFn, state: _State) -> s.Step | None:
@@ -463,7 +642,7 @@ def _uffd(draw: st.DrawFn, state: _State) -> s.Step | None:
     return s.UffdUnregister(**common)
 
 
-def _scan(draw: st.DrawFn, state: _State) -> s.Step | None:
+def _scan(draw: st.DrawFn, state: _State) -> s.Step:
     area, page, pages = _range(draw, state)
     masks = st.sampled_from((0, 0, 0, 1, 2, 3, 8, 10, 16, 24, 32, 64, 0x7F, 1 << 8, 1 << 40))
     return s.Scan(
@@ -471,8 +650,9 @@ def _scan(draw: st.DrawFn, state: _State) -> s.Step | None:
         area=area,
         page=page,
         pages=pages,
-        vec_len=draw(st.sampled_from((0, 1, 2, 3, 512, 513, 4096))),
-        max_pages=draw(st.sampled_from((0, 0, 0, 1, 7, 511, 512, pages))),
+        shift=draw(st.sampled_from((0,) * 20 + (1, 4095))),
+        vec_len=draw(st.sampled_from((0, 1, 2, 3, 511, 512, 513, 4096))),
+        max_pages=draw(st.sampled_from((0, 0, 0, 1, 7, 511, 512, 513, pages, max(pages - 1, 1), pages + 1))),
         flags=draw(st.sampled_from((0, 0, 1, 1, 2, 3, 4))),
         category_inverted=draw(masks),
         category_mask=draw(masks),
@@ -489,12 +669,28 @@ def _clear_soft_dirty(draw: st.DrawFn, state: _State) -> s.Step | None:
     return s.ClearRefs(task=_task(draw, state))
 
 
+def _lock_all(draw: st.DrawFn, state: _State) -> s.Step:
+    task = _task(draw, state)
+    if draw(st.booleans()):
+        return s.UnlockAll(task=task)
+    state.locked_all = True
+    return s.LockAll(task=task, flags=draw(st.sampled_from((1, 2, 3, 5, 6, 7, 0, 4, 8))))
+
+
 _advise = _ranged(s.Advise, advice=st.sampled_from([int(advice) for advice in _ADVICE]))
 _KINDS: tuple[_Maker, ...] = (
     *(_map,) * 2,
     _map_over,
     _ranged(s.Unmap),
-    *(_ranged(s.Protect, prot=st.sampled_from((1, 3, 3, 0, 2, 8, 64))),) * 2,
+    _map_anywhere,
+    _stack,
+    _brk,
+    *(_bounce,) * 3,
+    *(_sequence,) * 3,
+    *(_huge,) * 2,
+    *(_arm,) * 3,
+    *(_pagemap_read,) * 3,
+    *(_ranged(s.Protect, prot=st.sampled_from((1, 3, 3, 0, 2, 8, 64, _DOWN | 1, _DOWN | 3, _UP | 1))),) * 2,
     *(_advise,) * 10,
     *(_ranged(s.Touch, write=st.booleans(), stride=st.sampled_from((1, 1, 2, 7))),) * 8,
     *(_write,) * 4,
@@ -504,8 +700,10 @@ _KINDS: tuple[_Maker, ...] = (
     _exit,
     *(_uffd,) * 5,
     *(_scan,) * 5,
-    _ranged(s.Lock, onfault=st.booleans()),
+    *(_ranged(s.Lock, onfault=st.booleans()),) * 2,
     _ranged(s.Unlock),
+    _lock_all,
+    _ranged(s.Msync, flags=st.sampled_from((0, 1, 2, 4, 4, 5, 6, 8))),
     _ranged(s.Mincore),
     *(_clear_refs,) * 2,
 )

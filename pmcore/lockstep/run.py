@@ -9,6 +9,7 @@ import attrs
 
 from pmcore.lockstep.compare import Comparer, Difference
 from pmcore.lockstep.look import Look, take
+from pmcore.lockstep.reached import Reached
 from pmcore.program import Outcome, Program, Run
 from pmcore.program.steps import Scan, Step
 from pmcore.protocols import Workbench
@@ -42,14 +43,13 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
     The tasks are ended; the workbenches stay open. Raises ArgumentError for a program that names what it has not made.
     """
     runs = Run(program, left), Run(program, right)
-    comparer, reached = Comparer(), Counter[str]()
+    comparer, reached = Comparer(), Reached()
     scans = 0
     try:
         for number, step in enumerate(program.steps):
             outcomes = runs[0].advance(step), runs[1].advance(step)
             scans += isinstance(step, Scan)
-            reached[f"step {type(step).__name__.lower()}"] += 1
-            _note(reached, outcomes[0])
+            reached.step(step, outcomes[0])
             looks = take(runs[0]), take(runs[1])
             found = [*_outcomes(step, *outcomes), *comparer.compare(*looks)]
             if found:
@@ -61,11 +61,15 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
                     differences=tuple(found),
                     looks=looks,
                     masked=comparer.masked,
-                    reached=reached,
+                    reached=reached.counts,
                 )
-            _states(reached, looks[0])
+            reached.look(looks[0])
         return Result(
-            program=program, steps=len(program.steps), scans=scans, masked=comparer.masked, reached=reached
+            program=program,
+            steps=len(program.steps),
+            scans=scans,
+            masked=comparer.masked,
+            reached=reached.counts,
         )
     finally:
         for run in runs:
@@ -83,28 +87,3 @@ def _words(outcome: Outcome) -> str:
     shown: dict[str, Any] = attrs.asdict(outcome, filter=lambda _field, value: bool(value))
     text = str(shown) if shown else "ok"
     return text if len(text) < 800 else text[:800] + "..."
-
-
-def _note(reached: Counter[str], outcome: Outcome) -> None:
-    if outcome.errno:
-        reached[f"errno {outcome.errno}"] += 1
-    if outcome.signal:
-        reached[f"signal {outcome.signal}"] += 1
-
-
-def _states(reached: Counter[str], look: Look) -> None:
-    """Count the sorts of pages seen."""
-    from pmcore.uapi import PageFlag, PagemapFlag
-
-    for task in look.tasks.values():
-        for flag in (PagemapFlag.SWAP, PagemapFlag.UFFD_WP, PagemapFlag.GUARD_REGION, PagemapFlag.SOFT_DIRTY):
-            reached[f"pages {flag.name}"] += int(((task.words & int(flag)) != 0).sum())
-    for kind in (
-        PageFlag.THP,
-        PageFlag.SWAPCACHE,
-        PageFlag.UNEVICTABLE,
-        PageFlag.ZERO_PAGE,
-        PageFlag.KSM,
-        PageFlag.HUGE,
-    ):
-        reached[f"frames {kind.name}"] += int(((look.kpageflags & int(kind)) != 0).sum())

@@ -12,9 +12,17 @@ from pmcore.errors import AddressSpaceFault, ArgumentError, SyscallError
 from pmcore.geometry import align_up
 from pmcore.program import steps as s
 from pmcore.program.program import Program
-from pmcore.protocols import Task, Workbench
+from pmcore.protocols import HEAP, Task, Workbench
 from pmcore.scan.request import ScanRequest
-from pmcore.uapi import MapFlag, MremapFlag
+from pmcore.uapi import (
+    MAX_SWAPFILES,
+    PM_PFRAME_MASK,
+    PM_PRESENT,
+    PM_SWAP,
+    PM_SWAP_TYPE_MASK,
+    MapFlag,
+    MremapFlag,
+)
 
 __all__ = ["ARENA", "Outcome", "Run", "run"]
 
@@ -122,12 +130,14 @@ def _range(state: Run, step: Any) -> tuple[int, int]:
     return start + step.page * size, step.pages * size
 
 
-def _map(state: Run, step: s.Map) -> None:
+def _map(state: Run, step: s.Map) -> dict[str, Any] | None:
     size = state.workbench.kernel.profile.geometry.page_size
     length, flags, addr = step.pages * size, step.flags, 0
+    if step.anywhere:
+        return _map_anywhere(state, step, length)
     if step.within:
         addr = state.area(step.within)[0] + step.page * size
-    elif not step.anywhere:
+    else:
         addr = state.place(length, step.align)
         flags |= MapFlag.FIXED_NOREPLACE
     fd = state.fd(step.fd) if step.fd else -1
@@ -137,6 +147,58 @@ def _map(state: Run, step: s.Map) -> None:
         length, addr=addr, prot=step.prot, flags=flags, fd=fd, offset=step.page_offset * size
     )
     state.areas[step.area] = (start, length)
+    return None
+
+
+def _map_anywhere(state: Run, step: s.Map, length: int) -> dict[str, Any]:
+    """Map where the kernel wants to: at the hint, or at a place that is as good as any other of the same alignment."""
+    geometry, task = state.workbench.kernel.profile.geometry, state.task(step.task)
+    hint = state.area(step.within)[0] + step.page * geometry.page_size if step.within else 0
+    place = state.place(length, step.align)
+    state.areas[step.area] = (place, length)
+    fd = state.fd(step.fd) if step.fd else -1
+    start = task.mmap(
+        length,
+        addr=hint,
+        prot=step.prot,
+        flags=step.flags,
+        fd=fd,
+        offset=step.page_offset * geometry.page_size,
+    )
+    if hint and start == hint:
+        state.areas[step.area] = (start, length)
+        return {"at": "the hint"}
+    # Made anew elsewhere: what was moved would bring page tables along that it shared with its neighbours there.
+    task.munmap(start, length)
+    flags = step.flags | MapFlag.FIXED_NOREPLACE
+    task.mmap(
+        length, addr=place, prot=step.prot, flags=flags, fd=fd, offset=step.page_offset * geometry.page_size
+    )
+    if hint or length % geometry.pmd_size:
+        return {"at": "elsewhere"}
+    return {"at": "elsewhere", "aligned": not start % geometry.pmd_size}
+
+
+def _brk(state: Run, step: s.Brk) -> int:
+    size = state.workbench.kernel.profile.geometry.page_size
+    length = align_up(step.length, size)
+    state.areas[step.area] = (HEAP, max(state.areas.get(step.area, (HEAP, size))[1], length))
+    return state.task(step.task).brk(HEAP + step.length) - HEAP
+
+
+def _pagemap_read(state: Run, step: s.PagemapRead) -> dict[str, Any]:
+    process, geometry = state.task(step.task).process, state.workbench.kernel.profile.geometry
+    first = (geometry.task_size if step.from_end else state.area(step.area)[0]) >> geometry.page_shift
+    data = process.pread("pagemap", first * 8 + step.offset, step.length)
+    words = np.frombuffer(data[: len(data) & -8], dtype=np.uint64)
+    # The same range through the other way to ask for it: frames agree within a side, across sides by the looks.
+    again = np.zeros(len(words), dtype=np.uint64)
+    process.read_pagemap(first + step.offset // 8, again)
+    special = ((words & np.uint64(PM_PRESENT | PM_SWAP)) == np.uint64(PM_SWAP)) & (
+        (words & np.uint64(PM_SWAP_TYPE_MASK)) >= MAX_SWAPFILES
+    )
+    shown = np.where(special, words, words & ~np.uint64(PM_PFRAME_MASK))
+    return {"bytes": len(data), "agree": bool((words == again).all()), "words": shown.tolist()}
 
 
 def _move(state: Run, step: s.Move) -> None:
@@ -178,7 +240,7 @@ def _scan(state: Run, step: s.Scan) -> dict[str, Any]:
     start, length = _range(state, step)
     result = state.task(step.task).process.pagemap_scan(
         ScanRequest(
-            start=start,
+            start=start + step.shift,
             end=start + length,
             vec_len=step.vec_len,
             max_pages=step.max_pages,
@@ -232,6 +294,10 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Advise: _bound("madvise", "advice"),
     s.Lock: lambda r, st: r.task(st.task).mlock(*_range(r, st), onfault=st.onfault),
     s.Unlock: _bound("munlock"),
+    s.LockAll: lambda r, st: r.task(st.task).mlockall(st.flags),
+    s.UnlockAll: lambda r, st: r.task(st.task).munlockall(),
+    s.Brk: _brk,
+    s.Msync: _bound("msync", "flags"),
     s.Mincore: lambda r, st: r.task(st.task).mincore(*_range(r, st)).tolist(),
     s.Move: _move,
     s.Touch: _touch,
@@ -258,4 +324,5 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Exit: _exit,
     s.ClearRefs: lambda r, st: r.task(st.task).process.clear_refs(st.what),
     s.Scan: _scan,
+    s.PagemapRead: _pagemap_read,
 }

@@ -16,6 +16,7 @@ from pmcore.uapi import Madvise, MapFlag, Prot
 __all__ = [
     "STEPS",
     "Advise",
+    "Brk",
     "ClearRefs",
     "CloseFd",
     "Exit",
@@ -24,12 +25,15 @@ __all__ = [
     "Fsync",
     "Ftruncate",
     "Lock",
+    "LockAll",
     "Lseek",
     "Map",
     "MemfdCreate",
     "Mincore",
     "Move",
+    "Msync",
     "OpenFile",
+    "PagemapRead",
     "Pread",
     "Protect",
     "Pwrite",
@@ -42,6 +46,7 @@ __all__ = [
     "UffdRegister",
     "UffdUnregister",
     "Unlock",
+    "UnlockAll",
     "Unmap",
     "Write",
 ]
@@ -85,7 +90,8 @@ class Map(Step):
     fd: str = ""
     page_offset: int = number(0)
     align: int = number(4096)
-    #: Leave the place to the kernel, instead of the runner's arena.
+    #: Leave the place to the kernel, with page `page` of the area `within` for a hint if that is given. What comes of
+    #: it is a value; a mapping that is not at the hint is then made anew at a place of the runner's, equal everywhere.
     anywhere: bool = False
     #: Map at page `page` of this area instead (`flags` say whether over what is there).
     within: str = ""
@@ -128,6 +134,33 @@ class Lock(_Range):
 @attrs.frozen(kw_only=True)
 class Unlock(_Range):
     """munlock."""
+
+
+@attrs.frozen(kw_only=True)
+class LockAll(Step):
+    """mlockall: 1 what is mapped, 2 what will be, 4 on fault."""
+
+    flags: int = number(1)
+
+
+@attrs.frozen(kw_only=True)
+class UnlockAll(Step):
+    """munlockall."""
+
+
+@attrs.frozen(kw_only=True)
+class Brk(Step):
+    """brk to `length` bytes above the start of the heap, which is the area `area` from then on."""
+
+    area: str = name("heap")
+    length: int = number()
+
+
+@attrs.frozen(kw_only=True)
+class Msync(_Range):
+    """msync; flags 1 asynchronous, 2 invalidate, 4 synchronous."""
+
+    flags: int = number(4)
 
 
 @attrs.frozen(kw_only=True)
@@ -300,8 +333,9 @@ class ClearRefs(Step):
 
 @attrs.frozen(kw_only=True)
 class Scan(_Range):
-    """PAGEMAP_SCAN of pages of an area."""
+    """PAGEMAP_SCAN of pages of an area, from `shift` bytes behind the first on."""
 
+    shift: int = number(0)
     vec_len: int = number(512)
     max_pages: int = number(0)
     flags: int = number(0)
@@ -309,6 +343,19 @@ class Scan(_Range):
     category_mask: int = number(0)
     category_anyof_mask: int = number(0)
     return_mask: int = number(0x7F)
+
+
+@attrs.frozen(kw_only=True)
+class PagemapRead(Step):
+    """A read of the pagemap file: `length` bytes at `offset` bytes behind the area's first word, aligned or not.
+
+    With `from_end` the offset counts from the end of the file. What is compared are the words without frames and slots.
+    """
+
+    area: str = name()
+    offset: int = number(0)
+    length: int = number(8)
+    from_end: bool = False
 
 
 #: Steps by the name that they have in JSON.
@@ -321,6 +368,10 @@ STEPS: dict[str, type[Step]] = {
         Advise,
         Lock,
         Unlock,
+        LockAll,
+        UnlockAll,
+        Brk,
+        Msync,
         Mincore,
         Move,
         Touch,
@@ -343,5 +394,6 @@ STEPS: dict[str, type[Step]] = {
         Exit,
         ClearRefs,
         Scan,
+        PagemapRead,
     )
 }

@@ -7,14 +7,23 @@ address at which the walk was last restarted (rule SC, quirk scan_walk_end_stale
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from pmcore.arrays import U64Array
+from pmcore.arrays import BoolArray, U64Array
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import REGION_DTYPE, RegionArray, empty_regions
 
 __all__ = ["Output"]
+
+#: Rows to begin with, where there is room for so many: memory that is not written costs nothing.
+_FIRST_ROWS = 1 << 18
+Index = Any
+#: Words of the leaves at an index, or at many.
+Column = Callable[[Index], Any]
 
 
 class Output:
@@ -24,10 +33,11 @@ class Output:
         self._page_shift = page_shift
         self._limit = request.vec_len
         self._buffer = min(bounce_regions, request.vec_len)
-        self._max_pages = request.max_pages
+        self._max_pages = request.max_pages or (1 << 64) - 1  # 0 means no limit
         self._pages = 0
         #: Rows of start, end, categories: plain words are joined faster than records.
-        self._done: list[U64Array] = []
+        self._rows = np.empty((min(request.vec_len, _FIRST_ROWS), 3), dtype="<u8")
+        self._count = 0
         #: Regions before the current slot, all buffers together.
         self._slot = 0
         #: The current slot; `_end` 0 says that it is empty (as in the kernel).
@@ -47,10 +57,40 @@ class Output:
         fresh = np.empty(len(start), dtype=np.bool_)
         np.not_equal(start[1:], end[:-1], out=fresh[1:])
         fresh[1:] |= categories[1:] != categories[:-1]
-        fresh[0] = not self._continues(int(start[0]), int(categories[0]))
+        fits = self._first_over_pages(start, end)
+        taken = self._push(fresh, fits, start.__getitem__, end.__getitem__, categories.__getitem__)
+        if self._max_pages < 1 << 63:
+            self._pages += int((end[:taken] - start[:taken]).sum()) >> self._page_shift
+        return taken
+
+    def push_pages(
+        self, base: int, size: int, index: NDArray[np.intp], codes: NDArray[np.int64], reported: U64Array
+    ) -> int:
+        """`push_whole` for leaves of one size: those at `index`, counted from `base`; `reported` by code."""
+        if not self.wanted or len(index) == 0:
+            return len(index)
+        fresh = np.empty(len(index), dtype=np.bool_)
+        np.not_equal(index[1:] - index[:-1], 1, out=fresh[1:])
+        words = reported[codes[index]]
+        fresh[1:] |= words[1:] != words[:-1]
+
+        def start(chosen: Index) -> U64Array:
+            return index[chosen].astype(np.uint64) * np.uint64(size) + np.uint64(base)
+
+        def end(chosen: Index) -> U64Array:
+            return start(chosen) + np.uint64(size)
+
+        pages = size >> self._page_shift
+        fits = min(len(index), (self._max_pages - self._pages) // pages)
+        taken = self._push(fresh, fits, start, end, words.__getitem__)
+        self._pages += taken * pages
+        return taken
+
+    def _push(self, fresh: BoolArray, fits: int, start: Column, end: Column, categories: Column) -> int:
+        """Take the first `fits` leaves, or those before the region for which there is no room; how many."""
+        fresh[0] = not self._continues(int(start(0)), int(categories(0)))
         # The first new region takes the current slot where that is empty.
         first_slot = self._slot - (self._end == 0)
-        fits = self._first_over_pages(start, end)
         heads = np.flatnonzero(fresh[:fits])
         room = self._limit - 1 - first_slot
         if len(heads) > room:
@@ -60,8 +100,6 @@ class Output:
             return 0
         self._note_restart(first_slot, heads, start)
         self._append(heads, start, end, categories, fits)
-        if self._max_pages < 1 << 63:
-            self._pages += int((end[:fits] - start[:fits]).sum()) >> self._page_shift
         return fits
 
     def push_one(self, start: int, end: int, categories: int) -> tuple[int, bool]:
@@ -104,10 +142,9 @@ class Output:
         """All regions collected, as one array."""
         if self._end:
             self._flush_slot()
-        if not self._done:
+        if not self._count:
             return empty_regions()
-        joined = self._done[0] if len(self._done) == 1 else np.concatenate(self._done)
-        return joined.view(REGION_DTYPE).reshape(-1)
+        return self._rows[: self._count].view(REGION_DTYPE).reshape(-1)
 
     # -- inside ----------------------------------------------------------------------------------------
 
@@ -115,9 +152,20 @@ class Output:
         return self._end != 0 and start == self._end and categories == self._categories
 
     def _flush_slot(self) -> None:
-        self._done.append(np.array([[self._start, self._end, self._categories]], dtype="<u8"))
+        [row] = self._more(1)
+        row[:] = self._start, self._end, self._categories
         self._slot += 1
         self._start = self._end = self._categories = 0
+
+    def _more(self, count: int) -> U64Array:
+        """Rows for so many regions more."""
+        need = self._count + count
+        if need > len(self._rows):
+            grown = np.empty((max(need, 2 * len(self._rows)), 3), dtype="<u8")
+            grown[: self._count] = self._rows[: self._count]
+            self._rows = grown
+        self._count = need
+        return self._rows[need - count : need]
 
     def _first_over_pages(self, start: U64Array, end: U64Array) -> int:
         """Index of the first leaf with which `max_pages` would be exceeded; their number if none."""
@@ -127,30 +175,29 @@ class Output:
         total = np.cumsum((end - start) >> np.uint64(self._page_shift))
         return int(np.searchsorted(total, left, side="right"))
 
-    def _note_restart(self, first_slot: int, heads: NDArray[np.intp], start: U64Array) -> None:
+    def _note_restart(self, first_slot: int, heads: NDArray[np.intp], start: Column) -> None:
         """Remember the last restart among the regions that begin at leaves `heads`."""
         last = first_slot + len(heads)
         boundary = last - last % self._buffer
         if boundary > self._slot:  # the current slot, also an empty one, belongs to the buffer that is open
-            self.walk_end = int(start[heads[boundary - first_slot - 1]])
+            self.walk_end = int(start(heads[boundary - first_slot - 1]))
 
     def _append(
-        self, heads: NDArray[np.intp], start: U64Array, end: U64Array, categories: U64Array, fits: int
+        self, heads: NDArray[np.intp], start: Column, end: Column, categories: Column, fits: int
     ) -> None:
         """Take the first `fits` leaves; their new regions begin at the indexes `heads`."""
         if len(heads) == 0:
-            self._end = int(end[fits - 1])
+            self._end = int(end(fits - 1))
             return
         if heads[0] > 0:
-            self._end = int(end[heads[0] - 1])
+            self._end = int(end(heads[0] - 1))
         if self._end:
             self._flush_slot()
         last = int(heads[-1])
         if len(heads) > 1:
-            chunk = np.empty((len(heads) - 1, 3), dtype="<u8")
-            chunk[:, 0] = start[heads[:-1]]
-            chunk[:, 1] = end[heads[1:] - 1]
-            chunk[:, 2] = categories[heads[:-1]]
-            self._done.append(chunk)
+            chunk = self._more(len(heads) - 1)
+            chunk[:, 0] = start(heads[:-1])
+            chunk[:, 1] = end(heads[1:] - 1)
+            chunk[:, 2] = categories(heads[:-1])
             self._slot += len(chunk)
-        self._start, self._end, self._categories = int(start[last]), int(end[fits - 1]), int(categories[last])
+        self._start, self._end, self._categories = int(start(last)), int(end(fits - 1)), int(categories(last))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pmcore.arrays import U64Array
+from pmcore.arrays import BoolArray, U64Array
 from pmcore.profile import KernelProfile
 from pmcore.scan import match
 from pmcore.scan._output import Output
@@ -23,6 +24,7 @@ from pmcore.uapi import PageCategory, ScanFlag
 __all__ = ["scan_tables"]
 
 _WRITTEN = np.uint64(PageCategory.WRITTEN)
+_WP_MATCHING, _CHECK_WPASYNC = int(ScanFlag.WP_MATCHING), int(ScanFlag.CHECK_WPASYNC)
 
 
 def scan_tables(
@@ -49,8 +51,10 @@ class _Walk:
         self.request = request
         self.tables = tables
         self.profile = profile
-        self.protecting = bool(request.flags & ScanFlag.WP_MATCHING)
+        self.protecting = bool(request.flags & _WP_MATCHING)
         self.pmd_size = geometry.pmd_size
+        #: The last sorts of leaves, of which VMA, and what is to be done with each: they come again and again.
+        self._judged: tuple[LeafBatch, ScanVma, U64Array, BoolArray, U64Array] | None = None
         self.output = Output(request, page_shift=geometry.page_shift, bounce_regions=geometry.bounce_regions)
 
     def run(self) -> int:
@@ -58,7 +62,7 @@ class _Walk:
         request = self.request
         for vma in self.tables.scan_vmas(request.start, request.end):
             if not vma.wp_async:
-                if request.flags & ScanFlag.CHECK_WPASYNC:
+                if request.flags & _CHECK_WPASYNC:
                     return errno.EPERM
                 if self.protecting:
                     continue
@@ -86,28 +90,44 @@ class _Walk:
     def _batch(self, vma: ScanVma, batch: LeafBatch | CodedLeaves) -> tuple[int | None, bool]:
         """Take one batch: (where to ask for the leaves anew, or None; whether the walk stops)."""
         sorts = batch.palette if isinstance(batch, CodedLeaves) else batch
+        if self._judged is None or self._judged[0] is not sorts or self._judged[1] is not vma:
+            self._judged = (sorts, vma, *self._judge(sorts, vma))
+        _, _, categories, selected, reported = self._judged
+        if isinstance(batch, CodedLeaves):
+            index = selected.take(batch.codes, mode="clip").nonzero()[0]
+            if not self.protecting:
+                return None, self._push_pages(batch, index, reported)
+            codes = batch.codes[index]
+            return self._protect_batch(vma, batch.take(index), categories[codes], reported[codes])
+        index = selected.nonzero()[0]
+        reported = reported[index]
+        if self.protecting:
+            return self._protect_batch(vma, batch.take(index), categories[index], reported)
+        start, end = batch.places(index)
+        taken = self.output.push_whole(start, end, reported)
+        if taken < len(index):
+            # The limit strikes at this leaf; a region that no longer fits, or the part that still does.
+            _, stop = self.output.push_one(int(start[taken]), int(end[taken]), int(reported[taken]))
+            return None, stop
+        return None, False
+
+    def _judge(self, sorts: LeafBatch, vma: ScanVma) -> tuple[U64Array, BoolArray, U64Array]:
+        """Categories of each sort of leaf, whether it is selected, and what is reported of it."""
         categories = match.leaf_categories(sorts, vma, self.request, self.profile)
         selected = match.matches(categories, self.request)
         if self.protecting and not self.output.wanted:
             # With no output the kernel arms every PTE that is not armed, whatever the masks say.
             small = (sorts.kind == LeafKind.PTE) | (sorts.kind == LeafKind.EMPTY)
             selected[small] = (categories[small] & _WRITTEN) != 0
-        if isinstance(batch, CodedLeaves):
-            index = np.flatnonzero(selected.take(batch.codes, mode="clip"))
-            categories = categories[batch.codes[index]]
-        else:
-            index = np.flatnonzero(selected)
-            categories = categories[index]
-        reported = categories & np.uint64(self.request.return_mask)
-        if not self.protecting:
-            start, end = batch.places(index)
-            taken = self.output.push_whole(start, end, reported)
-            if taken < len(index):
-                # The limit strikes at this leaf; a region that no longer fits, or the part that still does.
-                _, stop = self.output.push_one(int(start[taken]), int(end[taken]), int(reported[taken]))
-                return None, stop
-            return None, False
-        return self._protect_batch(vma, batch.take(index), categories, reported)
+        return categories, selected, categories & np.uint64(self.request.return_mask)
+
+    def _push_pages(self, batch: CodedLeaves, index: NDArray[np.intp], reported: U64Array) -> bool:
+        """Report the leaves at `index`; whether the walk stops at one of them."""
+        taken = self.output.push_pages(batch.base, batch.size, index, batch.codes, reported)
+        if taken == len(index):
+            return False
+        start, end = batch.places(index[taken : taken + 1])
+        return self.output.push_one(int(start[0]), int(end[0]), int(reported[batch.codes[index[taken]]]))[1]
 
     def _protect_batch(
         self, vma: ScanVma, leaves: LeafBatch, categories: U64Array, reported: U64Array

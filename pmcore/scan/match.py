@@ -13,6 +13,8 @@ from pmcore.uapi import PageCategory, ScanFlag
 __all__ = ["leaf_categories", "matches", "vma_categories", "vma_interesting", "written_fast_path"]
 
 _WRITTEN = int(PageCategory.WRITTEN)
+_WPALLOWED, _SOFT_DIRTY = int(PageCategory.WPALLOWED), int(PageCategory.SOFT_DIRTY)
+_WP_MATCHING = int(ScanFlag.WP_MATCHING)
 
 
 def matches(categories: U64Array, request: ScanRequest) -> BoolArray:
@@ -40,17 +42,12 @@ def written_fast_path(request: ScanRequest) -> bool:
 
 def vma_categories(vma: ScanVma) -> int:
     """The categories that a VMA gives to each of its pages."""
-    categories = PageCategory(0)
-    if vma.wp_async:
-        categories |= PageCategory.WPALLOWED
-    if vma.soft_dirty:
-        categories |= PageCategory.SOFT_DIRTY
-    return int(categories)
+    return (_WPALLOWED if vma.wp_async else 0) | (_SOFT_DIRTY if vma.soft_dirty else 0)
 
 
 def vma_interesting(vma: ScanVma, request: ScanRequest) -> bool:
     """The filter before the walk: it looks at WPALLOWED alone."""
-    required = request.category_mask & PageCategory.WPALLOWED
+    required = request.category_mask & _WPALLOWED
     return (vma_categories(vma) ^ request.category_inverted) & required == required
 
 
@@ -69,4 +66,4 @@ def leaf_categories(batch: LeafBatch, vma: ScanVma, request: ScanRequest, profil
 
 def _exclusive_fast_path(request: ScanRequest) -> bool:
     """Write protection with no output at all: every PTE is armed, whatever the masks say."""
-    return bool(request.flags & ScanFlag.WP_MATCHING) and not request.vec_len
+    return bool(request.flags & _WP_MATCHING) and not request.vec_len

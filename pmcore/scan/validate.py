@@ -22,8 +22,9 @@ _BASE_CATEGORIES = (
     | PageCategory.PFNZERO
     | PageCategory.HUGE
 )
-#: What ALIGN(ULONG_MAX...) and "0 means no limit" amount to.
-UNLIMITED = (1 << 64) - 1
+#: The same as plain numbers, for the check of each call.
+_BASE, _SOFT_DIRTY = int(_BASE_CATEGORIES), int(PageCategory.SOFT_DIRTY)
+_KNOWN_FLAGS = int(ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC)
 
 
 def known_categories(profile: KernelProfile) -> PageCategory:
@@ -38,7 +39,7 @@ def known_categories(profile: KernelProfile) -> PageCategory:
 
 def known_flags(_profile: KernelProfile) -> ScanFlag:
     """The request flags that the profile's kernel accepts."""
-    return ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC
+    return ScanFlag(_KNOWN_FLAGS)
 
 
 def refusal(request: ScanRequest, profile: KernelProfile, *, vec_address: int = 1 << 16) -> int:
@@ -53,9 +54,10 @@ def refusal(request: ScanRequest, profile: KernelProfile, *, vec_address: int = 
     vec = vec_address if request.vec else 0
     if request.size != PM_SCAN_ARG_BYTES:
         return errno.EINVAL
-    if request.flags & ~int(known_flags(profile)):
+    if request.flags & ~_KNOWN_FLAGS:
         return errno.EINVAL
-    if masks & ~int(known_categories(profile)):
+    known = _BASE | (_SOFT_DIRTY if profile.has("scan.soft_dirty") else 0)
+    if masks & ~known and masks & ~int(known_categories(profile)):
         return errno.EINVAL
     if request.start & (profile.geometry.page_size - 1):
         return errno.EINVAL
@@ -70,9 +72,6 @@ def refusal(request: ScanRequest, profile: KernelProfile, *, vec_address: int = 
 
 
 def normalise(request: ScanRequest, profile: KernelProfile) -> ScanRequest:
-    """An accepted request with the kernel's defaults filled in: end in whole pages, max_pages 0 as no limit."""
-    return attrs.evolve(
-        request,
-        end=align_up(request.end, profile.geometry.page_size),
-        max_pages=request.max_pages or UNLIMITED,
-    )
+    """An accepted request with its end in whole pages."""
+    end = align_up(request.end, profile.geometry.page_size)
+    return request if end == request.end else attrs.evolve(request, end=end)

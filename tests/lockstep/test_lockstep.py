@@ -183,7 +183,8 @@ def test_a_program_written_by_hand_agrees(live):
 KEPT = sorted((Path(__file__).parent / "kept").glob("*.json"))
 
 
-@pytest.mark.rule("VM-021", "VM-022", "VM-023", "VM-024", "VM-026", "VM-027", "VM-028", "VM-029")
+@pytest.mark.rule("VM-021", "VM-022", "VM-023", "VM-024", "VM-026", "VM-027", "VM-028", "VM-029", "VM-025")
+@pytest.mark.rule("VM-030", "VM-031", "KX-013", "VM-032")
 @pytest.mark.rule("HT-001", "HT-002", "HT-003", "HT-004", "HT-005", "HT-006")
 @pytest.mark.rule("HT-007", "HT-008", "HT-009", "HT-010", "HT-011", "HT-012")
 @pytest.mark.rule("TH-001", "TH-002", "TH-003", "TH-004", "TH-006", "TH-007", "TH-008", "TH-009")

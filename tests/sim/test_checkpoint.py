@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 
 import pytest
@@ -105,6 +106,53 @@ def test_golden_digest():
         run.advance(step)
     machine.check()
     assert machine.digest() == "3c38b048c8e7426ee60dccefd1fe49aa390a27a1114eeb4fd29a7bafc3135419"
+
+
+SHOWN = """{"pmcore_program": 1, "name": "shown", "steps": [
+ {"step": "map", "area": "a", "pages": 1032, "align": 2097152},
+ {"step": "advise", "area": "a", "pages": 1024, "advice": 14},
+ {"step": "touch", "area": "a", "pages": 600},
+ {"step": "write", "area": "a", "offset": 2097150, "text": "across"},
+ {"step": "uffdopen", "features": 32768},
+ {"step": "uffdregister", "area": "a", "pages": 1032},
+ {"step": "scan", "area": "a", "page": 500, "pages": 20, "flags": 1, "category_mask": 2},
+ {"step": "touch", "area": "a", "page": 505, "pages": 10},
+ {"step": "fork", "child": "c"},
+ {"step": "write", "task": "c", "area": "a", "offset": 77, "text": "child"},
+ {"step": "advise", "task": "c", "area": "a", "page": 900, "pages": 20, "advice": 23},
+ {"step": "advise", "area": "a", "page": 1024, "pages": 8, "advice": 23},
+ {"step": "advise", "area": "a", "page": 1024, "pages": 8, "advice": 21},
+ {"step": "touch", "area": "a", "page": 1026, "pages": 2, "write": false},
+ {"step": "touch", "area": "a", "page": 1028, "pages": 1},
+ {"step": "advise", "area": "a", "page": 1030, "pages": 1, "advice": 102},
+ {"step": "lock", "area": "a", "page": 300, "pages": 5},
+ {"step": "move", "task": "c", "area": "a", "page": 512, "pages": 40, "new_pages": 60, "to": "b"},
+ {"step": "advise", "task": "c", "area": "a", "pages": 3, "advice": 4},
+ {"step": "brk", "length": 20000},
+ {"step": "touch", "area": "heap", "pages": 3},
+ {"step": "map", "area": "z", "pages": 512, "align": 2097152},
+ {"step": "touch", "area": "z", "pages": 7},
+ {"step": "advise", "area": "z", "pages": 512, "advice": 25}]}"""
+
+
+def test_golden_views():
+    """The same bytes of every file on every platform: fork, swap, huge pages, uffd; changed only with the model."""
+    machine = pmcore.open("sim", memory="64 MiB", swap="8 MiB", kernel="6.18")
+    program = program_from_json(SHOWN)
+    run = Run(program, machine)
+    for step in program.steps:
+        outcome = run.advance(step)
+        assert not outcome.errno, step
+    machine.check()
+    total = hashlib.sha256()
+    for name in ("kpagecount", "kpageflags"):
+        total.update(machine.pread(name, 0, 8 * machine.frame_count()))
+    for task in machine.tasks():
+        for name in ("maps", "smaps"):
+            total.update(task.process.pread(name, 0, 1 << 20))
+        for vma in task.process.maps():
+            total.update(task.process.pread("pagemap", vma.start >> 9, (vma.end - vma.start) >> 9))
+    assert total.hexdigest() == "d44357e8cd71c51fdf18b4b2bfb6c5c04fcd47757e3fae8db753852bff81a7f5"
 
 
 def test_policies_are_part_of_the_state():

@@ -10,10 +10,18 @@ from hypothesis import strategies as st
 import pmcore
 from pmcore import ClearRefs, FrameFile, PageFlag, ScanRequest
 from pmcore.backends.sim.check import BrokenInvariant
-from pmcore.errors import AddressSpaceFault, NotModelled, OutOfMemory, ProcessGone, SyscallError
+from pmcore.errors import (
+    AddressSpaceFault,
+    InvalidArgument,
+    NotModelled,
+    OutOfMemory,
+    ProcessGone,
+    SyscallError,
+)
 from pmcore.lockstep.programs import programs
 from pmcore.profile import preset
 from pmcore.program import Run
+from pmcore.protocols import HEAP
 from pmcore.spec.reference.entry import decode
 from pmcore.testing.conformance import KernelConformance, WorkbenchConformance
 from pmcore.uapi import Madvise
@@ -359,6 +367,89 @@ def test_places(machine):
     assert huge < second
     task.munmap(first, PAGE)
     assert task.mmap(PAGE) == first
+
+
+@pytest.mark.rule("VM-030")
+def test_the_break_moves_and_names(machine):
+    """A page stays free behind it; what cannot be leaves it where it is; whatever lies in it is called heap."""
+    task = machine.spawn()
+    assert task.brk(0) == HEAP
+    assert task.brk(HEAP + 5) == HEAP + 5
+    task.mmap(PAGE, addr=HEAP + 4 * PAGE, flags=0x32)
+    assert task.brk(HEAP + 3 * PAGE + 1) == HEAP + 5
+    assert task.brk(HEAP - 1) == HEAP + 5
+    assert task.brk(HEAP + 3 * PAGE) == HEAP + 3 * PAGE
+    assert [v.name for v in task.process.maps()] == ["[heap]", ""]
+    task.mremap(HEAP, 3 * PAGE, 3 * PAGE, flags=3, new_addr=1 << 40)
+    assert [v.name for v in task.process.maps()] == ["", ""]
+    assert task.brk(HEAP) == HEAP + 3 * PAGE
+    machine.check()
+
+
+@pytest.mark.rule("VM-031")
+def test_protection_from_the_start_of_a_stack(machine):
+    task = machine.spawn()
+    top = 1 << 40
+    task.mmap(4 * PAGE, addr=top - 4 * PAGE, flags=0x132)
+    task.mprotect(top - 2 * PAGE, PAGE, 0x01000001)
+    assert [(v.start, v.end, v.writable) for v in task.process.maps()] == [
+        (top - 4 * PAGE, top - PAGE, False),
+        (top - PAGE, top, True),
+    ]
+    for prot in (0x02000001, 0x03000001):
+        with pytest.raises(InvalidArgument):
+            task.mprotect(top - PAGE, PAGE, prot)
+    other = task.mmap(PAGE)
+    with pytest.raises(InvalidArgument):
+        task.mprotect(other, PAGE, 0x01000001)
+
+
+@pytest.mark.rule("KX-013")
+@pytest.mark.parametrize(("kernel", "huge"), [("6.12", False), ("6.18", True)])
+def test_emptied_tables_are_freed(kernel, huge):
+    machine = pmcore.open("sim", memory="64 MiB", kernel=kernel)
+    task = machine.spawn()
+    task.mmap(PMD, addr=1 << 40, flags=0x32)
+    task.touch(1 << 40, PMD)
+    task.madvise(1 << 40, PMD, Madvise.HUGEPAGE)
+    task.madvise(1 << 40, PMD, Madvise.DONTNEED)
+    machine.check()
+    task.write(1 << 40, b"x")
+    assert bool(task.process.smaps()[0].counters["AnonHugePages"]) == huge
+    machine.check()
+
+
+@pytest.mark.rule("VM-032")
+def test_all_is_locked_and_msync_says_so(machine):
+    task = machine.spawn()
+    start = task.mmap(2 * PAGE)
+    task.mlockall(3)
+    assert task.process.pagemap(start, start + 2 * PAGE).present.all()
+    with pytest.raises(SyscallError) as caught:
+        task.msync(start, PAGE, 2)
+    assert caught.value.errno == 16
+    assert "lo" in task.process.smaps(task.mmap(PAGE))[0].vm_flags
+    child = task.fork()
+    assert not any("lo" in e.vm_flags for e in child.process.smaps())
+    task.munlockall()
+    task.msync(start, PAGE, 2)
+    assert not any("lo" in e.vm_flags for e in task.process.smaps())
+
+
+def test_flags_are_a_folios(machine):
+    """What clears or sets a flag through one page of a huge page mapped by PTEs does so for all of it."""
+    task = machine.spawn()
+    task.mmap(PMD, addr=1 << 40, flags=0x32)
+    task.madvise(1 << 40, PMD, Madvise.HUGEPAGE)
+    task.touch(1 << 40, PMD)
+    task.mprotect(1 << 40, PAGE, 1)
+    task.madvise((1 << 40) + PAGE, PAGE, Madvise.POPULATE_WRITE)
+    task.munmap((1 << 40) + 8 * PAGE, 8 * PAGE)
+    task.process.clear_refs(1)
+    machine.check()
+    task.mprotect(1 << 40, PAGE, 3)
+    task.madvise(1 << 40, PAGE, Madvise.POPULATE_WRITE)
+    machine.check()
 
 
 def test_stack_and_break_grow(machine):

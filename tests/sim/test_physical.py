@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pmcore
@@ -60,6 +60,7 @@ def test_blocks_are_split_and_merged(requests):
     assert zone.free_counts() == [0] * 10 + [4]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.randoms(use_true_random=False), st.integers(1, 40))
 def test_many_pages_at_once(count, random, pieces):
     """Pages given back in any pieces merge as they would one by one."""

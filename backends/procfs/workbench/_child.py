@@ -39,6 +39,8 @@ _CODE = bytes.fromhex(
 )
 _READ, _WRITE, _HANDLER = 0x00, 0x20, 0x60
 _SA_SIGINFO, _SA_NODEFER = 4, 0x40000000
+_SYS_BRK = {"x86_64": 12, "aarch64": 214, "riscv64": 214, "ppc64le": 45, "s390x": 45}
+_PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
 _UFFDIO = {"api": 0xC018AA3F, "register": 0xC020AA00, "unregister": 0x8010AA01, "writeprotect": 0xC018AA06}
 
@@ -69,7 +71,6 @@ def _declare() -> None:
         ("munlockall", 0),
         ("mincore", 3),
         ("msync", 3),
-        ("brk", 1),
     ):
         function = getattr(libc, name)
         function.argtypes = [_WORD] * count
@@ -84,6 +85,27 @@ def call(name: str, *arguments: int) -> int:
     if result in (-1, _FAILED, 0xFFFFFFFF):
         raise Refused(ctypes.get_errno())
     return result
+
+
+def libc_brk(number: int, addr: int) -> int:
+    """brk(2), behind the back of the C library, whose malloc has a heap elsewhere."""
+    libc.syscall.restype = _WORD
+    try:
+        return int(libc.syscall(number, _WORD(addr)))
+    finally:
+        libc.syscall.restype = ctypes.c_int
+
+
+def _move_heap(start: int) -> None:
+    """Have the kernel take `start` for the place where the heap begins; malloc's own stays mapped, but cannot grow."""
+    with open("/proc/self/stat", "rb") as file:  # noqa: PTH123
+        words = [int(word) for word in file.read().rpartition(b")")[2].split()[1:]]
+    # Fields of proc(5), from the fourth on: code, data, stack, arguments, environment.
+    code, data, stack, rest = words[22:24], words[41:43], words[24], words[44:48]
+    layout = struct.pack("=11QQIi", *code, *data, start, start, stack, *rest, 0, 0, -1)
+    buffer = ctypes.create_string_buffer(layout, len(layout))
+    if libc.prctl(_PR_SET_MM, _PR_SET_MM_MAP, ctypes.addressof(buffer), len(layout), 0):
+        raise Refused(ctypes.get_errno())
 
 
 class _Native:
@@ -181,6 +203,14 @@ class Task:
         buffer = ctypes.create_string_buffer(-(-length // size) or 1)
         call("mincore", start, length, ctypes.addressof(buffer))
         return 0, buffer.raw[: -(-length // size)]
+
+    def do_brk(self, *, heap: int, addr: int, payload: bytes) -> tuple[int, bytes]:
+        number = _SYS_BRK.get(platform.machine())
+        if number is None:
+            raise Refused(errno.ENOSYS)
+        if libc_brk(number, 0) >> 40 != heap >> 40:
+            _move_heap(heap)
+        return libc_brk(number, addr), b""
 
     def do_memfd(self, *, name: str, flags: int, payload: bytes) -> tuple[int, bytes]:
         return os.memfd_create(name, flags), b""

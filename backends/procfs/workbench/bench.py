@@ -29,7 +29,7 @@ from pmcore.backends.procfs.process import ProcfsProcess
 from pmcore.backends.procfs.workbench.steady import drain_lru, steady, turn_thp
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
 from pmcore.geometry import parse_size
-from pmcore.protocols import Task, Workbench
+from pmcore.protocols import HEAP, Task, Workbench
 from pmcore.uapi import Madvise, MapFlag, MremapFlag, Prot, UffdFeature
 
 __all__ = ["ProcfsTask", "ProcfsWorkbench", "open_workbench"]
@@ -179,6 +179,18 @@ class ProcfsTask(Task):
     def munlock(self, start: int, length: int) -> None:
         """munlock(2)."""
         self._call("munlock", start, length)
+
+    def mlockall(self, flags: int) -> None:
+        """mlockall(2)."""
+        self._call("mlockall", flags)
+
+    def munlockall(self) -> None:
+        """munlockall(2)."""
+        self._call("munlockall")
+
+    def brk(self, addr: int) -> int:
+        """brk(2), on a heap of the program's own at `HEAP`."""
+        return int(self._ask("brk", f"brk({addr:#x})", heap=HEAP, addr=addr)[0])
 
     def mincore(self, start: int, length: int) -> BoolArray:
         """mincore(2)."""

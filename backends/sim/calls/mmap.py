@@ -11,8 +11,9 @@ from pmcore.backends.sim.services.pagecache import FileSystem, OpenFile
 from pmcore.backends.sim.virtual import hugetlb, protect, zap
 from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
-from pmcore.errors import AddressSpaceFault, NotModelled
+from pmcore.errors import AddressSpaceFault
 from pmcore.geometry import align_up
+from pmcore.protocols import HEAP
 from pmcore.uapi import Errno, MapFlag, Prot
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["breaks_cow", "brk", "mmap", "mprotect", "munmap", "populate"]
 
 _PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
+#: Kept free below a mapping that grows downwards (stack_guard_gap).
+_GUARD_PAGES = 256
+_GROWSDOWN, _GROWSUP = 0x01000000, 0x02000000
 _KNOWN = int(
     MapFlag.SHARED
     | MapFlag.PRIVATE
@@ -118,11 +122,15 @@ def _place(core: Core, mm: AddressSpace, hint: int, length: int) -> int:
     geometry = core.geometry
     if hint:
         hint = align_up(hint, geometry.page_size)
-        if core.mmap_min <= hint <= geometry.task_size - length and not mm.vmas.within(hint, hint + length):
+        above = mm.vmas.first(hint)
+        gap = _GUARD_PAGES * geometry.page_size if above is not None and above.flags & VmFlag.GROWSDOWN else 0
+        room = geometry.task_size if above is None else above.start - gap
+        if core.mmap_min <= hint and hint + length <= min(room, geometry.task_size):
             return hint
     align = 1
     if (
-        core.caps.thp
+        not hint
+        and core.caps.thp
         and core.caps.thp_aligned_mmap
         and length >= geometry.pmd_size
         and not length % geometry.pmd_size
@@ -194,8 +202,8 @@ __all__ += ["unmap"]
 def mprotect(core: Core, mm: AddressSpace, start: int, length: int, prot: int) -> None:
     """mprotect(2)."""
     call, size = f"mprotect({start:#x}, {length:#x}, {prot:#x})", core.geometry.page_size
-    grows = prot & 0x03000000  # PROT_GROWSDOWN, PROT_GROWSUP
-    if grows == 0x03000000 or start & size - 1:
+    grows = prot & (_GROWSDOWN | _GROWSUP)
+    if grows == _GROWSDOWN | _GROWSUP or start & size - 1:
         refuse(Errno.EINVAL, call)
     if not length:
         return
@@ -203,13 +211,22 @@ def mprotect(core: Core, mm: AddressSpace, start: int, length: int, prot: int) -
     end = start + length
     if end <= start or end >= 1 << 64:
         refuse(Errno.ENOMEM, call)
-    if prot & ~(_PROT | 0x8 | 0x03000000):  # PROT_SEM is allowed
+    if prot & ~(_PROT | 0x8 | _GROWSDOWN | _GROWSUP):  # PROT_SEM is allowed
         refuse(Errno.EINVAL, call)
-    if grows:
-        raise NotModelled("PROT_GROWSDOWN and PROT_GROWSUP")
     vma = mm.vmas.first(start)
-    if vma is None or vma.start > start:
+    if vma is None:
         refuse(Errno.ENOMEM, call, "nothing is mapped there")
+    if grows == _GROWSDOWN:
+        if vma.start >= end:
+            refuse(Errno.ENOMEM, call, "nothing is mapped there")
+        start = vma.start
+        if not vma.flags & VmFlag.GROWSDOWN:
+            refuse(Errno.EINVAL, call, "the mapping does not grow downwards")
+    else:
+        if vma.start > start:
+            refuse(Errno.ENOMEM, call, "nothing is mapped there")
+        if grows:
+            refuse(Errno.EINVAL, call, "no mapping grows upwards here")
     position = start
     while True:
         assert vma is not None
@@ -251,20 +268,26 @@ def _fix(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, prot: 
 def brk(core: Core, mm: AddressSpace, addr: int) -> int:
     """brk(2) as the system call: the break after it, moved or not."""
     size = core.geometry.page_size
+    if not mm.brk_start:
+        mm.brk_start = mm.brk = HEAP
     if addr < mm.brk_start or addr > core.geometry.task_size:
         return mm.brk
     old, new = align_up(mm.brk, size), align_up(addr, size)
     if new < old:
+        if not mm.vmas.within(new, old):
+            return mm.brk  # it has been moved away
         _unmap(core, mm, new, old)
     elif new > old:
-        if mm.vmas.within(old, new):
+        above = mm.vmas.first(old)  # a page is left free, below what grows downwards more
+        grows = above is not None and above.flags & VmFlag.GROWSDOWN
+        if above is not None and above.start - (_GUARD_PAGES * size if grows else 0) < new + size:
             return mm.brk
         flags = VmFlag.READ | VmFlag.WRITE | VmFlag.MAY_ALL | VmFlag.ACCOUNT | mm.def_flags
         if core.caps.soft_dirty:
             flags |= VmFlag.SOFTDIRTY
         if flags & VmFlag.LOCKED and not core.may_lock(mm, new - old):
             return mm.brk
-        mm.vmas.add(VmArea(old, new, flags, old >> core.geometry.page_shift, name="[heap]"))
+        mm.vmas.add(VmArea(old, new, flags, old >> core.geometry.page_shift))
         mm.vmas.merge(old, new)
         if flags & VmFlag.LOCKED:
             populate(core, mm, old, new)

@@ -79,7 +79,7 @@ class Memory:
                     found.append(got)
             if left and not self.reclaim(left):
                 break
-        pfns = np.concatenate(found) if len(found) != 1 else found[0]
+        pfns = found[0] if len(found) == 1 else np.concatenate([np.zeros(0, dtype=np.int64), *found])
         if len(pfns) and len(pfns) == int(pfns[-1]) - int(pfns[0]) + 1 and (np.diff(pfns) == 1).all():
             self.frames.flags[int(pfns[0]) : int(pfns[-1]) + 1] = flags
         else:
@@ -261,6 +261,17 @@ class Memory:
             mine = heads[(heads >= zone.start) & (heads < zone.end)]
             if len(mine):
                 zone.give_pages(mine, order)
+
+    def whole_folios(self, pfns: Pfns) -> Pfns:
+        """These pages, and all others of the large folios that they belong to: flags are a folio's."""
+        if not self.large:
+            return pfns
+        compound = (self.frames.flags[pfns] & np.uint64(COMPOUND)) != 0
+        if not compound.any():
+            return pfns
+        heads = np.unique(pfns[compound] - self.frames.behind[pfns[compound]]).tolist()
+        parts = [np.arange(head, head + self.large[head].pages, dtype=np.int64) for head in heads]
+        return np.concatenate([pfns[~compound], *parts])
 
     def dissolve(self, folio: LargeFolio) -> None:
         """Make single pages of a compound page (what is mapped of it stays mapped)."""

@@ -57,9 +57,13 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | 
     entries = core.pool.flat[first : first + pages]
     present = (entries & _PRESENT) != 0
     normal = present & ((entries & _FIELD) != np.uint64(core.zero_pfn))
-    if vma.uffd is not None and (~normal & ((entries == 0) | present)).any():
-        return Errno.EINVAL, True
-    if (entries & np.uint64(UFFD_WP)).any():
+    # The first entry that stands in the way decides: an empty one that a userfaultfd waits for, or a protected one.
+    protected = (entries & np.uint64(UFFD_WP)) != 0
+    missing = (~normal & ((entries == 0) | present)) if vma.uffd is not None else np.zeros_like(present)
+    first_bad = int(np.argmax(protected | missing))
+    if missing[first_bad]:
+        return Errno.EBUSY, True
+    if protected[first_bad]:
         return Errno.EINVAL, False
     if core.caps.collapse_needs_writable and not (entries[present] & np.uint64(WRITE)).any():
         return Errno.EINVAL, False

@@ -28,7 +28,9 @@ _PSS_SHIFT = 12
 _SHMEM_MINOR = 1
 
 
-def _vma(vma: VmArea, page_shift: int) -> Vma:
+def _vma(mm: AddressSpace, vma: VmArea, page_shift: int) -> Vma:
+    # The heap is no property of a mapping: whatever lies there is called so (rule VM-030).
+    heap = mm.brk_start and vma.start < mm.brk and vma.end > mm.brk_start and not vma.file and not vma.huge
     return Vma(
         start=vma.start,
         end=vma.end,
@@ -38,14 +40,14 @@ def _vma(vma: VmArea, page_shift: int) -> Vma:
         shared=vma.shared,
         offset=vma.pgoff << page_shift if vma.huge or vma.file else 0,
         inode=vma.huge.file.inode if vma.huge else vma.file.number if vma.file else 0,
-        name=vma.name,
+        name=vma.name or ("[heap]" if heap else ""),
         dev_minor=_SHMEM_MINOR if vma.file is not None else 0,
     )
 
 
 def maps(mm: AddressSpace) -> tuple[Vma, ...]:
     """All VMAs."""
-    return tuple(_vma(vma, mm.core.geometry.page_shift) for vma in mm.vmas)
+    return tuple(_vma(mm, vma, mm.core.geometry.page_shift) for vma in mm.vmas)
 
 
 def smaps(core: Core, mm: AddressSpace, start: int, end: int) -> tuple[SmapsEntry, ...]:
@@ -108,7 +110,7 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
     if huge:
         counters |= huge_view.counters(core, mm, vma)
     return SmapsEntry(
-        vma=_vma(vma, core.geometry.page_shift),
+        vma=_vma(mm, vma, core.geometry.page_shift),
         counters=counters,
         plain={"THPeligible": int(thp.eligible(core, vma))},
         vm_flags=tuple(

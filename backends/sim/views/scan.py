@@ -107,14 +107,12 @@ class SimTables:
             yield self._hole(position, end)
 
     def _hole(self, start: int, end: int) -> LeafBatch:
-        """Without page tables the walk stops at every PMD."""
-        size = self._core.geometry.pmd_size
-        edges = [start, *range((start & -size) + size, end, size), end]
+        """No page tables: one stop, however long. (The kernel's walk stops at each missing table; the regions join.)"""
         return LeafBatch(
-            start=np.array(edges[:-1], dtype=np.uint64),
-            end=np.array(edges[1:], dtype=np.uint64),
-            kind=np.full(len(edges) - 1, LeafKind.HOLE, dtype=np.uint8),
-            categories=np.zeros(len(edges) - 1, dtype=np.uint64),
+            start=np.array([start], dtype=np.uint64),
+            end=np.array([end], dtype=np.uint64),
+            kind=np.array([LeafKind.HOLE], dtype=np.uint8),
+            categories=np.zeros(1, dtype=np.uint64),
         )
 
     def _ptes(self, start: int, entries: U64Array, *, file: bool) -> CodedLeaves:

@@ -289,18 +289,25 @@ class PageTables:
 
     def free_range(self, floor: int, ceiling: int) -> None:
         """Free the tables that lie wholly in the range (their entries have been emptied)."""
+        if (-(-floor >> self.pmd_shift)) >= ceiling >> self.pmd_shift:
+            return  # no table does
         self._free_below(self.root, self._top, 0, floor, ceiling)
 
     def free_empty(self, start: int, end: int) -> None:
-        """Free the lowest tables that lie wholly in the range and hold nothing."""
-        span = self.pool.entries << self.page_shift
-        for low in range(-(-start // span) * span, end - span + 1, span):
-            slot = self.pmd_slot(low)
-            entry = self.pool.at[slot] if slot >= 0 else 0
-            if entry & TABLE and not self.pool.rows[entry & FIELD].any():
-                self.pool.at[slot] = 0
-                self.tables[0] -= 1
-                self.pool.give_back([entry & FIELD])
+        """Free the tables of PTEs that lie wholly in the range and hold nothing."""
+        low, high = -(-start >> self.pmd_shift) << self.pmd_shift, end >> self.pmd_shift << self.pmd_shift
+        if low >= high:
+            return
+        for _, row, first, last in list(self.pmd_tables(low, high)):
+            pmds = self.pool.rows[row, first:last]
+            index = np.flatnonzero((pmds & _TABLE) != 0)
+            below = (pmds[index] & _FIELD).astype(np.int64)
+            empty = ~self.pool.rows[below].any(axis=1)
+            pmds[index[empty]] = 0
+            gone = below[empty].tolist()
+            if gone:
+                self.tables[0] -= len(gone)
+                self.pool.give_back(gone)
 
     def _free_below(self, row: int, level: int, base: int, floor: int, ceiling: int) -> None:
         shift = self.page_shift + self._order * level
@@ -308,7 +315,7 @@ class PageTables:
         last = min((min(ceiling - base, self.pool.entries << shift) - 1 >> shift) + 1, self.pool.entries)
         entries = self.pool.rows[row]
         gone: list[int] = []
-        for index in (np.flatnonzero(entries[first:last]) + first).tolist():
+        for index in (entries[first:last].nonzero()[0] + first).tolist():
             entry = int(entries[index])
             if not entry & TABLE:
                 continue
