@@ -532,7 +532,7 @@ def _ranged(kind: Any, **fields: Any) -> _Maker:
 
 
 def _compared(step: s.Step, state: _State) -> bool:
-    """Whether a step can be compared: not what is not modelled of files, nor what the kernel never returns from (DV-026).
+    """Whether a step can be compared: nothing that is not modelled of files, or that never returns (DV-026).
 
     Nor is shared memory locked: the locks of a page are counted no better than in batches (DV-027).
     """
