@@ -66,6 +66,9 @@ class Capabilities:
     mremap_many: bool
     split_maps_zero: bool
     swapin_not_mlocked: bool
+    swap_zeromap: bool
+    khugepaged_swap: bool
+    khugepaged_shared: bool
     thp_exclusive_of_head: bool
     mremap_dontunmap: bool
     ksm_on_every_anon: bool
@@ -149,6 +152,9 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         split_maps_zero=has("mm.split_maps_zero"),
         swapin_not_mlocked=has("quirk.swapin_not_mlocked"),
         thp_exclusive_of_head=has("quirk.thp_exclusive_of_head") or has("quirk.thp_exclusive_of_first"),
+        swap_zeromap=has("mm.swap_zeromap"),
+        khugepaged_swap=has("mm.khugepaged_swap"),
+        khugepaged_shared=has("mm.khugepaged_shared"),
         mremap_dontunmap=has("mm.mremap_dontunmap"),
         ksm_on_every_anon=has("quirk.ksm_on_every_anon"),
         merge_keeps_soft_dirty=has("mm.merge_keeps_soft_dirty"),

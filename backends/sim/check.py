@@ -67,6 +67,9 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     yield from _swap(core, maps)
     yield from _owners(core, maps)
     yield from _contents(core)
+    place = core.khugepaged.address
+    if place % core.geometry.pmd_size or not 0 <= place <= core.geometry.task_size:
+        yield Finding("khugepaged goes on at the start of a block", f"{place:#x}")
 
 
 def _some(index: np.ndarray[tuple[int], np.dtype[np.intp]]) -> str:
@@ -372,9 +375,16 @@ def _files(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
 
 def _swap(core: Core, maps: _Mappings) -> Iterator[Finding]:
     frames = core.memory.frames
+    numbers = {area.number for area in core.swap.there}
+    for field in [*maps.slots, *(frames.swap[frames.swap != 0] - 1).tolist()]:
+        if field & 0x1F not in numbers:
+            yield Finding("a swap entry names no swap area", f"{field:#x}")
+            break
     for area in core.swap.areas:
         if area is None:
             continue
+        if area.closing or area.number != core.swap.areas.index(area):
+            yield Finding("an area is open, at the place of its number", f"area {area.number}")
         expected = np.zeros(area.slots, dtype=np.int64)
         for field, count in maps.slots.items():
             if field & 0x1F == area.number:

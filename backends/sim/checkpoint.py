@@ -88,13 +88,15 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         "counters": dict(sorted(core.counters.items())),
         "mlocks": sorted(core.mlocks.items()),
         "policy": attrs.asdict(core.policy),
-        "memory": {name: getattr(memory, name) for name in ("lru_clock", "age", "reserve")},
+        "memory": {name: getattr(memory, name) for name in ("lru_clock", "lru_tail", "age", "reserve")},
         "frames": [frames.count, rows],
         "zones": [_zone(zone) for zone in memory.zones],
         "kernel_folios": sorted(memory.kernel_folios.items()),
         "large": [_folio(folio) for folio in large],
         "contents_free": list(contents.free_rows),
         "pool_free": list(pool.free_rows),
+        "khugepaged": {name: getattr(core.khugepaged, name) for name in core.khugepaged.STATE},
+        "swap_next": [core.swap.turn, core.swap.least],
         "swap": [None if area is None else _area(area) for area in core.swap.areas],
         "spaces": spaces,
         "pids": list(tasks),
@@ -234,6 +236,9 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     core.mlocks = dict(map(tuple, words["mlocks"]))
     for name, value in words["policy"].items():
         setattr(core.policy, name, value)
+    for name in core.khugepaged.STATE:
+        setattr(core.khugepaged, name, words["khugepaged"][name])
+    core.swap.turn, core.swap.least = words["swap_next"]
     core.swap.areas = [
         None if area is None else _rebuild_area(number, area, arrays)
         for number, area in enumerate(words["swap"])
@@ -250,6 +255,7 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     contexts = [
         Userfaultfd(spaces.get(number) or AddressSpace.gone(core, number), f) for number, f in words["uffds"]
     ]
+    core.spaces = dict(spaces)
     for space in words["spaces"]:
         _rebuild_space(spaces[space["number"]], space, anon, contexts, huge, opened)
     return {pid: spaces[space["number"]] for pid, space in zip(words["pids"], words["spaces"], strict=True)}

@@ -24,8 +24,12 @@ from pmcore.backends.sim.physical.frames import Frames
 from pmcore.backends.sim.physical.memory import Memory, NoMemory
 from pmcore.backends.sim.policy import Policy, as_policy, check_sizes, thp_orders
 from pmcore.backends.sim.process import SimProcess
+from pmcore.backends.sim.services import shrink
+from pmcore.backends.sim.services import swapoff as swapping_areas
 from pmcore.backends.sim.services.hugetlb import Hugetlb
+from pmcore.backends.sim.services.khugepaged import Khugepaged
 from pmcore.backends.sim.services.pagecache import Inode
+from pmcore.backends.sim.services.shrink import Reclaimed
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
 from pmcore.backends.sim.task import SimTask
 from pmcore.backends.sim.views import frames as frame_view
@@ -68,6 +72,7 @@ class Core:
         self.spaces: dict[int, AddressSpace] = {}
         #: Files that anything still refers to, by inode number.
         self.inodes: dict[int, Inode] = {}
+        self.khugepaged = Khugepaged(self)
         #: The last number given, by what was numbered.
         self.numbers: dict[str, int] = {}
         #: Locked mappings of a folio by its first frame, where there is more than one.
@@ -90,6 +95,10 @@ class Core:
     def count(self, event: str, times: int = 1) -> None:
         """Count something that happened."""
         self.counters[event] += times
+
+    def relieve(self, pages: int) -> bool:
+        """Reclaim because memory has run out; whether trying again makes sense."""
+        return shrink.relieve(self, pages)
 
     def number(self, what: str) -> int:
         """A number that nothing of that sort had before."""
@@ -136,8 +145,8 @@ class SimMachine(Kernel, Workbench):
         self.core = Core(profile, store, policy, privileged=privileged)
         store.reserve = _min_watermark(memory) // size
         for area in swap:
-            self.core.swap.on(
-                area.length // size,
+            self.swapon(
+                area.length,
                 priority=area.priority,
                 immediate=area.immediate,
                 large_folios=area.large_folios,
@@ -304,6 +313,19 @@ class SimMachine(Kernel, Workbench):
 
     # -- the administrator -----------------------------------------------------------------------------
 
+    def reclaim(self, amount: int | str) -> Reclaimed:
+        """Reclaim anonymous memory: so many pages, or bytes ("4 MiB"). What came of it; less is no error.
+
+        From the tails of the LRU lists, whoever maps what is there (rules RC-001 to RC-010). Raises ArgumentError.
+        """
+        if isinstance(amount, bool) or not isinstance(amount, int | str):
+            raise ArgumentError(f"reclaim({amount!r})", remedy='a number of pages, or bytes as in "4 MiB"')
+        size = self.profile.geometry.page_size
+        pages = -(-parse_size(amount) // size) if isinstance(amount, str) else amount
+        if pages < 0:
+            raise ArgumentError(f"reclaim({amount!r})", remedy="0 pages or more")
+        return shrink.reclaim(self.core, pages)
+
     @property
     def counters(self) -> Counter[str]:
         """What happened so far, counted: "copy_on_write", "swap_out", "split_pmd", ..."""
@@ -316,7 +338,65 @@ class SimMachine(Kernel, Workbench):
 
     def swap_areas(self) -> tuple[SwapArea, ...]:
         """The swap areas, by number."""
-        return tuple(area for area in self.core.swap.areas if area is not None)
+        return tuple(self.core.swap.there)
+
+    @property
+    def khugepaged(self) -> Khugepaged:
+        """khugepaged: its settings, and `step` to have it look at some pages."""
+        return self.core.khugepaged
+
+    def swapon(
+        self,
+        length: int | str,
+        *,
+        priority: int | None = None,
+        immediate: bool = True,
+        large_folios: bool = False,
+        compressed: bool = True,
+    ) -> SwapArea:
+        """Switch a swap area on, see `SwapSettings`.
+
+        Refused with EINVAL without room for a page, EPERM when there are too many; ArgumentError for a priority that
+        is none.
+        """
+        return swapping_areas.swapon(
+            self.core,
+            parse_size(length),
+            priority=priority,
+            immediate=immediate,
+            large_folios=large_folios,
+            compressed=compressed and immediate,
+        )
+
+    def swapoff(self, number: int) -> int:
+        """Switch an area off: its pages come back into memory, its entries are replaced everywhere; how many pages.
+
+        Refused with EINVAL if there is none of that number; with ENOMEM, nothing half-done, if they do not fit.
+        """
+        return swapping_areas.swapoff(self.core, number)
+
+    def swaps(self) -> tuple[SwapRow, ...]:
+        """What /proc/swaps shows, by number."""
+        size = self.profile.geometry.page_size
+        return tuple(
+            SwapRow(
+                number=area.number,
+                size=(area.slots - 1) * size,
+                used=area.used * size,
+                priority=area.priority,
+            )
+            for area in self.core.swap.there
+        )
+
+
+@attrs.frozen(kw_only=True)
+class SwapRow:
+    """A line of /proc/swaps. Sizes in bytes."""
+
+    number: int
+    size: int
+    used: int
+    priority: int
 
 
 @attrs.frozen(kw_only=True)
@@ -324,7 +404,8 @@ class SwapSettings:
     """A swap area to be switched on."""
 
     length: int
-    priority: int = -1
+    #: 0 to 32767, the highest is filled first; None for the kernel's choice: after all others.
+    priority: int | None = None
     #: Whether a page is gone as soon as it is written, as with zswap; else it stays cached until it is reclaimed.
     immediate: bool = True
     #: Whether that is memory that gives its copy away when a page is read back; a device keeps it.

@@ -49,6 +49,8 @@ class SimTask(Task):
 
     def _call(self, what: Any, *arguments: Any, **named: Any) -> Any:
         self._ready(what.__name__)
+        if self._core.memory.short:
+            self._core.relieve(1)
         try:
             return what(self._core, self.mm, *arguments, **named)
         except NoMemory:
@@ -237,13 +239,19 @@ class SimTask(Task):
     def fork(self) -> SimTask:
         """fork(2)."""
         self._ready("fork")
-        child = AddressSpace(self._core, self._core.number("space"))
-        child.files = dict(self.mm.files)
-        try:
-            forking.fork(self._core, self.mm, child)
-        except NoMemory:
-            child.tear_down()
-            raise _out_of_memory("fork") from None
+        memory, free = self._core.memory, -1
+        while True:
+            child = AddressSpace(self._core, self._core.number("space"))
+            child.files = dict(self.mm.files)
+            try:
+                forking.fork(self._core, self.mm, child)
+                break
+            except NoMemory:
+                child.tear_down()
+                # Each attempt has to begin with more free memory than the one before.
+                if memory.free_total <= free or not self._core.relieve(1):
+                    raise _out_of_memory("fork") from None
+                free = memory.free_total
         return self._machine.adopt(child)
 
     def exit(self) -> None:

@@ -105,7 +105,7 @@ def test_golden_digest():
     for step in program.steps:
         run.advance(step)
     machine.check()
-    assert machine.digest() == "3c38b048c8e7426ee60dccefd1fe49aa390a27a1114eeb4fd29a7bafc3135419"
+    assert machine.digest() == "9cf38d67a59b96a1c4b0f99283811c144cbbc16e66a211c984448e92bf8a698d"
 
 
 SHOWN = """{"pmcore_program": 1, "name": "shown", "steps": [

@@ -182,7 +182,7 @@ class Zone:
             for pfn in pfns.tolist():
                 self.give(pfn, order)
             return
-        blocks, step = np.sort(pfns), 1 << order
+        blocks, step = np.sort(pfns, kind="stable"), 1 << order  # as a rule nearly in order
         breaks = np.flatnonzero(np.diff(blocks) != step) + 1
         if len(breaks) * 16 < len(blocks):
             bounds = [0, *breaks.tolist(), len(blocks)]

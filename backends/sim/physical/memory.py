@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,10 +33,10 @@ class Memory:
         self.large = LargeFolios(frames)
         #: Order of the compound pages that the kernel keeps for itself, by head.
         self.kernel_folios: dict[int, int] = {}
-        #: Asked for that many frames when memory runs out; says whether trying again makes sense.
-        self.reclaim: Callable[[int], bool] = lambda _pages: False
         #: Counts upwards with every page that goes on an LRU list.
         self.lru_clock = 1
+        #: Counts downwards with every page that goes to the tail of its list.
+        self.lru_tail = 0
         #: Left for the kernel itself: requests of processes fail below (the min watermark).
         self.reserve = 0
         #: Counts evictions and activations: how far apart an eviction and a refault are.
@@ -50,15 +48,22 @@ class Memory:
         keep = 0 if kernel else self.reserve // len(self.zones)
         return [zone for zone in self.zones if zone.free_pages >= pages + keep]
 
-    def block(self, order: int, *, kernel: bool = False, direct: bool = True) -> int:
-        """The first frame of 2**order free ones. With `direct` memory is reclaimed for it. Raises NoMemory."""
-        while True:
-            for zone in self._zones_with(1 << order, kernel=kernel):
-                pfn = zone.take(order)
-                if pfn >= 0:
-                    return pfn
-            if not direct or not self.reclaim(1 << order):
-                raise NoMemory
+    @property
+    def short(self) -> bool:
+        """Whether the kernel lives on its reserve: calls reclaim before they begin, to have it for page tables."""
+        return self.free_total < self.reserve
+
+    def has_room(self, pages: int) -> bool:
+        """Whether a process gets so many frames in one piece of a zone, as far as watermarks go."""
+        return bool(self._zones_with(pages, kernel=False))
+
+    def block(self, order: int, *, kernel: bool = False) -> int:
+        """The first frame of 2**order free ones. Raises NoMemory: who asks may reclaim and ask again."""
+        for zone in self._zones_with(1 << order, kernel=kernel):
+            pfn = zone.take(order)
+            if pfn >= 0:
+                return pfn
+        raise NoMemory
 
     def page(self, flags: int) -> int:
         """One frame with these flags, of zeros. Raises NoMemory."""
@@ -68,18 +73,15 @@ class Memory:
 
     def pages(self, count: int, flags: int) -> Pfns:
         """Up to `count` frames with these flags, of zeros: fewer only when memory runs out."""
-        found: list[NDArray[np.int64]] = []
+        found: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
         left = count
-        while left:
-            for zone in self.zones:
-                spare = zone.free_pages - self.reserve // len(self.zones)
-                if spare > 0 and left:
-                    got = zone.take_pages(min(left, spare))
-                    left -= len(got)
-                    found.append(got)
-            if left and not self.reclaim(left):
-                break
-        pfns = found[0] if len(found) == 1 else np.concatenate([np.zeros(0, dtype=np.int64), *found])
+        for zone in self.zones:
+            spare = zone.free_pages - self.reserve // len(self.zones)
+            if spare > 0 and left:
+                got = zone.take_pages(min(left, spare))
+                left -= len(got)
+                found.append(got)
+        pfns = np.concatenate(found) if len(found) != 2 else found[1]
         if len(pfns) and len(pfns) == int(pfns[-1]) - int(pfns[0]) + 1 and (np.diff(pfns) == 1).all():
             self.frames.flags[int(pfns[0]) : int(pfns[-1]) + 1] = flags
         else:
@@ -88,7 +90,7 @@ class Memory:
 
     def folio(self, order: int, flags: int) -> LargeFolio:
         """A compound page, not mapped yet. Raises NoMemory without reclaiming: smaller pages will do."""
-        head, pages = self.block(order, direct=False), 1 << order
+        head, pages = self.block(order), 1 << order
         frames = self.frames
         frames.flags[head] = flags | HEAD
         frames.flags[head + 1 : head + pages] = flags | TAIL
@@ -139,7 +141,7 @@ class Memory:
     def bare_compound(self, order: int, flags: int) -> int:
         """The head of a compound page of any order that whoever asks keeps account of. Raises NoMemory."""
         if order <= MAX_ORDER:
-            head = self.block(order, direct=False)
+            head = self.block(order)
         else:
             runs = (zone.take_run(1 << order) for zone in self.zones)
             head = next((pfn for pfn in runs if pfn >= 0), -1)
@@ -187,6 +189,11 @@ class Memory:
         The kernel compares with what lies on the LRU lists; here nothing else, no page cache, fills memory.
         """
         return bool(shadow) and self.age - (shadow - 1) <= self.managed
+
+    @property
+    def free_total(self) -> int:
+        """Free frames of all zones."""
+        return sum(zone.free_pages for zone in self.zones)
 
     @property
     def managed(self) -> int:

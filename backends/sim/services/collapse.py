@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
 import numpy as np
 
+from pmcore.backends.sim.physical.folios import LargeFolio
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
-from pmcore.backends.sim.physical.memory import COMPOUND, LargeFolio, NoMemory
+from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.services import swapping, thp
 from pmcore.backends.sim.virtual import mapping
-from pmcore.backends.sim.virtual.pte import FIELD, GUARD, LEAF, PRESENT, UFFD_WP, WRITE
+from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, GUARD, LEAF, PRESENT, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
-from pmcore.uapi import Errno
+from pmcore.uapi import Errno, PageFlag
 
 if TYPE_CHECKING:
+    from pmcore.arrays import BoolArray
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["collapse_range"]
+__all__ = ["Limits", "collapse_range", "scan_block"]
 
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 
@@ -81,6 +84,78 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | 
     return None, False
 
 
+@attrs.frozen(kw_only=True)
+class Limits:
+    """What khugepaged accepts in a block: pages that are empty or zero pages, swapped out, or shared with others."""
+
+    none: int
+    swap: int
+    shared: int
+
+
+def scan_block(core: Core, mm: AddressSpace, vma: VmArea, addr: int, limits: Limits) -> str:
+    """khugepaged's look at a block: "collapsed", or why not."""
+    slot = mm.tables.pmd_slot(addr)
+    pmd = core.pool.at[slot] if slot >= 0 else 0
+    if not pmd:
+        return "pmd_null"
+    if pmd & LEAF:
+        return "pmd_mapped"
+    pages, frames = core.geometry.pmd_pages, core.memory.frames
+    first = mm.tables.pte_slot(addr)
+    entries = core.pool.flat[first : first + pages]
+    present = (entries & _PRESENT) != 0
+    swapped = np.flatnonzero(~present & (entries != 0))  # markers among them
+    normal = present & ((entries & _FIELD) != np.uint64(core.zero_pfn))
+    empty = pages - len(swapped) - int(normal.sum())
+    pfns = (entries[normal] & _FIELD).view(np.int64)
+    flags = frames.flags[pfns]
+    young = ((entries[normal] & np.uint64(YOUNG)) != 0) | ((flags & np.uint64(PageFlag.REFERENCED)) != 0)
+    refusal = ""
+    if (entries & np.uint64(UFFD_WP)).any():
+        refusal = "pte_uffd_wp"
+    elif len(swapped) > limits.swap:
+        refusal = "exceed_swap_pte"
+    elif empty > limits.none or (empty and vma.uffd is not None):
+        refusal = "exceed_none_pte"
+    elif int(_shared(core, pfns).sum()) > limits.shared:
+        refusal = "exceed_shared_pte"
+    elif core.caps.collapse_needs_writable and not (entries[present] & np.uint64(WRITE)).any():
+        refusal = "page_ro"
+    elif not young.any() or (len(swapped) and int(young.sum()) < pages // 2):
+        refusal = "lack_referenced_page"
+    elif vma.anon_vma is None:
+        refusal = "page_anon"
+    if refusal:
+        return refusal
+    try:
+        folio = core.memory.folio(core.geometry.pmd_order, mapping.NEW_ANON | thp.THP | ANON_EXCLUSIVE)
+    except NoMemory:
+        return "alloc_huge_page_fail"
+    try:
+        for index in swapped.tolist():
+            entry = int(entries[index])
+            if entry & GUARD:
+                core.memory.free_folio(folio)
+                return "fail"
+            swapping.swap_in(core, mm, vma, first + index, entry, write=False)
+    except NoMemory:
+        core.memory.free_folio(folio)
+        return "fail"
+    _copy(core, mm, vma, addr, folio)
+    return "collapsed"
+
+
+def _shared(core: Core, pfns: np.ndarray[tuple[int], np.dtype[np.int64]]) -> BoolArray:
+    """Which pages belong to folios that other processes map, too."""
+    frames = core.memory.frames
+    shared: BoolArray = frames.mapcount[pfns] > 1
+    for index in np.flatnonzero((frames.flags[pfns] & np.uint64(COMPOUND)) != 0).tolist():
+        folio = core.memory.large[int(pfns[index]) - int(frames.behind[pfns[index]])]
+        shared[index] = folio.shared or len(folio.by_mm) > 1
+    return shared
+
+
 def _copy(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: LargeFolio) -> None:
     frames, pages = core.memory.frames, core.geometry.pmd_pages
     first = mm.tables.pte_slot(addr)
@@ -89,8 +164,9 @@ def _copy(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: LargeFoli
     index = np.flatnonzero(normal)
     pfns = (entries[index] & _FIELD).view(np.int64)
     rows = frames.content[pfns]
-    # What nobody else maps gives its contents away; the rest is copied.
-    alone = (frames.mapcount[pfns] == 1) & ((frames.flags[pfns] & np.uint64(COMPOUND)) == 0)
+    # What nobody else maps gives its contents away; the rest, also what others may still read from swap, is copied.
+    kept = np.uint64(COMPOUND | int(PageFlag.SWAPCACHE))
+    alone = (frames.mapcount[pfns] == 1) & ((frames.flags[pfns] & kept) == 0)
     new = np.where(alone, rows, 0)
     new[~alone] = core.memory.contents.copies(rows[~alone])
     frames.content[pfns[alone]] = 0
@@ -103,4 +179,5 @@ def _copy(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: LargeFoli
     core.pool.give_back([row])
     mapping.remove_pages(core, mm, vma, pfns)
     thp.map_huge(core, mm, vma, folio, slot, write=True)
+    core.pool.at[slot] |= DIRTY | core.soft_dirty  # also where the mapping may not be written
     core.count("collapse")

@@ -11,10 +11,9 @@ from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.folios import LargeFolio
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND
-from pmcore.backends.sim.services import pagecache, thp
+from pmcore.backends.sim.services import evict, pagecache, thp
 from pmcore.backends.sim.services.batches import Runs, large_runs
 from pmcore.backends.sim.services.pagecache import Inode
-from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.virtual.filemap import cached_only
 from pmcore.backends.sim.virtual.mapping import MLOCKED
 from pmcore.backends.sim.virtual.pte import (
@@ -331,22 +330,19 @@ def _shmem_out(
         inode.index.put(frames.index[clean], np.zeros(len(clean), dtype=np.uint64))
         pagecache.uncache(core, clean)
         _drop(core, mm, clean)
+    frames.mapcount[pfns] = 0
     fields = core.swap.take(len(pfns))
-    kept = pfns[fields < 0]
-    if len(kept):
-        frames.flags[kept] |= np.uint64(_ACTIVE)
-        frames.mapcount[kept] -= 1
-        pfns, fields = pfns[fields >= 0], fields[fields >= 0]
+    pfns, kept = pfns[: len(fields)], pfns[len(fields) :]
+    frames.flags[kept] |= np.uint64(_ACTIVE)
     if not len(pfns):
         return
     inode.index.put(frames.index[pfns], fields.astype(np.uint64) | np.uint64(SWAP))
     pagecache.uncache(core, pfns)
     frames.flags[pfns] &= np.uint64(~_ACTIVE & _ALL)
-    for area in core.swap.order:
-        mine = np.flatnonzero((fields & 0x1F) == area.number)
-        if len(mine):
-            _write(core, mm, area, fields[mine] >> 5, pfns[mine])
+    for area in core.swap.there:
+        area.counts[fields[(fields & 0x1F) == area.number] >> 5] += 1
     core.count("swap_out", len(pfns))
+    evict.leave(core, pfns, fields)
 
 
 def _to_swap(
@@ -364,8 +360,9 @@ def _to_swap(
         behind = frames.behind_at[int(pfns[place])]
         fields[place] = blocks[int(pfns[place]) - behind] + (behind << 5)
     missing = np.flatnonzero(fields < 0)
-    fields[missing] = core.swap.take(len(missing))
-    failed = np.flatnonzero(fields < 0)
+    found = core.swap.take(len(missing))
+    fields[missing[: len(found)]] = found
+    failed = missing[len(found) :]
     if len(failed):
         frames.flags[pfns[failed]] |= np.uint64(_ACTIVE)
         keep = np.ones(len(pfns), dtype=np.bool_)
@@ -379,29 +376,23 @@ def _to_swap(
     new[exclusive] |= np.uint64(SWAP_EXCLUSIVE)
     entries[index] = new
     frames.flags[pfns] &= np.uint64(~(ANON_EXCLUSIVE | _ACTIVE) & _ALL)
-    for area in core.swap.order:
-        mine = np.flatnonzero((fields & 0x1F) == area.number)
-        if len(mine):
-            _write(core, mm, area, fields[mine] >> 5, pfns[mine])
+    frames.flags[pfns[((old & np.uint64(DIRTY)) != 0) | (frames.swap[pfns] == 0)]] |= np.uint64(_DIRTY)
+    for area in core.swap.there:
+        slots = fields[(fields & 0x1F) == area.number] >> 5
+        area.counts[slots] += 1
     core.count("swap_out", len(pfns))
-
-
-def _write(core: Core, mm: AddressSpace, area: SwapArea, slots: NDArray[np.int64], pfns: Pfns) -> None:
-    """The pages' entries name the slots now; the pages go, or stay in the swap cache until they are reclaimed."""
-    frames = core.memory.frames
-    area.counts[slots] += 1
-    if not area.immediate:
-        core.swap.cache(pfns, slots << 5 | area.number)
-        frames.flags[pfns] &= np.uint64(~_DIRTY & _ALL)
-        _uncount(core, mm, pfns)
-        return
-    area.cached[slots] = 0
-    core.memory.age += len(pfns)
-    area.shadow[slots] = core.memory.age + 1
-    area.content[slots] = frames.content[pfns]
-    frames.content[pfns] = 0
-    frames.swap[pfns] = 0
-    _drop(core, mm, pfns)
+    large = (frames.flags[pfns] & np.uint64(COMPOUND)) != 0
+    if large.any():
+        heads = pfns - frames.behind[pfns]
+        for folio in _uncount(core, mm, pfns[large]):
+            mine = heads == folio.head
+            part = pfns[mine]
+            if (frames.flags[part] & np.uint64(_DIRTY)).any():
+                frames.flags[part] |= np.uint64(_DIRTY)
+            evict.leave(core, part, fields[mine], folio=folio)
+        pfns, fields = pfns[~large], fields[~large]
+    frames.mapcount[pfns] = 0
+    evict.leave(core, pfns, fields)
 
 
 def _uncount(core: Core, mm: AddressSpace, pfns: Pfns) -> list[LargeFolio]:

@@ -58,6 +58,8 @@ class SwapArea:
     used: int = 0
     #: No slot below this one is free.
     hint: int = 1
+    #: While it is being switched off nothing more is written to it.
+    closing: bool = False
 
     def __attrs_post_init__(self) -> None:
         self.counts = np.zeros(self.slots, dtype=np.int32)
@@ -124,11 +126,20 @@ class SwapSpace:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.areas: list[SwapArea | None] = []
+        #: The area that begins, of those whose priority is the highest, if they are several.
+        self.turn = 0
+        #: The priority that an area got last because none was asked for.
+        self.least = -1
+
+    @property
+    def there(self) -> list[SwapArea]:
+        """All areas, by number."""
+        return [area for area in self.areas if area is not None]
 
     @property
     def order(self) -> list[SwapArea]:
         """The areas in the order in which they are filled."""
-        there = [area for area in self.areas if area is not None]
+        there = [area for area in self.areas if area is not None and not area.closing]
         return there if len(there) < 2 else sorted(there, key=lambda area: (-area.priority, area.number))
 
     @property
@@ -150,12 +161,15 @@ class SwapSpace:
         self,
         slots: int,
         *,
-        priority: int,
+        priority: int | None,
         immediate: bool,
         large_folios: bool = False,
         compressed: bool = True,
     ) -> SwapArea:
-        """A new area, with the lowest number that is free."""
+        """A new area, with the lowest number that is free. Without a priority it comes after all there were so far."""
+        if priority is None:
+            self.least -= 1
+            priority = self.least
         number = next((i for i, area in enumerate(self.areas) if area is None), len(self.areas))
         area = SwapArea(number, slots, priority, immediate, large_folios, compressed)
         self.areas[number : number + 1] = [area]
@@ -179,19 +193,41 @@ class SwapSpace:
                 return field_of(area.number, slot)
         return -1
 
-    def take(self, count: int) -> NDArray[np.int64]:
-        """Free slots as the fields of entries, from the areas in their order; -1 for each that none was left for."""
-        fields = np.full(count, -1, dtype=np.int64)
-        done = 0
-        for area in self.order:
-            if done == count:
-                break
-            slots = area.take(count - done)
-            fields[done : done + len(slots)] = slots << 5 | area.number
-            done += len(slots)
-        return fields
-
     # -- slots -----------------------------------------------------------------------------------------
+
+    def take(self, count: int) -> NDArray[np.int64]:
+        """Fields of up to `count` free slots, each to be given a count or a page at once.
+
+        Areas of the same priority take turns, a slot each.
+        """
+        pieces: list[NDArray[np.int64]] = []
+        order = self.order
+        while order and count:
+            peers = [area for area in order if area.priority == order[0].priority]
+            order = order[len(peers) :]
+            while count:
+                open_to = [area for area in peers if area.free]
+                if not open_to:
+                    break
+                if len(open_to) == 1:
+                    got = open_to[0].take(count) << 5 | open_to[0].number
+                else:
+                    got = self._in_turns(open_to, count)
+                pieces.append(got)
+                count -= len(got)
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+    def _in_turns(self, peers: list[SwapArea], count: int) -> NDArray[np.int64]:
+        """A slot of each area, over and over, until one is full; the area after the last one begins next time."""
+        first = next((i for i, area in enumerate(peers) if area.number >= self.turn), 0)
+        peers = peers[first:] + peers[:first]
+        rounds = min(min(area.free for area in peers), -(-count // len(peers)))
+        each = [area.take(min(rounds, -(-(count - i) // len(peers)))) for i, area in enumerate(peers)]
+        found = np.zeros(sum(map(len, each)), dtype=np.int64)
+        for place, (area, slots) in enumerate(zip(peers, each, strict=True)):
+            found[place :: len(peers)] = slots << 5 | area.number
+        self.turn = peers[len(found) % len(peers)].number
+        return found
 
     def duplicate(self, fields: U64Array) -> None:
         """Count one more entry for each (fork)."""

@@ -58,7 +58,19 @@ def find(mm: AddressSpace, addr: int, *, write: bool) -> VmArea:
 
 
 def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
-    """One access; the PFN that it reached. Raises AddressSpaceFault, with everything before it done."""
+    """One access; the PFN that it reached. Where memory runs out, some is reclaimed and the access tried again.
+
+    Raises AddressSpaceFault, with everything before it done; NoMemory if nothing could be reclaimed.
+    """
+    while True:
+        try:
+            return _access(core, mm, addr, write=write)
+        except NoMemory:
+            if not core.relieve(1):
+                raise
+
+
+def _access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
     vma = find(mm, addr, write=write)
     if vma.flags & VmFlag.HUGETLB:
         return hugetlb.access(core, mm, vma, addr, write=write)

@@ -49,6 +49,7 @@ class AddressSpace:
             gap = 0
         if (before is not None and before.end + gap > start) or vma.end - start > self.core.stack_limit:
             return None
+        self.prepare_anon(vma)
         self.vmas.remove(vma)
         vma.pgoff -= vma.start - start >> self.core.geometry.page_shift
         vma.start = start
@@ -70,9 +71,9 @@ class AddressSpace:
             zap.zap(self.core, self, vma, vma.start, vma.end, drop_markers=True)
             self.vmas.remove(vma)
         self.tables.destroy()
+        self.core.spaces.pop(self.number, None)
         self.alive = False
         self.files.clear()
-        self.core.spaces.pop(self.number, None)
         for inode in inodes.values():
             pagecache.put(self.core, inode)
 

@@ -39,8 +39,37 @@ def touch(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) ->
             for addr in range(start, stop, size):
                 fault.access(core, mm, addr, write=write)
         else:
-            _in_vma(core, mm, vma, start & -size, -(-stop // size) * size, start & size - 1, write=write)
+            _reclaiming(core, mm, vma, start & -size, -(-stop // size) * size, start & size - 1, write=write)
         start = (stop + size - 1 & -size) + (start & size - 1)
+
+
+def _reclaiming(
+    core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, lead: int, *, write: bool
+) -> None:
+    """`_in_vma`; where memory runs out some is reclaimed, and it goes on at the page that got none."""
+    while True:
+        try:
+            _in_vma(core, mm, vma, start, end, lead, write=write)
+        except NoMemory:
+            # Found before anything is reclaimed: until then all that was touched is there.
+            start = _first_missing(mm, start, end, write=write)
+            if not core.relieve(end - start >> core.geometry.page_shift):
+                raise
+        else:
+            return
+
+
+def _first_missing(mm: AddressSpace, start: int, end: int, *, write: bool) -> int:
+    """The first page of the range that is not there for such an access."""
+    wanted = np.uint64(PRESENT | WRITE if write else PRESENT)
+    for extent in mm.tables.extents(start, end):
+        if extent.start > start:
+            return start
+        missing = (extent.entries & wanted) != wanted
+        if missing.any():
+            return max(start, extent.start + int(np.argmax(missing)) * extent.size)
+        start = extent.end
+    return min(start, end)
 
 
 def _in_vma(
