@@ -81,6 +81,8 @@ class _State:
     shared: set[str] = attrs.field(factory=set)
     #: Areas of hugetlb, and the flags that they were mapped with.
     huge: dict[str, int] = attrs.field(factory=dict)
+    #: Whether areas may lie in each other.
+    mixed: bool = False
     #: Whether mlockall was asked for: what is mapped from then on may be locked.
     locked_all: bool = False
     made: int = 0
@@ -538,7 +540,11 @@ def _compared(step: s.Step, state: _State) -> bool:
     """
     if isinstance(step, s.LockAll):
         return not state.shared
-    if not isinstance(step, s.Advise | s.Lock) or step.area not in state.shared:
+    if isinstance(step, s.Map) and (step.within or step.anywhere):
+        state.mixed = True
+    if not isinstance(step, s.Advise | s.Lock) or not state.shared:
+        return True
+    if step.area not in state.shared and not state.mixed:
         return True
     if isinstance(step, s.Lock) or step.advice == Madvise.COLLAPSE:
         return False
