@@ -110,7 +110,7 @@ class Memory:
                 got = zone.take_blocks(order, min(count, spare))
                 count -= len(got)
                 found.append(got)
-        heads = np.concatenate(found) if len(found) != 1 else found[0]
+        heads = np.concatenate([np.zeros(0, dtype=np.int64), *found]) if len(found) != 1 else found[0]
         frames, pages = self.frames, 1 << order
         tail = np.arange(pages, dtype=np.int64)
         if (
