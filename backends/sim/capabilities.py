@@ -67,6 +67,8 @@ class Capabilities:
     advice: frozenset[int]
     #: kpageflags bits that this kernel knows, and of those the ones that a tail page shows.
     shown_flags: int
+    #: Whether KSM is shown on every anonymous page.
+    ksm_on_every_anon: bool
     #: Whether OWNER_2 says that an anonymous page is exclusive.
     anon_exclusive: bool
     tail_flags: int
@@ -124,6 +126,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         buddy_first_only=not has("kpageflags.buddy_all_pages"),
         advice=frozenset(int(a) for a in Madvise if a not in _ADVICE or has(_ADVICE[a])),
         anon_exclusive=has("kpageflags.anon_exclusive"),
+        ksm_on_every_anon=has("quirk.ksm_on_every_anon"),
         shown_flags=shown,
         tail_flags=int(_TAIL_FLAGS),
         zero_flags=int(zero),

@@ -23,6 +23,7 @@ from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.frames import Frames
 from pmcore.backends.sim.physical.memory import Memory, NoMemory
 from pmcore.backends.sim.process import SimProcess
+from pmcore.backends.sim.services.ksm import Ksm
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
 from pmcore.backends.sim.task import SimTask
 from pmcore.backends.sim.views import frames as frame_view
@@ -75,6 +76,7 @@ class Core:
         memory.frames.flags_at[self.zero_pfn] = self.caps.zero_flags
         self.huge_zero_pfn = 0
         self.pool = TablePool(memory, profile.geometry)
+        self.ksm = Ksm(self)
         #: The last number given, by what was numbered.
         self.numbers: dict[str, int] = {}
         #: Locked mappings of a folio by its first frame, where there is more than one.
@@ -135,6 +137,7 @@ class SimMachine(Kernel, Workbench):
         zones = _zones(frames, memory, size, nodes, holes)
         store = Memory(frames, zones, Contents(size))
         self.core = Core(profile, store, policy, privileged=privileged)
+        self.core.ksm.spaces = lambda: [task.mm for task in self._tasks.values()]
         store.reserve = _min_watermark(memory) // size
         for area in swap:
             self.core.swap.on(
@@ -192,6 +195,22 @@ class SimMachine(Kernel, Workbench):
         for task in list(self._tasks.values()):
             task.exit()
         self._closed = True
+
+    def ksm_scan(
+        self, full_scans: int = 1, *, use_zero_pages: bool = False, max_page_sharing: int = 256
+    ) -> dict[str, int]:
+        """So many full scans of ksmd; the counters afterwards. Raises Busy for another `max_page_sharing` too late."""
+        ksm = self.core.ksm
+        ksm.max_page_sharing = max_page_sharing
+        before, ksm.use_zero_pages = ksm.use_zero_pages, use_zero_pages
+        try:
+            return ksm.run(full_scans)
+        finally:
+            ksm.use_zero_pages = before
+
+    def ksm_unmerge(self) -> dict[str, int]:
+        """Unmerge all pages; the counters afterwards."""
+        return self.core.ksm.unmerge()
 
     # -- the kernel ------------------------------------------------------------------------------------
 
@@ -279,6 +298,11 @@ class SimMachine(Kernel, Workbench):
     def counters(self) -> Counter[str]:
         """What happened so far, counted: "copy_on_write", "swap_out", "split_pmd", ..."""
         return self.core.counters
+
+    @property
+    def ksm(self) -> Ksm:
+        """ksmd, its knobs and its counters."""
+        return self.core.ksm
 
     def swap_areas(self) -> tuple[SwapArea, ...]:
         """The swap areas, by number."""

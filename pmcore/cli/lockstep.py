@@ -57,6 +57,9 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same programs."
 )
 @click.option(
+    "--focus", type=click.Choice(["ksm"]), metavar="SUBJECT", help="What programs are biased to: ksm."
+)
+@click.option(
     "--replay", type=click.Path(dir_okay=False), metavar="FILE", help="Run this one program instead."
 )
 @click.option(
@@ -145,6 +148,7 @@ def _session(options: dict[str, Any], left: Callable[[], Workbench], right: Call
             programs=options["programs"],
             steps=options["steps"],
             seed=options["seed"],
+            focus=options["focus"] or "",
             progress=lambda report: progress(report.programs, options["programs"]),
         )
     found = report.difference

@@ -16,7 +16,7 @@ from pmcore.program import Program
 from pmcore.program import steps as s
 from pmcore.uapi import Madvise, MapFlag, MremapFlag, UffdFeature
 
-__all__ = ["programs"]
+__all__ = ["FOCUSES", "programs"]
 
 _HUGE = 512
 _FLAGS = int(MapFlag.PRIVATE | MapFlag.ANONYMOUS)
@@ -48,6 +48,8 @@ _ADVICE = (
     Madvise.DODUMP,
     Madvise.REMOVE,
     Madvise.DONTNEED_LOCKED,
+    *(Madvise.MERGEABLE,) * 2,
+    Madvise.UNMERGEABLE,
 )
 _UFFD = (
     UffdFeature.WP_ASYNC,
@@ -75,20 +77,31 @@ class _State:
 
 
 @st.composite
-def programs(draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps: int = 40) -> Program:
-    """A program of up to `max_steps` steps that the kernel of `profile` could be asked to run."""
+def programs(
+    draw: st.DrawFn, profile: KernelProfile | None = None, *, max_steps: int = 40, focus: str = ""
+) -> Program:
+    """A program of up to `max_steps` steps that the kernel of `profile` could be asked to run.
+
+    `focus` names one of FOCUSES: a subject that its steps are biased to.
+    """
+    often, advice = FOCUSES[focus] if focus else ((), 0)
+    kinds = (*_KINDS, *often)
     state = _State()
     first = _map(draw, state)
     assert isinstance(first, s.Map)
     steps: list[s.Step] = [first]
+    if advice:
+        steps.append(s.Advise(area=first.area, pages=first.pages, advice=advice))
     if first.pages >= _HUGE and draw(st.booleans()):
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
     length = draw(st.sampled_from([n for n in (1, 12, 20, 28, 36, 40, 40) if n <= max_steps] or [max_steps]))
     while len(steps) < length:
-        kind = draw(st.sampled_from(_KINDS))
+        kind = draw(st.sampled_from(kinds))
         step = kind(draw, state)
         if step is not None:
             steps.append(step)
+        if isinstance(step, s.Map) and advice and draw(st.integers(0, 3)):
+            steps.append(s.Advise(area=step.area, pages=step.pages, advice=advice))
         if isinstance(step, s.Map) and step.pages >= _HUGE and draw(st.integers(0, 2)):
             steps.append(s.Advise(area=step.area, pages=step.pages, advice=int(Madvise.HUGEPAGE)))
     return Program(name="random", steps=tuple(steps))
@@ -166,11 +179,36 @@ def _write(draw: st.DrawFn, state: _State) -> s.Step | None:
     area, page, pages = _range(draw, state)
     offset = page * 4096 + draw(st.sampled_from((0, 1, 100, 4090, 4095)))
     text = draw(st.sampled_from(("x", "hello", "0123456789")))
+    same = draw(st.sampled_from((1, 1, 2, 3, 8)))
     if draw(st.booleans()):
         return s.Read(
             task=_task(draw, state), area=area, offset=offset, length=min(len(text) * 700, pages * 4096)
         )
-    return s.Write(task=_task(draw, state), area=area, offset=offset, text=text)
+    return s.Write(task=_task(draw, state), area=area, offset=offset, text=text, pages=min(same, pages))
+
+
+def _equal(draw: st.DrawFn, state: _State) -> s.Step | None:
+    """Equal pages: the same short text at the same place of each."""
+    area, page, pages = _range(draw, state)
+    return s.Write(
+        task=_task(draw, state),
+        area=area,
+        offset=page * 4096 + draw(st.sampled_from((0, 0, 4088))),
+        text=draw(st.sampled_from(("x", "y"))),
+        pages=min(pages, draw(st.sampled_from((1, 2, 3, 9)))),
+    )
+
+
+def _ksm_scan(draw: st.DrawFn, state: _State) -> s.Step | None:
+    return s.KsmScan(
+        scans=draw(st.sampled_from((1, 1, 2, 2, 3))),
+        zero_pages=draw(st.sampled_from((False, False, True))),
+        sharing=draw(st.sampled_from((256,) * 6 + (2, 3))),
+    )
+
+
+def _ksm_unmerge(draw: st.DrawFn, state: _State) -> s.Step | None:
+    return s.KsmUnmerge()
 
 
 def _move(draw: st.DrawFn, state: _State) -> s.Step | None:
@@ -279,4 +317,12 @@ _KINDS: tuple[_Maker, ...] = (
     _ranged(s.Unlock),
     _ranged(s.Mincore),
     _clear_refs,
+    _ksm_scan,
 )
+#: What programs may be biased to: steps that are drawn more often, and what is advised of new mappings.
+FOCUSES: dict[str, tuple[tuple[_Maker, ...], int]] = {
+    "ksm": (
+        (*(_ksm_scan,) * 12, *(_equal,) * 8, *(_fork,) * 2, _ksm_unmerge),
+        int(Madvise.MERGEABLE),
+    ),
+}

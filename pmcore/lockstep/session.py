@@ -74,11 +74,12 @@ def session(
     programs: int,
     steps: int = 40,
     seed: int = 0,
+    focus: str = "",
     progress: Callable[[Report], object] | None = None,
 ) -> Report:
     """Compare `programs` random programs of up to `steps` steps; ends early at one that differs, shrunk.
 
-    `left` and `right` give the workbench for a program: a fresh one, or always the same. The same seed gives the same
+    `focus` is the subject that they are biased to. `left` and `right` give the workbench for a program: a fresh one, or always the same. The same seed gives the same
     programs, with the same version of Hypothesis.
     """
     report = Report(seed=seed)
@@ -108,7 +109,7 @@ def session(
         report_multiple_bugs=False,
         phases=(Phase.generate, Phase.shrink),
         print_blob=False,
-    )(given(random_programs(max_steps=steps))(compare))
+    )(given(random_programs(max_steps=steps, focus=focus))(compare))
     try:
         hypothesis_seed(seed)(run)()
     except _Differs as difference:

@@ -22,6 +22,8 @@ __all__ = [
     "Fallocate",
     "Fork",
     "Ftruncate",
+    "KsmScan",
+    "KsmUnmerge",
     "Lock",
     "Map",
     "MemfdCreate",
@@ -162,11 +164,13 @@ class Read(Step):
 
 @attrs.frozen(kw_only=True)
 class Write(Step):
-    """Write bytes: `text`, as UTF-8."""
+    """Write bytes: `text`, as UTF-8, at the same place of each of `pages` pages."""
 
     area: str = name()
     offset: int = number(0)
     text: str = "x"
+    #: The same text so many times, a page apart: equal pages.
+    pages: int = number(1)
 
 
 @attrs.frozen(kw_only=True)
@@ -283,6 +287,21 @@ class Scan(_Range):
     return_mask: int = number(0x7F)
 
 
+@attrs.frozen(kw_only=True)
+class KsmScan(Step):
+    """The administrator lets ksmd make `scans` full scans; the value is its counters. `task` does nothing."""
+
+    scans: int = number(1)
+    zero_pages: bool = False
+    #: max_page_sharing; it stays until a step says another.
+    sharing: int = number(256)
+
+
+@attrs.frozen(kw_only=True)
+class KsmUnmerge(Step):
+    """The administrator unmerges all pages; the value is ksmd's counters. `task` does nothing."""
+
+
 #: Steps by the name that they have in JSON.
 STEPS: dict[str, type[Step]] = {
     kind.__name__.lower(): kind
@@ -312,5 +331,7 @@ STEPS: dict[str, type[Step]] = {
         Exit,
         ClearRefs,
         Scan,
+        KsmScan,
+        KsmUnmerge,
     )
 }

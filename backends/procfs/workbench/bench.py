@@ -26,6 +26,7 @@ from pmcore.arrays import BoolArray
 from pmcore.backends.procfs import open_kernel
 from pmcore.backends.procfs.kernel import ProcfsKernel
 from pmcore.backends.procfs.process import ProcfsProcess
+from pmcore.backends.procfs.workbench.ksm import Ksmd
 from pmcore.backends.procfs.workbench.steady import drain_lru, steady
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
 from pmcore.geometry import parse_size
@@ -290,10 +291,19 @@ class ProcfsWorkbench(Workbench):
     """Spawns tasks by forking a small server process, in about a millisecond each."""
 
     def __init__(
-        self, kernel: ProcfsKernel, *, directory: str | None = None, held: ExitStack | None = None
+        self,
+        kernel: ProcfsKernel,
+        *,
+        directory: str | None = None,
+        held: ExitStack | None = None,
+        still: bool = False,
     ) -> None:
         self._kernel = kernel
         self._held = held or ExitStack()
+        self._still = still
+        self._ksmd: Ksmd | None = None
+        #: Whether ksmd has looked at tasks since it was last told to forget everything.
+        self._merged = False
         self._tasks: list[ProcfsTask] = []
         self.directory = Path(tempfile.mkdtemp(prefix="pmcore-", dir=directory))
         self._remove = weakref.finalize(self, shutil.rmtree, str(self.directory), ignore_errors=True)
@@ -331,6 +341,9 @@ class ProcfsWorkbench(Workbench):
         """Take a task that has ended off the list."""
         if task in self._tasks:
             self._tasks.remove(task)
+        if self._merged and self._ksmd is not None and not self._tasks:
+            self._merged = False
+            self._ksmd.reset()
 
     def tasks(self) -> Iterable[ProcfsTask]:
         """The tasks that are alive, oldest first."""
@@ -340,6 +353,29 @@ class ProcfsWorkbench(Workbench):
         """Have all processors drain their LRU batches."""
         drain_lru()
 
+    def ksm_scan(
+        self, full_scans: int = 1, *, use_zero_pages: bool = False, max_page_sharing: int = 256
+    ) -> dict[str, int]:
+        """Exactly so many full scans of ksmd. Raises BackendUnavailable where the machine is not held still."""
+        ksmd, self._merged = self._lead_ksmd(), True
+        return ksmd.scan(
+            full_scans,
+            use_zero_pages=use_zero_pages,
+            max_page_sharing=max_page_sharing,
+            ours=[task.pid for task in self._tasks],
+        )
+
+    def ksm_unmerge(self) -> dict[str, int]:
+        """Unmerge all pages of the machine."""
+        return self._lead_ksmd().unmerge()
+
+    def _lead_ksmd(self) -> Ksmd:
+        if not self._still:
+            raise BackendUnavailable("ksmd runs by itself", remedy="open the workbench with still=True")
+        if self._ksmd is None:
+            self._ksmd = Ksmd()
+        return self._ksmd
+
     def close(self) -> None:
         """End all tasks and the server, remove the directory, and put back what was turned."""
         for task in list(self._tasks):
@@ -347,6 +383,8 @@ class ProcfsWorkbench(Workbench):
         self._zygote.close()
         self._server.wait()
         self._remove()
+        if self._ksmd is not None:
+            self._ksmd.close()
         self._held.close()
 
 
@@ -368,7 +406,8 @@ def open_workbench(
         raise BackendUnavailable("real processes need Linux", remedy="use a simulated machine")
     held = ExitStack()
     with held:
-        if still or swap or knobs:
+        still = bool(still or swap or knobs)
+        if still:
             held.enter_context(steady(swap=parse_size(swap), knobs=knobs))
-        return ProcfsWorkbench(kernel or open_kernel(), directory=directory, held=held.pop_all())
+        return ProcfsWorkbench(kernel or open_kernel(), directory=directory, held=held.pop_all(), still=still)
     raise AssertionError("unreachable")

@@ -8,6 +8,7 @@ import attrs
 
 from pmcore.backends.sim.calls.mmap import populate, unmap
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.services import ksm_merge
 from pmcore.backends.sim.virtual import remap
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.geometry import align_up
@@ -177,6 +178,8 @@ def _move(
     vma = mm.vmas.at(addr)
     assert vma is not None
     shift = core.geometry.page_shift
+    if vma.flags & VmFlag.MERGEABLE:
+        ksm_merge.unmerge(core, mm, vma, addr, addr + old_length)  # at another address nobody would look for them
     features = getattr(vma.uffd, "features", 0)
     drop_uffd = vma.uffd is not None and not features & UffdFeature.EVENT_REMAP
     # A mapping that never held a page takes the address it moves to for its offset.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,9 @@ from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
+    from pmcore.arrays import BoolArray
     from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.physical.buddy import Pfns
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
@@ -146,22 +149,33 @@ def zap_pmd(core: Core, mm: AddressSpace, vma: VmArea, entry: int) -> None:
         mapping.remove_pmd(core, mm, vma, core.memory.large[entry & FIELD])
 
 
-def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> None:
-    """Take a folio that only `mm` maps, by PTEs, apart into single pages; what is not mapped of it is freed.
+def _locked(mm: AddressSpace, addresses: Pfns) -> BoolArray:
+    """Which addresses lie in locked mappings."""
+    locked: BoolArray = np.zeros(len(addresses), dtype=np.bool_)
+    for vma in mm.vmas:
+        if vma.flags & VmFlag.LOCKED:
+            locked |= (addresses >= vma.start) & (addresses < vma.end)
+    return locked
+
+
+def split_folio(
+    core: Core, mm: AddressSpace, folio: LargeFolio, near: int, *, others: Iterable[AddressSpace] = ()
+) -> None:
+    """Take a folio that only `mm` and `others` map, by PTEs, apart into single pages; what is not mapped is freed.
 
     Pages of nothing but zeros become the zero page, on kernels that look.
     """
     frames = core.memory.frames
     head, pages = folio.head, folio.pages
     slots, addresses = rmap.pte_slots(core, mm, folio, near)
+    locked = _locked(mm, addresses)
+    for other in others:
+        more, places = rmap.pte_slots(core, other, folio, near)
+        slots, locked = np.append(slots, more), np.append(locked, _locked(other, places))
     old = core.pool.flat[slots]
     if (old & np.uint64(DIRTY)).any():
         frames.set_bits(head, pages, int(PageFlag.DIRTY))
     mlocked = frames.flags_at[head] & mapping.MLOCKED
-    locked = np.zeros(len(slots), dtype=np.bool_)
-    for vma in mm.vmas:
-        if vma.flags & VmFlag.LOCKED:
-            locked |= (addresses >= vma.start) & (addresses < vma.end)
     core.memory.dissolve(folio)
     core.mlocks.pop(head, None)
     for index in np.flatnonzero(frames.mapcount[head : head + pages] == 0).tolist():
@@ -173,8 +187,9 @@ def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> N
         core.pool.flat[slots[zero]] = old[zero] & np.uint64(UFFD_WP | SOFT_DIRTY) | np.uint64(
             PRESENT | SPECIAL | YOUNG | core.zero_pfn
         )
-        frames.mapcount[pfns[zero]] = 0
-        core.memory.free_pages(pfns[zero])
+        np.subtract.at(frames.mapcount, pfns[zero], 1)
+        gone = np.unique(pfns[zero])
+        core.memory.free_pages(gone[frames.mapcount[gone] == 0])
     if not mlocked:
         # Mapped anew, as small pages: those of a locked mapping are locked now.
         for pfn in (old[locked] & np.uint64(FIELD)).tolist():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["fill"]
 
 _MMAP = PageFlag.MMAP.bit_length() - 1
+_ANON, _KSM = PageFlag.ANON.bit_length() - 1, PageFlag.KSM.bit_length() - 1
 _TAIL = np.uint64(PageFlag.COMPOUND_TAIL)
 
 
@@ -34,6 +35,10 @@ def fill(core: Core, file: FrameFile, start: int, out: U64Array) -> int:
     elif file is FrameFile.KPAGEFLAGS:
         flags = frames.flags[span]
         np.bitwise_and(flags, np.uint64(SHOWN & core.caps.shown_flags), out=touched)
+        if core.caps.ksm_on_every_anon:
+            anon = touched & np.uint64(PageFlag.ANON)
+            anon <<= np.uint64(_KSM - _ANON)
+            touched |= anon
         if core.caps.anon_exclusive:
             exclusive = flags & np.uint64(ANON_EXCLUSIVE)
             if core.memory.large and core.caps.folio_flags:

@@ -49,7 +49,7 @@ def smaps(core: Core, mm: AddressSpace, start: int, end: int) -> tuple[SmapsEntr
 
 class _Counters:
     def __init__(self) -> None:
-        self.rss = self.anonymous = self.lazyfree = self.huge = self.referenced = 0
+        self.ksm = self.rss = self.anonymous = self.lazyfree = self.huge = self.referenced = 0
         self.swap = self.swap_pss = self.pss = self.pss_dirty = 0
         self.kinds = [0, 0, 0, 0]  # shared clean, shared dirty, private clean, private dirty
 
@@ -83,7 +83,7 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
         "Private_Dirty": sums.kinds[3],
         "Referenced": sums.referenced,
         "Anonymous": sums.anonymous,
-        "KSM": 0,
+        "KSM": sums.ksm,
         "LazyFree": sums.lazyfree,
         "AnonHugePages": sums.huge,
         "ShmemPmdMapped": 0,
@@ -141,6 +141,7 @@ def _present(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
     pss = (size << _PSS_SHIFT) // counts
     sums.rss += len(pfns) * size
     sums.anonymous += int(anon.sum()) * size
+    sums.ksm += int(((flags & np.uint64(PageFlag.KSM)) != 0).sum()) * size
     sums.lazyfree += int((anon & ((flags & np.uint64(PageFlag.SWAPBACKED)) == 0) & ~dirty).sum()) * size
     sums.referenced += int(young.sum()) * size
     sums.pss += int(pss.sum())

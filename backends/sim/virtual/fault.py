@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["access", "bus_error", "find", "segfault", "take_page"]
 
-_SWAPCACHE = int(PageFlag.SWAPCACHE)
+_SWAPCACHE, _KSM = int(PageFlag.SWAPCACHE), int(PageFlag.KSM)
 
 
 def segfault(addr: int, cause: str) -> AddressSpaceFault:
@@ -173,7 +173,7 @@ def _reusable(core: Core, mm: AddressSpace, pfn: int) -> bool:
             and not folio.entire
             and folio.by_mm.get(mm.number, 0) == folio.mapped
         )
-    if frames.mapcount_at[pfn] != 1:
+    if frames.mapcount_at[pfn] != 1 or flags & _KSM:
         return False
     return not flags & _SWAPCACHE or core.swap.uncache(pfn)
 

@@ -26,6 +26,7 @@ __all__ = ["fault_in", "mark_accessed"]
 _ALL = (1 << 64) - 1
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 _REFERENCED, _ACTIVE = int(PageFlag.REFERENCED), int(PageFlag.ACTIVE)
+_KSM = int(PageFlag.KSM)
 _UNEVICTABLE, _DIRTY = int(PageFlag.UNEVICTABLE), int(PageFlag.DIRTY)
 
 
@@ -91,6 +92,11 @@ def mark_accessed(core: Core, pfns: Pfns) -> None:
         for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
             _mark_folio(core, head, count)
         pfns, flags = pfns[~compound], flags[~compound]
+    merged = (flags & np.uint64(_KSM)) != 0
+    if merged.any():  # the same page, as often as it is mapped
+        for pfn in pfns[merged].tolist():
+            _mark_folio(core, pfn, 1)
+        pfns, flags = pfns[~merged], flags[~merged]
     referenced = (flags & np.uint64(_REFERENCED)) != 0
     frames.flags[pfns[~referenced]] |= np.uint64(_REFERENCED)
     again = pfns[referenced & ((flags & np.uint64(_UNEVICTABLE | _ACTIVE)) == 0)]
@@ -99,7 +105,8 @@ def mark_accessed(core: Core, pfns: Pfns) -> None:
 
 
 def _mark_folio(core: Core, head: int, times: int) -> None:
-    frames, pages = core.memory.frames, core.memory.large[head].pages
+    frames = core.memory.frames
+    pages = core.memory.large[head].pages if head in core.memory.large else 1
     for _ in range(min(times, 3)):
         flags = frames.flags_at[head]
         if not flags & _REFERENCED:

@@ -55,6 +55,8 @@ class AddressSpace:
         """What exit does: nothing is mapped any more, descriptors are closed."""
         from pmcore.backends.sim.virtual import zap
 
+        if self.core.ksm.by_mm:
+            self.core.ksm.exited(self)
         for vma in list(self.vmas):
             zap.zap(self.core, self, vma, vma.start, vma.end)
             self.vmas.remove(vma)
