@@ -11,6 +11,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
+from pmcore.backends.sim.services import ksm_state
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
@@ -62,6 +63,8 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     yield from _swap(core, maps)
     yield from _owners(core, maps)
     yield from _contents(core)
+    for name, where in ksm_state.findings(core, spaces):
+        yield Finding(name, where)
 
 
 def _some(index: np.ndarray[tuple[int], np.dtype[np.intp]]) -> str:

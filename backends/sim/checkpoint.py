@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Zone
 from pmcore.backends.sim.physical.memory import LargeFolio
+from pmcore.backends.sim.services import ksm_state
 from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual.space import AddressSpace
@@ -93,7 +94,8 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
             [context.mm.number, context.features] for _, context in sorted(uffds.values(), key=lambda u: u[0])
         ],
     }
-    return State(words, arrays)
+    more, columns = ksm_state.capture(core)
+    return State(words | more, arrays | columns)
 
 
 def _folio(folio: LargeFolio) -> list[Any]:
@@ -172,6 +174,7 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     ]
     for space in words["spaces"]:
         _rebuild_space(spaces[space["number"]], space, anon, contexts)
+    ksm_state.rebuild(core, words, arrays, spaces)
     return {pid: spaces[space["number"]] for pid, space in zip(words["pids"], words["spaces"], strict=True)}
 
 

@@ -79,7 +79,9 @@ def session(
 ) -> Report:
     """Compare `programs` random programs of up to `steps` steps; ends early at one that differs, shrunk.
 
-    `focus` is the subject that they are biased to. `left` and `right` give the workbench for a program: a fresh one, or always the same. The same seed gives the same
+    `focus` is the subject that programs are biased to.
+
+    `left` and `right` give the workbench for a program: a fresh one, or always the same. The same seed gives the same
     programs, with the same version of Hypothesis.
     """
     report = Report(seed=seed)

@@ -51,7 +51,9 @@ class Ksmd:
     def __init__(self) -> None:
         self._pid = _find("ksmd")
         if self._pid is None or not (_DIRECTORY / "run").exists():
-            raise BackendUnavailable("no ksmd is there to be led", remedy="a kernel with CONFIG_KSM, and root")
+            raise BackendUnavailable(
+                "no ksmd is there to be led", remedy="a kernel with CONFIG_KSM, and root"
+            )
         # ksmd does nothing at all while nobody has asked for merging. This mapping never holds a page.
         self._watched = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._watched.madvise(_MADV_MERGEABLE)
@@ -72,7 +74,8 @@ class Ksmd:
         others = _asking({os.getpid(), *ours})
         if others:
             raise BackendUnavailable(
-                f"other processes ask for merging: {', '.join(others)}", remedy="try again when they have ended"
+                f"other processes ask for merging: {', '.join(others)}",
+                remedy="try again when they have ended",
             )
         _write("max_page_sharing", max_page_sharing)
         _write("use_zero_pages", int(use_zero_pages))

@@ -179,7 +179,9 @@ def _move(
     assert vma is not None
     shift = core.geometry.page_shift
     if vma.flags & VmFlag.MERGEABLE:
-        ksm_merge.unmerge(core, mm, vma, addr, addr + old_length)  # at another address nobody would look for them
+        ksm_merge.unmerge(
+            core, mm, vma, addr, addr + old_length
+        )  # at another address nobody would look for them
     features = getattr(vma.uffd, "features", 0)
     drop_uffd = vma.uffd is not None and not features & UffdFeature.EVENT_REMAP
     # A mapping that never held a page takes the address it moves to for its offset.

@@ -1,7 +1,7 @@
 """KSM: equal anonymous pages of mappings that asked for it (MADV_MERGEABLE) become one page, write-protected.
 
-Nothing is merged by itself: `step` and `run` are what ksmd does when it is let. Who is looked at when follows the kernel:
-address spaces in the order in which they asked, pages by address, so that which of equal pages stays is the same.
+Nothing is merged by itself: `step` and `run` are what ksmd does when it is let. The order is that of the kernel: address
+spaces as they asked, pages by address; so the same of equal pages stays.
 """
 
 from __future__ import annotations
@@ -168,9 +168,7 @@ class Ksm:
         """The address space is to be looked at, after all others."""
         if mm.number not in self.by_mm:
             slot = self.by_mm[mm.number] = Slot(mm)
-            self.slots.insert(
-                len(self.slots) if self.cursor is None else self.slots.index(self.cursor), slot
-            )
+            self.slots.insert(len(self.slots) if self.cursor is None else self.slots.index(self.cursor), slot)
 
     def forked(self, parent: AddressSpace, child: AddressSpace) -> None:
         """A child is looked at if its parent is."""
@@ -498,7 +496,7 @@ class Ksm:
         self._append(theirs, found, number)
         self._append(slot, item, number)
 
-    def _unstable_search(self, place: Place, value: int, content: bytes) -> Place | None | bool:
+    def _unstable_search(self, place: Place, value: int, content: bytes) -> Place | bool | None:
         if self.tree.shaped:
             return self.tree.search(place, content, self._alive)
         found = self._found.get(value)
@@ -545,7 +543,11 @@ class Ksm:
         for number in chain:
             node = self.nodes[number]
             room = 0 < node.items < self._sharing
-            if room and self._bytes(node.pfn) == content and (not best or node.items > self.nodes[best].items):
+            if (
+                room
+                and self._bytes(node.pfn) == content
+                and (not best or node.items > self.nodes[best].items)
+            ):
                 best = number
         if best and chain[0] != best and self.nodes[best].items + 1 < self._sharing:
             chain.remove(best)
@@ -598,6 +600,8 @@ class Ksm:
             if live and frames.mapcount_at[node.pfn]:
                 continue
             if live:
-                frames.flags_at[node.pfn] &= ~_KSM  # in the swap cache: an ordinary page when it is mapped again
+                frames.flags_at[
+                    node.pfn
+                ] &= ~_KSM  # in the swap cache: an ordinary page when it is mapped again
             self._remove(number)
         return not self.nodes

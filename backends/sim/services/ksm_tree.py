@@ -71,7 +71,7 @@ class UnstableTree:
                 else:
                     self._insert(place, content(place), lambda _place: True)
 
-    def search(self, place: Place, content: bytes, alive: Callable[[Place], bool]) -> Place | None | bool:
+    def search(self, place: Place, content: bytes, alive: Callable[[Place], bool]) -> Place | bool | None:
         """The place of an equal page; None where `place` was put in instead; False where the search gave up."""
         found = self._insert(place, content, alive)
         if found is None:
@@ -80,7 +80,7 @@ class UnstableTree:
 
     # -- the red-black tree ----------------------------------------------------------------------------
 
-    def _insert(self, place: Place, content: bytes, alive: Callable[[Place], bool]) -> Place | None | bool:
+    def _insert(self, place: Place, content: bytes, alive: Callable[[Place], bool]) -> Place | bool | None:
         parent, at = None, self._root
         while at is not None:
             if not alive(at.place):
