@@ -243,7 +243,7 @@ def test_what_is_not_modelled_says_so(machine):
         lambda: task.open_file("x"),
         lambda: task.mmap(PAGE, flags=0x21),
         lambda: task.mmap(PMD, flags=0x40022),
-        lambda: task.madvise(task.mmap(PAGE), PAGE, Madvise.MERGEABLE),
+        lambda: task.madvise(task.mmap(PAGE), PAGE, Madvise.HWPOISON),
     ):
         with pytest.raises(NotModelled, match="not modelled"):
             call()

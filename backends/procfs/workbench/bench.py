@@ -356,18 +356,25 @@ class ProcfsWorkbench(Workbench):
     def ksm_scan(
         self, full_scans: int = 1, *, use_zero_pages: bool = False, max_page_sharing: int = 256
     ) -> dict[str, int]:
-        """Exactly so many full scans of ksmd. Raises BackendUnavailable where the machine is not held still."""
+        """Exactly so many full scans of ksmd. Raises BackendUnavailable where the machine is not held still.
+
+        NotModelled is raised while processes that are not of this workbench ask for merging (a guest under QEMU, say):
+        their pages would be merged with those of its tasks.
+        """
         ksmd, self._merged = self._lead_ksmd(), True
         return ksmd.scan(
             full_scans,
             use_zero_pages=use_zero_pages,
             max_page_sharing=max_page_sharing,
-            ours=[task.pid for task in self._tasks],
+            ours=self._pids(),
         )
 
     def ksm_unmerge(self) -> dict[str, int]:
         """Unmerge all pages of the machine."""
-        return self._lead_ksmd().unmerge()
+        return self._lead_ksmd().unmerge(self._pids())
+
+    def _pids(self) -> list[int]:
+        return [task.pid for task in self._tasks]
 
     def _lead_ksmd(self) -> Ksmd:
         if not self._still:

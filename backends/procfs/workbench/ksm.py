@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pmcore.errors import BackendUnavailable, syscall_error
+from pmcore.errors import BackendUnavailable, NotModelled, syscall_error
 
 __all__ = ["COUNTERS", "KNOBS", "TURNED", "Ksmd"]
 
@@ -68,15 +68,10 @@ class Ksmd:
     ) -> dict[str, int]:
         """Exactly that many full scans; the counters afterwards. `ours` are the processes that may be merged.
 
-        Raises Busy where pages are shared and `max_page_sharing` is another than before, BackendUnavailable where
-        other processes ask for merging, whose pages would be found equal to ours, or ksmd does not come to an end.
+        Raises Busy where pages are shared and `max_page_sharing` is another than before, BackendUnavailable where ksmd
+        does not come to an end.
         """
-        others = _asking({os.getpid(), *ours})
-        if others:
-            raise BackendUnavailable(
-                f"other processes ask for merging: {', '.join(others)}",
-                remedy="try again when they have ended",
-            )
+        _alone(ours)
         _write("max_page_sharing", max_page_sharing)
         _write("use_zero_pages", int(use_zero_pages))
         try:
@@ -86,24 +81,28 @@ class Ksmd:
                     self._wake()
                 else:
                     _write("run", 1)
-                self._wait(lambda done=done: _read("full_scans") != done)  # type: ignore[misc]
+                self._wait(done)
         finally:
             _write("run", 0)
             self._wake()
-            self._wait(lambda: True)
+            self._wait(None)
             _write("use_zero_pages", 0)
         return self.counters()
 
-    def unmerge(self) -> dict[str, int]:
+    def unmerge(self, ours: Iterable[int]) -> dict[str, int]:
         """Give everybody pages of their own again, and forget all that was found; the counters afterwards."""
-        _write("run", 2)
-        _write("run", 0)
+        _alone(ours)
+        self._forget()
         return self.counters()
 
     def reset(self) -> None:
-        """Unmerge what dead processes have left, and take the default for `max_page_sharing`."""
-        self.unmerge()
+        """Forget what dead processes have left, and take the default for `max_page_sharing`."""
+        self._forget()
         _write("max_page_sharing", _SHARING)
+
+    def _forget(self) -> None:
+        _write("run", 2)
+        _write("run", 0)
 
     def counters(self) -> dict[str, int]:
         """Those of `COUNTERS` that this kernel has."""
@@ -113,11 +112,10 @@ class Ksmd:
         self._nap = _HOUR + 1 if self._nap == _HOUR else _HOUR
         _write("sleep_millisecs", self._nap)
 
-    def _wait(self, done: object) -> None:
-        """Until `done()`, and ksmd sleeps."""
-        assert callable(done)
+    def _wait(self, done: int | None) -> None:
+        """Until there are more than `done` full scans (None: anyway), and ksmd sleeps."""
         deadline = time.monotonic() + _PATIENCE
-        while not done() or _state(self._pid) != "S":
+        while _read("full_scans") == done or _state(self._pid) != "S":
             if time.monotonic() > deadline:
                 raise BackendUnavailable("ksmd does not come to the end of its scan")
             time.sleep(0.0002)
@@ -132,6 +130,15 @@ def _find(name: str) -> int | None:
         except OSError:
             continue
     return None
+
+
+def _alone(ours: Iterable[int]) -> None:
+    """See that nobody else's pages are merged with ours. Raises NotModelled: such a step is not compared."""
+    others = _asking({os.getpid(), *ours})
+    if others:
+        raise NotModelled(
+            "merging while others ask for it", remedy=f"try again when these have ended: {', '.join(others)}"
+        )
 
 
 def _asking(ours: set[int]) -> list[str]:

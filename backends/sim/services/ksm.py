@@ -1,12 +1,13 @@
 """KSM: equal anonymous pages of mappings that asked for it (MADV_MERGEABLE) become one page, write-protected.
 
-Nothing is merged by itself: `step` and `run` are what ksmd does when it is let. The order is that of the kernel: address
-spaces as they asked, pages by address; so the same of equal pages stays.
+Nothing is merged by itself: `step` and `run` are what ksmd does when it is let. The order is the kernel's, address
+spaces as they asked, pages by address, so that the same of equal pages stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import attrs
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import ksm_merge as merging
 from pmcore.backends.sim.services.ksm_tree import Place, UnstableTree
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT
@@ -214,14 +216,16 @@ class Ksm:
     def unmerge(self) -> dict[str, int]:
         """Everybody gets pages of their own again, and all that was known is forgotten (2 to run).
 
-        Raises NoMemory where there are not enough frames for that.
+        Raises OutOfMemory where there are not enough frames for that, with what came before it done.
         """
         self._there()
         for slot in list(self.slots):
-            if slot.mm.alive:
-                for vma in slot.mm.vmas:
-                    if vma.flags & VmFlag.MERGEABLE and vma.anon_vma is not None:
+            for vma in slot.mm.vmas if slot.mm.alive else ():
+                if merging.mergeable(vma):
+                    try:
                         merging.unmerge(self._core, slot.mm, vma, vma.start, vma.end)
+                    except NoMemory:
+                        refuse(Errno.ENOMEM, "write(/sys/kernel/mm/ksm/run, 2)")
             for item in range(len(slot.addresses)):
                 self._out(slot, item)
             slot.keep(np.zeros(len(slot.addresses), dtype=np.bool_))
@@ -481,12 +485,16 @@ class Ksm:
         head = frames.head(pfn)
         if page != pfn and head == frames.head(page):
             # Both were held: not taken apart for merging, but once they are let go.
-            merging.split(core, self.spaces, mm, address, pfn)
+            with suppress(NoMemory):
+                merging.split(core, self.spaces, mm, address, pfn)
             return
         if not merging.merge(core, self.spaces, mm, vma, address, pfn, None):
             return
         if not merging.merge(core, self.spaces, theirs.mm, area, other[1], page, pfn):
-            merging.unshare(core, mm, vma, address)
+            try:
+                merging.unshare(core, mm, vma, address)
+            except NoMemory:
+                frames.flags_at[pfn] &= ~_KSM
             return
         self.tree.take(other)
         self._found.pop(value, None)
