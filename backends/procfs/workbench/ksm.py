@@ -38,8 +38,8 @@ KNOBS = {
 TURNED = tuple(
     f"{_DIRECTORY}/{name}" for name in ("run", "use_zero_pages", "max_page_sharing", "sleep_millisecs")
 )
-#: Counters that a scan is answered with.
-COUNTERS = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages")
+#: Counters that a scan is answered with. Not ksm_zero_pages: a fork counts those of mappings that it leaves out, for good.
+COUNTERS = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
 #: Seconds for one scan.
 _PATIENCE = 30.0
 _MADV_MERGEABLE = 12
@@ -105,8 +105,8 @@ class Ksmd:
         _write("run", 0)
 
     def counters(self) -> dict[str, int]:
-        """Those of `COUNTERS` that this kernel has."""
-        return {name: _read(name) for name in COUNTERS if (_DIRECTORY / name).exists()}
+        """`COUNTERS` now."""
+        return {name: _read(name) for name in COUNTERS}
 
     def _wake(self) -> None:
         self._nap = _HOUR + 1 if self._nap == _HOUR else _HOUR
@@ -152,9 +152,26 @@ def _asking(ours: set[int]) -> list[str]:
             except OSError:
                 continue
             known = dict(zip(words[::2], words[1::2], strict=False))
-            if known.get("ksm_mergeable:") == "yes" or known.get("ksm_rmap_items", "0") != "0":
+            if known.get("ksm_rmap_items", "0") != "0" or (
+                known.get("ksm_mergeable:") == "yes" and _holds_pages(entry.name)
+            ):
                 found.append(entry.name)
     return found
+
+
+def _holds_pages(pid: str) -> bool:
+    """Whether mappings that are to be merged hold any: the one of another workbench never does."""
+    try:
+        text = Path(f"/proc/{pid}/smaps").read_text()
+    except OSError:
+        return True
+    held = 0
+    for line in text.splitlines():
+        if line.startswith("Anonymous:"):
+            held = int(line.split()[1])
+        elif line.startswith("VmFlags:") and held and " mg" in line:
+            return True
+    return False
 
 
 def _state(pid: int | None) -> str:

@@ -160,8 +160,8 @@ class Ksm:
         return count
 
     def counters(self) -> dict[str, int]:
-        """The counters by the kernel's names."""
-        names = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages")
+        """The counters of pages that are looked at, by the kernel's names."""
+        names = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
         return {name: getattr(self, name) for name in names}
 
     # -- address spaces come and go --------------------------------------------------------------------
