@@ -38,7 +38,7 @@ KNOBS = {
 TURNED = tuple(
     f"{_DIRECTORY}/{name}" for name in ("run", "use_zero_pages", "max_page_sharing", "sleep_millisecs")
 )
-#: Counters that a scan is answered with. Not ksm_zero_pages: a fork counts those of mappings that it leaves out, for good.
+#: Counters that a scan is answered with. Without ksm_zero_pages: forks count those of mappings that they left out, too.
 COUNTERS = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
 #: Seconds for one scan.
 _PATIENCE = 30.0
