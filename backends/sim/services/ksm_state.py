@@ -37,7 +37,7 @@ def capture(core: Core) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     words["slots"] = [slot.mm.number for slot in ksm.slots]
     words["cursor"] = None if ksm.cursor is None else ksm.slots.index(ksm.cursor)
     words["nodes"] = [[n, node.pfn, node.items, *node.key] for n, node in sorted(ksm.nodes.items())]
-    words["stable"] = [[*key, chain] for key, chain in sorted(ksm.stable.items())]
+    words["stable"] = [[*key, list(chain)] for key, chain in sorted(ksm.stable.items())]
     words["log"] = [[what, mm, len(addresses)] for what, mm, addresses in ksm.tree.log]
     arrays: dict[str, NDArray[Any]] = {
         f"ksm.{index}.{name}": getattr(slot, name).copy()
