@@ -30,7 +30,12 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Each rule is tried on the running kernel and on the simulated machine."""
     if request.param == "sim":
         with open_workbench(
-            "sim", memory="256 MiB", swap="64 MiB", kernel="6.18", config=["!CONFIG_MEM_SOFT_DIRTY"]
+            "sim",
+            memory="256 MiB",
+            swap="64 MiB",
+            kernel="6.18",
+            config=["!CONFIG_MEM_SOFT_DIRTY"],
+            hugepages={"2 MiB": 24},
         ) as machine:
             yield machine
         return

@@ -26,6 +26,7 @@ def test_frame_files_end_together_and_read_whole_words(kernel):
 
 
 @pytest.mark.rule("KF-011", "KC-004")
+@pytest.mark.procfs_only
 def test_free_blocks_show_buddy_on_every_page(kernel, needs):
     needs("kpageflags.buddy_all_pages")
     flags = kernel.kpageflags()

@@ -39,7 +39,7 @@ def test_a_gigantic_page_of_the_running_kernel():
         assert head % (1 << 18) == 0
         assert [int(pfn) for pfn in entries.pfn] == [head, head + 1, head + 2, head + 3]
         assert (bench.kernel.kpagecount(head, 1 << 18) == 1).all()
-        scan = ScanRequest(start=start - size, end=start + size, vec_len=8, category_mask=8, return_mask=0x7F)
+        scan = ScanRequest(start=start - PAGE, end=start + size, vec_len=8, category_mask=8, return_mask=0x7F)
         [region] = task.process.pagemap_scan(scan).regions.tolist()
         assert region == (
             start,

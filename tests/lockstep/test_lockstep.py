@@ -160,7 +160,7 @@ def test_the_model_agrees_with_sizes_of_huge_pages_at_random(live):
     if not live.kernel.profile.has("mm.mremap_many"):
         pytest.skip("the model is held against kernels of its own version: this one is older than 6.17")
     report = session(
-        lambda: sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile),
+        lambda: sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile, hugepages=POOL),
         lambda: live,
         programs=int(os.environ.get("PMCORE_LOCKSTEP", "60")),
         seed=int(os.environ.get("PMCORE_LOCKSTEP_SEED", "2")),
