@@ -133,8 +133,8 @@ def sides(live):
             time.sleep(0.02)
 
 
-#: Who samples accessed bits by physical address (DV-020) changes what the kernel takes for used: it is asked again then.
-pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live"), pytest.mark.flaky(reruns=3)]
+#: Who samples accessed bits by physical address (DV-020) changes what the kernel takes for used: it is asked again.
+pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live"), pytest.mark.flaky(reruns=5)]
 
 
 @pytest.mark.rule("RC-001", "RC-002")
