@@ -104,6 +104,31 @@ def test_a_session_counts():
     assert report.as_dict()["differences"] == 0
 
 
+def test_what_sampling_accesses_changes_is_asked_again(monkeypatch):
+    """A first run in which an access was not noted does not count; one that differs again does."""
+    from pmcore.lockstep import session as module
+    from pmcore.lockstep.compare import Difference
+
+    calls = []
+
+    def first_differs(program, left, right):
+        calls.append(program)
+        result = lockstep(program, left, right)
+        if len(calls) % 2 == 0 and kind == "once":
+            return result
+        found = Difference("kpageflags", "main 0x0", "REFERENCED|LRU", "LRU")
+        return attrs.evolve(result, differs_at=len(program.steps) - 1, differences=(found,))
+
+    monkeypatch.setattr(module, "lockstep", first_differs)
+    kind = "once"
+    report = session(sim, sim, programs=3, steps=5, seed=1)
+    assert report.difference is None
+    assert report.masked["DV-020"] >= 3
+    assert len(calls) == 2 * report.programs
+    kind = "always"
+    assert session(sim, sim, programs=3, steps=5, seed=1).difference is not None
+
+
 def test_what_a_side_does_not_model_is_counted_apart():
     with pytest.raises(NotModelled):
         lockstep(Program(name="x", steps=(s.OpenFile(fd="f", file="f"),)), sim(), sim())
