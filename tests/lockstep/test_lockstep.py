@@ -190,6 +190,7 @@ def test_the_model_agrees_with_sizes_of_huge_pages_at_random(live):
         programs=int(os.environ.get("PMCORE_LOCKSTEP", "60")),
         seed=int(os.environ.get("PMCORE_LOCKSTEP_SEED", "2")),
         random_thp=True,
+        hugetlb=False,
     )
     found = report.difference
     assert found is None, "\n".join([str(found.program), *map(str, found.differences)])

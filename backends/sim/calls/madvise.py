@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -174,15 +175,19 @@ def _pageout(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hig
 def _willneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         return
-    for extent in mm.tables.extents(low, high):
-        if not extent.huge:
-            for field in (extent.entries[zap.swap_entries(extent.entries)] & np.uint64(FIELD)).tolist():
-                swapping.bring_in(core, field)
+    wanted = [
+        extent.entries[zap.swap_entries(extent.entries)]
+        for extent in mm.tables.extents(low, high)
+        if not extent.huge
+    ]
     if vma.file is not None:
         first = vma.pgoff + (low - vma.start >> core.geometry.page_shift)
         words = vma.file.index.load(first, high - low >> core.geometry.page_shift)
-        for field in (words[zap.swap_entries(words)] & np.uint64(FIELD)).tolist():
-            swapping.bring_in(core, field)
+        wanted.append(words[zap.swap_entries(words)])
+    with contextlib.suppress(NoMemory):  # reading ahead is done as far as there is room
+        for fields in wanted:
+            for field in (fields & np.uint64(FIELD)).tolist():
+                swapping.bring_in(core, field)
 
 
 def _remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:

@@ -71,7 +71,8 @@ def _put_back(
         position = 0
         for extent in mm.tables.extents(start, stop):
             part = slice(position, position + len(extent.entries))
-            chosen = good[part]
+            # What was reclaimed meanwhile has no bits to be put back.
+            chosen = good[part] & ((extent.entries & _PRESENT) != 0)
             if write:
                 clean = chosen & ((old[part] & np.uint64(DIRTY)) == 0)
                 pfns = (extent.entries[clean] & _FIELD).view(np.int64)
