@@ -146,6 +146,8 @@ class Comparer:
             if mask.where:
                 shown = flags[0] | flags[1] if mask.either else flags[0] & flags[1]
                 hidden &= (shown & np.uint64(mask.where)) != 0
+            if mask.unless:
+                hidden &= ((flags[0] | flags[1]) & np.uint64(mask.unless)) == 0
             if hidden.any():
                 self.masked[mask.divergence] += int(hidden.sum())
                 differ = np.where(hidden, differ & ~np.uint64(mask.bits), differ)

@@ -23,11 +23,15 @@ class FlagMask:
     bits: int
     where: int = 0
     either: bool = False
+    #: Frames that show one of these bits are compared all the same.
+    unless: int = 0
 
 
 FLAG_MASKS = (
     # Who watches idle pages takes the accessed bit from entries: what noting the access would have set is missing.
-    FlagMask("DV-020", int(PageFlag.REFERENCED | PageFlag.ACTIVE), int(PageFlag.IDLE), either=True),
+    FlagMask(
+        "DV-020", int(PageFlag.REFERENCED | PageFlag.ACTIVE), int(PageFlag.IDLE), True, int(PageFlag.ANON)
+    ),
     # Set and taken by whoever watches idle pages.
     FlagMask("DV-018", int(PageFlag.IDLE)),
     # The zero page is everybody's.

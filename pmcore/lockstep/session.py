@@ -140,11 +140,11 @@ def session(
 def _sampled(result: Result) -> bool:
     """Whether who samples accessed bits (DV-020) may have made the difference: the program is then asked once more.
 
-    Only REFERENCED, ACTIVE and IDLE of frames differ: an access was not noted when its entry was zapped.
+    Only REFERENCED, ACTIVE and IDLE of a file's frames differ: an access was not noted when its entry was zapped.
     """
-    return all(
-        found.kind == "kpageflags" and {*found.left.split("|")} ^ {*found.right.split("|")} <= _SAMPLED
-        for found in result.differences
+    sides = [({*found.left.split("|")}, {*found.right.split("|")}) for found in result.differences]
+    return all(found.kind == "kpageflags" for found in result.differences) and all(
+        one ^ other <= _SAMPLED and "ANON" not in one for one, other in sides
     )
 
 

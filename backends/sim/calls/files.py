@@ -16,7 +16,7 @@ from pmcore.errors import NotModelled
 from pmcore.uapi import Errno, PageFlag
 
 if TYPE_CHECKING:
-    from pmcore.arrays import BoolArray
+    from pmcore.arrays import BoolArray, U64Array
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.task import SimTask
     from pmcore.backends.sim.virtual.space import AddressSpace
@@ -132,7 +132,11 @@ def pwrite(core: Core, mm: AddressSpace, fd: int, data: bytes, offset: int) -> i
 
 def data_pages(core: Core, inode: Inode, first: int, count: int) -> BoolArray:
     """Which pages of a file hold data, in memory or in swap; those that fallocate only set aside do not."""
-    words = inode.index.load(first, count)
+    return _data(core, inode.index.load(first, count))
+
+
+def _data(core: Core, words: U64Array) -> BoolArray:
+    """Which words of an index stand for data."""
     found: BoolArray = words != 0
     present = (words & np.uint64(PRESENT)) != 0
     pfns = (words[present] & np.uint64(FIELD)).view(np.int64)
@@ -162,9 +166,8 @@ def lseek(core: Core, mm: AddressSpace, fd: int, offset: int, whence: int) -> in
         refuse(Errno.EINVAL if offset < 0 else Errno.ENXIO, call, "behind the end of the file")
     size = core.geometry.page_size
     first, end = offset // size, -(-inode.size // size)
-    pages, _ = inode.index.used(first, end)
-    if len(pages):
-        pages = pages[data_pages_at(core, inode, pages)]
+    pages, words = inode.index.used(first, end)
+    pages = pages[_data(core, words)]
     if whence == _SEEK_DATA:
         if not len(pages):
             refuse(Errno.ENXIO, call, "no data from there on")
@@ -173,14 +176,6 @@ def lseek(core: Core, mm: AddressSpace, fd: int, offset: int, whence: int) -> in
     gaps = np.flatnonzero(pages != expected)
     hole = first + (int(gaps[0]) if len(gaps) else len(pages))
     return min(max(offset, hole * size), inode.size)
-
-
-def data_pages_at(core: Core, inode: Inode, pages: np.ndarray[tuple[int], np.dtype[np.int64]]) -> BoolArray:
-    """`data_pages` for pages that need not be neighbours (ascending)."""
-    low = int(pages[0])
-    if int(pages[-1]) - low < 4 * len(pages) + 4096:
-        return data_pages(core, inode, low, int(pages[-1]) - low + 1)[pages - low]
-    return np.array([bool(data_pages(core, inode, page, 1)[0]) for page in pages.tolist()], dtype=np.bool_)
 
 
 def fsync(core: Core, mm: AddressSpace, fd: int) -> None:

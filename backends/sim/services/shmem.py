@@ -10,7 +10,7 @@ from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.services import pagecache, swapping
 from pmcore.backends.sim.services.pagecache import Inode
 from pmcore.backends.sim.virtual import accessed, zap
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
@@ -168,9 +168,3 @@ def _zero(core: Core, inode: Inode, page: int, low: int, high: int) -> None:
     if frames.content_at[pfn]:
         frames.content_at[pfn] = core.memory.contents.write(frames.content_at[pfn], low, bytes(high - low))
     frames.flags_at[pfn] |= _DIRTY
-
-
-def swapped_pages(inode: Inode, first: int, end: int) -> int:
-    """How many pages of the range lie in swap."""
-    _, words = inode.index.used(first, end)
-    return int(((words & np.uint64(PRESENT | SWAP)) == np.uint64(SWAP)).sum())
