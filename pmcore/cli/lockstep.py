@@ -17,6 +17,7 @@ from pmcore.cli.output import progress_bar, say
 from pmcore.cli.tables import FrameNames, describe
 from pmcore.errors import ArgumentError, BackendUnavailable
 from pmcore.lockstep import Result, lockstep
+from pmcore.lockstep.session import session
 from pmcore.program import Program, load_program, save_program
 from pmcore.program.steps import Advise, Step
 from pmcore.protocols import Workbench
@@ -63,10 +64,27 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same programs."
 )
 @click.option(
+    "--first",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Number of the first program: a session that was cut short goes on.",
+)
+@click.option(
+    "--differences",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="End after so many programs that differ.",
+)
+@click.option(
     "--replay", type=click.Path(dir_okay=False), metavar="FILE", help="Run this one program instead."
 )
 @click.option(
-    "--save", type=click.Path(dir_okay=False), metavar="FILE", help="Keep the program that differs."
+    "--save",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Keep the program that differs, the next in FILE.2.",
 )
 @click.option("--left", default="sim", show_default=True, metavar="WORKBENCH", help="The model.")
 @click.option(
@@ -199,12 +217,6 @@ def _session(
     *,
     at_random: bool,
 ) -> int:
-    try:
-        from pmcore.lockstep.session import session
-    except ImportError:
-        raise BackendUnavailable(
-            "random programs need Hypothesis", remedy="pip install 'pmcore[lockstep]'"
-        ) from None
     with progress_bar("lockstep", wanted=not options["no_progress"]) as progress:
         report = session(
             left,
@@ -212,33 +224,38 @@ def _session(
             programs=options["programs"],
             steps=options["steps"],
             seed=options["seed"],
+            first=options["first"],
+            most=options["differences"],
             profile=right().kernel.profile,
             hugetlb=options["hugetlb"],
             thp=thp,
             random_thp=at_random,
             progress=lambda report: progress(report.programs, options["programs"]),
         )
-    found = report.difference
-    if found is not None and options["save"]:
-        save_program(found.program, options["save"])
+    found = report.differences
+    if options["save"]:
+        for number, difference in enumerate(found, 1):
+            save_program(difference.program, options["save"] + (f".{number}" if number > 1 else ""))
     if options["form"] == "json":
         words = report.as_dict()
-        if found is not None:
-            words["difference"] = _as_dict(found)
+        words["found"] = [
+            {"number": number, **_as_dict(difference)}
+            for number, difference in zip(report.numbers, found, strict=True)
+        ]
         say(json.dumps(words, indent=1))
-        return EXIT_DIFFERS if found is not None else 0
-    outcome = "no difference" if found is None else "a difference"
+        return EXIT_DIFFERS if found else 0
+    outcome = ("no difference", "a difference")[len(found)] if len(found) < 2 else f"{len(found)} differences"
     say(
         f"{report.programs} programs, {report.steps} steps, {report.scans} scans in {report.seconds:.0f} s: {outcome}"
     )
     for what, counts in (("masks used", report.masked), ("not modelled", report.not_modelled)):
         say(f"{what}: {', '.join(f'{key} {count}' for key, count in sorted(counts.items())) or 'none'}")
     say("reached: " + ", ".join(f"{key} {count}" for key, count in sorted(report.reached.items()) if count))
-    if found is None:
-        return 0
-    say()
-    _show(found, left())
-    return EXIT_DIFFERS
+    for number, difference in zip(report.numbers, found, strict=True):
+        say()
+        say(f"Of program {number} of this seed:")
+        _show(difference, left())
+    return EXIT_DIFFERS if found else 0
 
 
 def _replay(

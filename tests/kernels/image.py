@@ -34,8 +34,6 @@ _LEFT_OUT = (
 _DISTRIBUTIONS = (
     "numpy",
     "attrs",
-    "hypothesis",
-    "sortedcontainers",
     "click",
     "rich",
     "pygments",

@@ -85,12 +85,13 @@ def _random(wanted: dict[str, Any], ends: float, left: Callable[[], Workbench], 
             left,
             lambda: right,
             programs=min(_RUN, wanted["programs"] - number * _RUN),
-            seed=wanted["seed"] * 1000 + number,
+            seed=wanted["seed"],
+            first=number * _RUN,
             profile=right.kernel.profile,
         )
         values = report.as_dict()
-        if report.difference is not None:
-            values["difference"] = _words(report.difference)
+        if report.differences:
+            values["difference"] = _words(report.differences[0])
         tell("random", **values)
 
 

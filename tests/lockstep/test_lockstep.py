@@ -15,7 +15,7 @@ from pmcore.errors import BackendUnavailable, NotModelled
 from pmcore.lockstep import Comparer, lockstep, take
 from pmcore.lockstep.session import session
 from pmcore.profile import preset
-from pmcore.program import Program, Run, load_program
+from pmcore.program import Program, Run, load_program, program_to_json
 from pmcore.program import steps as s
 from pmcore.registry import open_workbench
 
@@ -88,17 +88,32 @@ def test_a_session_shrinks_what_differs():
     """Two kernels that differ in one thing: the smallest program shows just that."""
     one, other = sim().profile, sim().profile.changed(remove=["mm.guard_regions"])
     report = session(lambda: sim(kernel=one), lambda: sim(kernel=other), programs=400, seed=5)
-    assert report.difference is not None
-    steps = report.difference.program.steps
+    assert report.differences
+    steps = report.differences[0].program.steps
     assert len(steps) <= 3
     assert isinstance(steps[-1], s.Advise)
     assert steps[-1].advice in (102, 103)
     assert json.dumps(report.as_dict())
 
 
+def test_a_program_of_a_session_is_the_same_whatever_comes_before():
+    """A session that is cut short goes on where it was; all that differ are told, up to the number asked for."""
+    one, other = sim().profile, sim().profile.changed(remove=["mm.guard_regions"])
+    sides = (lambda: sim(kernel=one), lambda: sim(kernel=other))
+    whole = session(*sides, programs=60, seed=5, most=3)
+    assert len(whole.numbers) == 3
+    later = session(*sides, programs=60, seed=5, first=whole.numbers[1])
+    assert later.numbers == whole.numbers[1:2]
+    assert later.differences[0].program == whole.differences[1].program
+    counted = session(sim, sim, programs=6, seed=9)
+    halves = [session(sim, sim, programs=3, seed=9, first=first) for first in (0, 3)]
+    assert counted.steps == sum(half.steps for half in halves)
+    assert counted.reached == halves[0].reached + halves[1].reached
+
+
 def test_a_session_counts():
     report = session(sim, sim, programs=12, steps=28, seed=1)
-    assert report.difference is None
+    assert not report.differences
     assert report.programs == 12
     assert report.steps > 60
     assert report.as_dict()["differences"] == 0
@@ -122,14 +137,14 @@ def test_what_sampling_accesses_changes_is_asked_again(monkeypatch):
     monkeypatch.setattr(module, "lockstep", first_differs)
     kind, page = "once", "LRU|SWAPBACKED"
     report = session(sim, sim, programs=3, steps=5, seed=1)
-    assert report.difference is None
+    assert not report.differences
     assert report.masked["DV-020"] >= 3
     assert len(calls) == 2 * report.programs
     kind = "always"
-    assert session(sim, sim, programs=3, steps=5, seed=1).difference is not None
+    assert session(sim, sim, programs=3, steps=5, seed=1).differences
     kind, page = "once", "LRU|ANON|SWAPBACKED"  # whose accesses zapping does not note: no excuse
     calls.clear()
-    assert session(sim, sim, programs=3, steps=5, seed=1).difference is not None
+    assert session(sim, sim, programs=3, steps=5, seed=1).differences
 
 
 def test_the_mask_of_sampled_accesses_is_a_files():
@@ -186,10 +201,7 @@ def test_the_model_agrees_with_the_running_kernel(live, hugetlb, programs):
         seed=int(os.environ.get("PMCORE_LOCKSTEP_SEED", "1")),
         hugetlb=hugetlb,
     )
-    found = report.difference
-    assert found is None, "\n".join(
-        [*(str(attrs.asdict(step)) for step in found.program.steps), *map(str, found.differences)]
-    )
+    assert not report.differences, told(report)
     assert report.steps > 5 * programs
     assert report.masked.keys() <= {"DV-018", "DV-019", "DV-020"}
 
@@ -208,8 +220,7 @@ def test_the_model_agrees_with_sizes_of_huge_pages_at_random(live):
         random_thp=True,
         hugetlb=False,
     )
-    found = report.difference
-    assert found is None, "\n".join([str(found.program), *map(str, found.differences)])
+    assert not report.differences, told(report)
     assert report.masked.keys() <= {"DV-018", "DV-019", "DV-020"}
 
 
@@ -220,6 +231,14 @@ def test_a_program_written_by_hand_agrees(live):
         PROGRAM, sim(memory="256 MiB", swap="256 MiB", kernel=live.kernel.profile, hugepages=POOL), live
     )
     assert result.agrees, result.differences
+
+
+def told(report):
+    return "\n".join(
+        line
+        for found in report.differences
+        for line in (program_to_json(found.program), *map(str, found.differences))
+    )
 
 
 KEPT = sorted((Path(__file__).parent / "kept").glob("*.json"))
