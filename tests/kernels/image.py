@@ -186,7 +186,7 @@ def _wanted() -> Iterator[str]:
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            if name in ("sortedcontainers", "pygments", "markdown-it-py", "mdurl"):
+            if name in ("pygments", "markdown-it-py", "mdurl"):
                 continue  # needed by some versions of others
             raise MatrixError(f"{name} is not installed here: pip install 'pmcore[cli,test]'") from None
         yield name
