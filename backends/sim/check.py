@@ -286,6 +286,13 @@ def _free(core: Core) -> Iterator[Finding]:
     wrong = np.flatnonzero(free & (frames.mapcount != 0))
     if len(wrong):
         yield Finding("no free frame is mapped", _some(wrong))
+    position = 0
+    for low, high in sorted([*frames.touched.items(), (frames.rows, frames.rows)]):
+        for name, _ in frames.COLUMNS:
+            wrong = np.flatnonzero(getattr(frames, name)[position:low]) + position
+            if len(wrong):
+                yield Finding("frames that were never used hold nothing", f"{name}: {_some(wrong)}")
+        position = max(position, high)
 
 
 def _pools(core: Core, spaces: list[AddressSpace], maps: _Mappings) -> Iterator[Finding]:

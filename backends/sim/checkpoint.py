@@ -214,7 +214,8 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     count, rows = words["frames"]
     frames = memory.frames
     frames.count = count
-    frames.replace({name: arrays[f"frames.{name}"].copy() for name in _FRAMES}, rows)
+    touched = {start: min(frontier, rows) for start, _, _, _, frontier, _ in words["zones"]}
+    frames.replace({name: arrays[f"frames.{name}"].copy() for name in _FRAMES}, rows, touched)
     memory.zones[:] = [_rebuild_zone(core, *zone) for zone in words["zones"]]
     for name, value in words["memory"].items():
         setattr(memory, name, value)

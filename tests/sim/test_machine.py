@@ -320,6 +320,19 @@ def test_check_finds_what_is_broken(machine):
     machine.check()
 
 
+def test_check_finds_what_lies_in_unused_memory():
+    """Frames that no zone has reached hold nothing: growing the frame table leaves them behind."""
+    machine = pmcore.open("sim", memory="5 GiB", kernel="6.12")
+    machine.check()
+    machine.core.memory.frames.owner[1 << 19] = 3
+    with pytest.raises(BrokenInvariant, match="never used hold nothing: owner: 0x80000"):
+        machine.check()
+    again = pmcore.open("sim", memory="5 GiB", kernel="6.12")
+    again.restore(again.checkpoint())
+    again.spawn().mmap(1 << 16, flags=0x8022)
+    again.check()
+
+
 @pytest.mark.parametrize("version", ["2.6.32", "3.4", "4.0", "4.19", "5.10", "6.1", "6.12", "6.18"])
 def test_every_kernel_has_a_machine(version):
     """Only what the version knows is shown."""

@@ -38,6 +38,23 @@ def _is_whole(zone: Zone) -> bool:
     return int(free.sum()) == zone.free_pages
 
 
+def test_the_frame_table_copies_what_was_used_when_it_grows():
+    """A zone that begins high costs what is used of it; what was there stays there."""
+    frames, high = Frames(1 << 24), 1 << 20
+    low, normal = Zone(frames, 0, high), Zone(frames, high, 1 << 24)
+    kept = [low.take(3), normal.take(5)]
+    for pfn in kept:
+        frames.flags[pfn] = frames.lru[pfn] = pfn + 7
+    rooms = set()
+    while normal.frontier < 1 << 23:
+        normal.take_pages(1 << 20)
+        rooms.add(id(frames.flags.base))
+        assert all(frames.flags_at[pfn] == frames.lru_at[pfn] == pfn + 7 for pfn in kept)
+    assert frames.touched == {0: 1 << 12, high: normal.frontier}
+    assert len(rooms) <= 4
+    assert not frames.flags[1 << 12 : high].any()
+
+
 @given(st.lists(st.one_of(st.integers(0, 10), st.integers(-50, -1)), max_size=60))
 def test_blocks_are_split_and_merged(requests):
     """Taking and giving back in any order: never the same memory twice, and all of it one piece in the end."""

@@ -62,7 +62,7 @@ class Zone:
     def _advance(self, blocks: int) -> None:
         first = self.frontier
         self.frontier += blocks * _BLOCK
-        self.frames.reach(self.frontier)
+        self.frames.reach(self.start, self.frontier)
         self.frames.flags[first : self.frontier] = _BUDDY
 
     def _put_back_rest(self, pfn: int, order: int, have: int) -> None:

@@ -23,6 +23,10 @@ CACHED = 1 << 61
 #: The bits that kpageflags may show.
 SHOWN = (1 << 48) - 1
 _FIRST = 1 << 12
+#: Columns begin at whole cache lines.
+_LINE = 64
+#: Rows of a block that no allocator has lying about, so that it is fresh (128 MiB).
+_FRESH = 1 << 21
 
 
 class Frames:
@@ -74,30 +78,55 @@ class Frames:
     def __init__(self, count: int) -> None:
         self.count = count
         self.rows = 0
-        for name, kind in self.COLUMNS:
-            self._set(name, np.zeros(0, dtype=kind))
-        self.reach(min(count, _FIRST))
+        #: The rows that may hold anything, as first: end; all others are zero.
+        self.touched: dict[int, int] = {}
+        #: The columns with the rows to come, and how many they have.
+        self._columns: dict[str, NDArray[Any]] = {}
+        self._room = 0
+        self.reach(0, min(count, _FIRST))
 
     def _set(self, name: str, column: NDArray[Any]) -> None:
         setattr(self, name, column)
         setattr(self, f"{name}_at", column.data)
 
-    def reach(self, end: int) -> None:
-        """Have rows for all frames below `end`."""
-        if end <= self.rows:
-            return
-        rows = min(self.count, max(end, self.rows * 2))
-        for name, kind in self.COLUMNS:
-            grown = np.zeros(rows, dtype=kind)
-            grown[: self.rows] = getattr(self, name)
-            self._set(name, grown)
-        self.rows = rows
+    def reach(self, first: int, end: int) -> None:
+        """Have rows for all frames below `end`, of which those from `first` on are about to be used."""
+        if end > self.rows:
+            rows = min(self.count, max(end, self.rows * 2))
+            if rows > self._room:
+                self._allocate(rows)
+            for name, column in self._columns.items():
+                self._set(name, column[:rows])
+            self.rows = rows
+        if first not in self.touched:
+            # The host gives large pages at the first write to a column: paid here, not by whoever touches one page.
+            for column in self._columns.values():
+                column[first:end] = 0
+        self.touched[first] = max(end, self.touched.get(first, 0))
 
-    def replace(self, columns: dict[str, NDArray[Any]], rows: int) -> None:
-        """Put other columns in the place of all."""
+    def _allocate(self, rows: int) -> None:
+        """Have room for so many rows: one block, of which more than asked for costs addresses alone.
+
+        A block that is large comes from the operating system, whose zeros cost nothing until they are touched.
+        """
+        room = rows if rows < _FRESH >> 4 else min(self.count, max(2 * rows, _FRESH))
+        sizes = [-(-room * np.dtype(kind).itemsize // _LINE) * _LINE for _, kind in self.COLUMNS]
+        block, place = np.zeros(sum(sizes), dtype=np.uint8), 0
+        for (name, kind), size in zip(self.COLUMNS, sizes, strict=True):
+            column = block[place : place + size].view(kind)[:room]
+            # Only what was used is copied: below a zone that lies high there may be much that never was.
+            for low, high in self.touched.items():
+                column[low:high] = self._columns[name][low:high]
+            self._columns[name] = column
+            place += size
+        self._room = room
+
+    def replace(self, columns: dict[str, NDArray[Any]], rows: int, touched: dict[int, int]) -> None:
+        """Put other columns in the place of all; `touched` as in the attribute."""
+        self._columns, self._room = columns, rows
         for name, column in columns.items():
             self._set(name, column)
-        self.rows = rows
+        self.rows, self.touched = rows, touched
 
     def head(self, pfn: int) -> int:
         """The head of the compound page of `pfn`, or `pfn` itself."""
