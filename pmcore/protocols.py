@@ -120,6 +120,10 @@ class Process(Protocol):
 
     # -- conveniences ----------------------------------------------------------------------------------
 
+    def files(self) -> Sequence[str]:
+        """Names in /proc/PID that can be read with `pread` (clear_refs: written). A backend with more says so."""
+        return ("pagemap", "maps", "smaps", "clear_refs")
+
     def pagemap(self, start: int, end: int) -> PagemapEntries:
         """Entries of the pages from `start` to `end` (bytes, page-aligned), one a page.
 
@@ -162,6 +166,7 @@ class Kernel(Protocol):
     def pread(self, name: str, offset: int, length: int) -> bytes:
         """To provide: bytes of /proc/`name` (kpagecount, kpageflags, kpagecgroup, meminfo, ...) from `offset`.
 
+        A name that begins with /sys/ is a file of sysfs by its whole path, where the backend has such files.
         Raises InvalidArgument, NotPermitted, Missing as the kernel does.
         """
         ...
@@ -186,6 +191,10 @@ class Kernel(Protocol):
         ...
 
     # -- conveniences ----------------------------------------------------------------------------------
+
+    def files(self) -> Sequence[str]:
+        """Names that `pread` knows: those of /proc, and paths that begin with /sys/. A backend with more says so."""
+        return tuple(file for file in FrameFile if self.profile.has(file))
 
     def kpageflags(self, start_pfn: int = 0, count: int | None = None) -> PageFlagsArray:
         """Flags of `count` frames (None: all that follow), one word a frame."""

@@ -95,6 +95,11 @@ class RecordedKernel(Kernel):
         out = np.zeros(min(length // 8, max(0, words.words - offset // 8)), dtype=np.uint64)
         return out[: words.read(offset // 8, out)].tobytes()
 
+    def files(self) -> Sequence[str]:
+        """The frame files, and the texts that were recorded."""
+        refused = [name for name in self._refused if name in tuple(FrameFile)]
+        return (*map(str, self._streams), *refused, *sorted(self._texts))
+
     def read_frames(self, file: FrameFile, start_pfn: int, out: U64Array) -> int:
         """Raw words of `file` from `start_pfn` on."""
         return self._words(file).read(start_pfn, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,6 +85,10 @@ class RecordedProcess(Process):
             out = np.zeros(min(length // 8, there), dtype=np.uint64)
             return out[: self.read_pagemap(offset // 8, out)].tobytes()
         return self._text(name)[offset : offset + length]
+
+    def files(self) -> Sequence[str]:
+        """pagemap, what was recorded as text or was refused then, and clear_refs, which refuses."""
+        return ("pagemap", *sorted(self._texts | self._refused.keys()), "clear_refs")
 
     def read_pagemap(self, start_vpn: int, out: U64Array) -> int:
         """Raw entries from page `start_vpn` on; none for a process without memory, as a kernel thread is."""

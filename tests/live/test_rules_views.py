@@ -1,0 +1,177 @@
+"""Rules FS-: files of /proc as bytes at offsets, on the running kernel and through the view of a simulated machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from pathlib import Path
+
+import pytest
+
+from pmcore.procview import ProcView
+from pmcore.procview.sequence import SequenceReader
+from pmcore.uapi import PAGEMAP_SCAN, PROCMAP_QUERY
+
+from .conftest import PAGE
+
+
+class RealFile:
+    """A file of the running kernel, called as one of a view."""
+
+    def __init__(self, path, flags):
+        self.fd = os.open(path, flags)
+
+    def __del__(self):
+        os.close(self.fd)
+
+    def read(self, offset, size):
+        return os.pread(self.fd, size, offset)
+
+    def write(self, offset, data):
+        return os.pwrite(self.fd, data, offset)
+
+    def ioctl(self, command, argument, memory):
+        import fcntl
+
+        return fcntl.ioctl(self.fd, command, argument)
+
+
+@pytest.fixture
+def opened(bench, task):
+    """Open a file of the task, or of the machine where the name begins with a slash."""
+    view = None if bench.kernel.name == "procfs" else ProcView(bench.kernel)
+
+    def open_it(name, flags=os.O_RDONLY):
+        path = name if name.startswith("/") else f"/proc/{task.pid}/{name}"
+        return RealFile(path, flags) if view is None else view.open(path, flags)
+
+    return open_it
+
+
+@pytest.fixture
+def status(bench, task):
+    view = None if bench.kernel.name == "procfs" else ProcView(bench.kernel)
+
+    def ask(name):
+        path = name if name.startswith("/") else f"/proc/{task.pid}/{name}"
+        if view is None:
+            found = Path(path).stat()
+            return found.st_mode, found.st_size
+        return view.node(path).mode, view.node(path).size
+
+    return ask
+
+
+def refused(call, *arguments):
+    with pytest.raises(OSError) as caught:
+        call(*arguments)
+    return caught.value.errno
+
+
+@pytest.mark.rule("FS-001")
+def test_sizes_and_permissions(bench, status):
+    modes = {"pagemap": 0o400, "maps": 0o444, "smaps": 0o444, "clear_refs": 0o200}
+    modes |= {"/proc/kpageflags": 0o400, "/proc/kpagecount": 0o400}
+    for name, mode in modes.items():
+        assert status(name) == (stat.S_IFREG | mode, 0), name
+
+
+@pytest.mark.rule("FS-002", "PM-015")
+def test_words_at_offsets(opened, area, task):
+    start = area(4)
+    task.touch(start, PAGE)
+    for name in ("pagemap", "/proc/kpageflags", "/proc/kpagecount"):
+        file = opened(name)
+        for offset, size in ((4, 8), (0, 7), (4, 0)):
+            assert refused(file.read, offset, size) == errno.EINVAL
+        assert file.read(0, 0) == b""
+        assert file.read(1 << 62, 8) == b""
+        assert len(file.read(0, 1 << 18)) == 1 << 18
+    words = struct.unpack("=4Q", opened("pagemap").read(start // PAGE * 8, 32))
+    assert [word >> 63 for word in words] == [1, 0, 0, 0]
+
+
+@pytest.mark.rule("FS-003", "FS-010", "AC-009")
+def test_what_is_open_of_a_process_that_ended(opened, bench):
+    task = bench.spawn()
+    start = task.mmap(PAGE)
+    task.write(start, b"x")
+    file = opened(f"/proc/{task.pid}/pagemap")
+    assert len(file.read(start // PAGE * 8, 8)) == 8
+    task.exit()
+    assert file.read(start // PAGE * 8, 8) == b""
+    wrong = bytearray(struct.pack("=12Q", 96, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+    right = bytearray(struct.pack("=12Q", 96, 0, start, start + PAGE, 0, 0, 0, 0, 0, 0, 0, 0))
+    if bench.kernel.name == "sim":
+        assert refused(file.ioctl, PAGEMAP_SCAN, wrong, None) == errno.ESRCH
+        assert refused(file.ioctl, PAGEMAP_SCAN, right, None) == errno.ESRCH
+        return
+    try:
+        assert file.ioctl(PAGEMAP_SCAN, right, None) == 0
+    except ProcessLookupError:
+        return
+    assert struct.unpack_from("=Q", right, 32)[0] == start + PAGE
+    assert refused(file.ioctl, PAGEMAP_SCAN, wrong, None) == errno.EINVAL
+
+
+def sizes_read(file, sizes):
+    position, found = 0, []
+    for size in sizes:
+        piece = file.read(position, size)
+        position += len(piece)
+        found.append(len(piece))
+    return found
+
+
+@pytest.mark.rule("FS-004", "FS-005")
+@pytest.mark.parametrize("name", ["maps", "smaps"])
+def test_texts_come_in_whole_records(opened, area, task, name):
+    """The view's reader cuts the text that the kernel gives where the kernel cuts it."""
+    from pmcore.procview.files import RECORDS
+
+    for number in range(80):
+        area(1 + number % 3, flags=0x22 if number % 2 else 0x21)
+    file, text = opened(name), b""
+    while piece := file.read(len(text), 1 << 20):
+        text += piece
+    for sizes in (
+        [1 << 20] * 60,
+        [100, 50, 5000, 3000, 1 << 20, 700, 1 << 20, 1, 4096, 4095, 4097] * 3,
+        [1] * 200 + [1 << 20] * 3,
+        [1000, 1 << 20] * 20,
+        [3000] * 40,
+    ):
+        reader = SequenceReader(lambda: RECORDS[name](text), buffer=PAGE)
+        assert sizes_read(opened(name), sizes) == sizes_read(reader, sizes)
+    file = opened(name)
+    assert file.read(0, 60) == text[:60]
+    assert file.read(7, 30) == text[7:37]
+
+
+@pytest.mark.rule("FS-006")
+def test_numbers_written_to_clear_refs(opened):
+    file = opened("clear_refs", os.O_WRONLY)
+    for data in (
+        *(b"1", b"2\n", b" 3 ", b"+1", b"4", b"5", b"1            ", b"000000000001", b"1\0junk"),
+        *(b"-1", b"0", b"6", b"0x1", b"", b"1 2", b"0000000000001", b"99999999999", b"-99999999999", b"++1"),
+    ):
+        expected = {
+            b"1            ": 12,
+            b"99999999999": errno.ERANGE,
+            b"-99999999999": errno.ERANGE,
+        }
+        refusals = (b"-1", b"0", b"6", b"0x1", b"", b"1 2", b"0000000000001", b"++1")
+        if data in refusals or data.strip(b"-") == b"99999999999":
+            assert refused(file.write, 0, data) == expected.get(data, errno.EINVAL), data
+        else:
+            assert file.write(0, data) == expected.get(data, len(data)), data
+
+
+@pytest.mark.rule("FS-007")
+def test_unknown_ioctls(opened):
+    argument = bytearray(96)
+    assert refused(opened("pagemap").ioctl, PROCMAP_QUERY, bytearray(104), None) == errno.EINVAL
+    for name in ("maps", "smaps", "/proc/kpageflags"):
+        assert refused(opened(name).ioctl, PAGEMAP_SCAN, argument, None) == errno.ENOTTY
