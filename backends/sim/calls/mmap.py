@@ -276,7 +276,10 @@ def brk(core: Core, mm: AddressSpace, addr: int) -> int:
     if new < old:
         if not mm.vmas.within(new, old):
             return mm.brk  # it has been moved away
-        _unmap(core, mm, new, old)
+        try:
+            _unmap(core, mm, new, old)
+        except OSError:
+            return mm.brk  # a hugetlb mapping was made there, and would be cut
     elif new > old:
         above = mm.vmas.first(old)  # a page is left free, below what grows downwards more
         grows = above is not None and above.flags & VmFlag.GROWSDOWN

@@ -72,7 +72,10 @@ def evict(core: Core, heads: Pfns, maps: rmap.Mappings) -> Evicted:
     lazy = (flags & np.uint64(_SWAPBACKED)) == 0
     discarded = kept = 0
     if lazy.any():
-        discarded, kept = _discard(core, heads[lazy], _among(core, heads[lazy], maps))
+        lazy_maps = _among(core, heads[lazy], maps)
+        if not core.caps.lazyfree_discards_pmd:
+            lazy_maps = _by_ptes(core, heads[lazy], lazy_maps)
+        discarded, kept = _discard(core, heads[lazy], lazy_maps)
         heads, flags = heads[~lazy], flags[~lazy]
     freed = written = 0
     if (flags & np.uint64(COMPOUND)).any():
@@ -140,18 +143,8 @@ def _large(core: Core, heads: Pfns, maps: rmap.Mappings) -> tuple[Pfns, rmap.Map
 
     The single pages that are left, in order, what maps them, and (freed, written, kept) pages.
     """
-    frames, large = core.memory.frames, core.memory.large
-    for place in np.flatnonzero(maps.huge).tolist():
-        mm, addr = maps.mms[int(maps.owners[place])], int(maps.addresses[place])
-        vma = mm.vmas.at(addr)
-        assert vma is not None
-        try:
-            thp.split_pmd(core, mm, vma, addr)
-        except NoMemory:
-            continue  # not even a page table is left: this one stays
-    chosen = np.zeros(frames.rows, dtype=np.bool_)
-    chosen[lru.pages_of(core, heads)] = True
-    maps = rmap.find(core, core.spaces.values(), chosen)
+    large = core.memory.large
+    maps = _by_ptes(core, heads, maps)
     freed = written = kept = 0
     apart: list[LargeFolio] = []
     pieces = [heads[:0]]
@@ -172,6 +165,23 @@ def _large(core: Core, heads: Pfns, maps: rmap.Mappings) -> tuple[Pfns, rmap.Map
     singles = np.concatenate(pieces)
     left = take_apart(core, apart, maps)
     return singles[left[singles]], maps, (freed, written, kept)
+
+
+def _by_ptes(core: Core, heads: Pfns, maps: rmap.Mappings) -> rmap.Mappings:
+    """What maps the folios, once those that PMDs map are mapped by PTEs."""
+    if not maps.huge.any():
+        return maps
+    for place in np.flatnonzero(maps.huge).tolist():
+        mm, addr = maps.mms[int(maps.owners[place])], int(maps.addresses[place])
+        vma = mm.vmas.at(addr)
+        assert vma is not None
+        try:
+            thp.split_pmd(core, mm, vma, addr)
+        except NoMemory:
+            continue  # not even a page table is left: this one stays
+    chosen = np.zeros(core.memory.frames.rows, dtype=np.bool_)
+    chosen[lru.pages_of(core, heads)] = True
+    return rmap.find(core, core.spaces.values(), chosen)
 
 
 def _whole(core: Core, folio: LargeFolio) -> bool:

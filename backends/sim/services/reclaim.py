@@ -231,13 +231,10 @@ def _huge_out(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: Large
     slot = mm.tables.pmd_slot(addr)
     entry = core.pool.at[slot]
     lazy = not frames.flags_at[folio.head] & _SWAPBACKED
-    if lazy:
-        if entry & DIRTY:
-            frames.set_bits(folio.head, folio.pages, _SWAPBACKED | _DIRTY | _ACTIVE)
-        elif core.caps.lazyfree_discards_pmd:
-            core.pool.at[slot] = 0
-            thp.zap_pmd(core, mm, vma, entry)
-            return
+    if lazy and not entry & DIRTY and core.caps.lazyfree_discards_pmd:
+        core.pool.at[slot] = 0
+        thp.zap_pmd(core, mm, vma, entry)
+        return
     whole = lazy or any(area.large_folios for area in core.swap.order)
     thp.split_pmd(core, mm, vma, addr, migrating=not whole)
     first = mm.tables.pte_slot(addr)

@@ -92,6 +92,8 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
         else:
             entries[(entries & np.uint64(~SOFT_DIRTY & _ALL)) == np.uint64(UFFD_MARKER)] = 0
             entries[present | swap] &= np.uint64(~UFFD_WP & _ALL)
+            if vma.flags & VmFlag.SHARED:  # as registered it asks to be told of each first write
+                entries[present] &= np.uint64(~WRITE & _ALL)
             if vma.flags & VmFlag.WRITE:
                 index = np.flatnonzero(present & ((entries & np.uint64(WRITE)) == 0))
                 may = _may_write(core, vma, entries[index])

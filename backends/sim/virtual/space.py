@@ -47,9 +47,11 @@ class AddressSpace:
         gap = 256 * size if before is not None and before.flags & VmFlag.ACCESS else 0
         if before is not None and before.flags & VmFlag.GROWSDOWN:
             gap = 0
-        if (before is not None and before.end + gap > start) or vma.end - start > self.core.stack_limit:
+        if before is not None and before.end + gap > start:
             return None
-        self.prepare_anon(vma)
+        self.prepare_anon(vma)  # before anything is counted
+        if vma.end - start > self.core.stack_limit:
+            return None
         self.vmas.remove(vma)
         vma.pgoff -= vma.start - start >> self.core.geometry.page_shift
         vma.start = start
