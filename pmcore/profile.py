@@ -38,7 +38,8 @@ class KernelProfile:
         """Whether the kernel has `capability` (or quirk). Raises UnknownCapability for a name not in spec/."""
         if capability in self.capabilities:
             return True
-        _check_known((capability,))
+        if capability not in spec.features():
+            _check_known((capability,))
         return False
 
     def changed(

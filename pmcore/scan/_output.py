@@ -7,13 +7,9 @@ address at which the walk was last restarted (rule SC, quirk scan_walk_end_stale
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-from pmcore.arrays import BoolArray, U64Array
+from pmcore.arrays import U64Array
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import REGION_DTYPE, RegionArray, empty_regions
 
@@ -21,9 +17,8 @@ __all__ = ["Output"]
 
 #: Rows to begin with, where there is room for so many: memory that is not written costs nothing.
 _FIRST_ROWS = 1 << 18
-Index = Any
-#: Words of the leaves at an index, or at many.
-Column = Callable[[Index], Any]
+#: What `max_pages` 0 means.
+_NO_LIMIT = (1 << 64) - 1
 
 
 class Output:
@@ -33,7 +28,7 @@ class Output:
         self._page_shift = page_shift
         self._limit = request.vec_len
         self._buffer = min(bounce_regions, request.vec_len)
-        self._max_pages = request.max_pages or (1 << 64) - 1  # 0 means no limit
+        self._max_pages = request.max_pages or _NO_LIMIT
         self._pages = 0
         #: Rows of start, end, categories: plain words are joined faster than records.
         self._rows = np.empty((min(request.vec_len, _FIRST_ROWS), 3), dtype="<u8")
@@ -54,53 +49,43 @@ class Output:
         """Push as many of these leaves as fit unclipped; how many did. The rest is for `push_one`."""
         if not self.wanted or len(start) == 0:
             return len(start)
-        fresh = np.empty(len(start), dtype=np.bool_)
-        np.not_equal(start[1:], end[:-1], out=fresh[1:])
-        fresh[1:] |= categories[1:] != categories[:-1]
         fits = self._first_over_pages(start, end)
-        taken = self._push(fresh, fits, start.__getitem__, end.__getitem__, categories.__getitem__)
-        if self._max_pages < 1 << 63:
-            self._pages += int((end[:taken] - start[:taken]).sum()) >> self._page_shift
-        return taken
-
-    def push_pages(
-        self, base: int, size: int, index: NDArray[np.intp], codes: NDArray[np.int64], reported: U64Array
-    ) -> int:
-        """`push_whole` for leaves of one size: those at `index`, counted from `base`; `reported` by code."""
-        if not self.wanted or len(index) == 0:
-            return len(index)
-        fresh = np.empty(len(index), dtype=np.bool_)
-        np.not_equal(index[1:] - index[:-1], 1, out=fresh[1:])
-        words = reported[codes[index]]
-        fresh[1:] |= words[1:] != words[:-1]
-
-        def start(chosen: Index) -> U64Array:
-            return index[chosen].astype(np.uint64) * np.uint64(size) + np.uint64(base)
-
-        def end(chosen: Index) -> U64Array:
-            return start(chosen) + np.uint64(size)
-
-        pages = size >> self._page_shift
-        fits = min(len(index), (self._max_pages - self._pages) // pages)
-        taken = self._push(fresh, fits, start, end, words.__getitem__)
-        self._pages += taken * pages
-        return taken
-
-    def _push(self, fresh: BoolArray, fits: int, start: Column, end: Column, categories: Column) -> int:
-        """Take the first `fits` leaves, or those before the region for which there is no room; how many."""
-        fresh[0] = not self._continues(int(start(0)), int(categories(0)))
-        # The first new region takes the current slot where that is empty.
-        first_slot = self._slot - (self._end == 0)
-        heads = np.flatnonzero(fresh[:fits])
-        room = self._limit - 1 - first_slot
-        if len(heads) > room:
-            fits = int(heads[room])
-            heads = heads[:room]
         if fits == 0:
             return 0
-        self._note_restart(first_slot, heads, start)
-        self._append(heads, start, end, categories, fits)
-        return fits
+        fresh = np.empty(fits, dtype=np.bool_)
+        fresh[0] = True
+        np.not_equal(start[1:fits], end[: fits - 1], out=fresh[1:])
+        fresh[1:] |= categories[1:fits] != categories[: fits - 1]
+        heads = np.flatnonzero(fresh)
+        taken = self.push_runs(start[heads], end[np.append(heads[1:], fits) - 1], categories[heads])
+        return fits if taken == len(heads) else int(heads[taken])
+
+    def push_runs(self, start: U64Array, end: U64Array, categories: U64Array) -> int:
+        """Push as many of these runs of leaves as fit whole, no two of which are one region; how many did.
+
+        `categories`: one a run, or a single one for all.
+        """
+        count = len(start)
+        if not self.wanted or count == 0:
+            return count
+        joins = self._continues(int(start[0]), int(categories[0]))
+        # The first new region takes the current slot where that is empty.
+        first_slot = self._slot - (self._end == 0)
+        count = min(self._first_over_pages(start, end), self._limit - 1 - first_slot + joins)
+        if count == 0:
+            return 0
+        if self._max_pages < _NO_LIMIT:
+            self._pages += int((end[:count] - start[:count]).sum()) >> self._page_shift
+        if joins:
+            self._end = int(end[0])
+        if count > joins:
+            self._note_restart(first_slot, start[joins:count])
+            self._append(
+                start[joins:count],
+                end[joins:count],
+                categories[joins:count] if len(categories) > 1 else categories,
+            )
+        return count
 
     def push_one(self, start: int, end: int, categories: int) -> tuple[int, bool]:
         """Push one leaf, clipped where it must be: (end of what was taken, whether the walk stops here)."""
@@ -152,8 +137,8 @@ class Output:
         return self._end != 0 and start == self._end and categories == self._categories
 
     def _flush_slot(self) -> None:
-        [row] = self._more(1)
-        row[:] = self._start, self._end, self._categories
+        row = self._more(1)
+        row[0, 0], row[0, 1], row[0, 2] = self._start, self._end, self._categories
         self._slot += 1
         self._start = self._end = self._categories = 0
 
@@ -170,34 +155,27 @@ class Output:
     def _first_over_pages(self, start: U64Array, end: U64Array) -> int:
         """Index of the first leaf with which `max_pages` would be exceeded; their number if none."""
         left = self._max_pages - self._pages
-        if left >= 1 << 52:
+        if left >= 1 << 52:  # more than there are addresses
             return len(start)
         total = np.cumsum((end - start) >> np.uint64(self._page_shift))
         return int(np.searchsorted(total, left, side="right"))
 
-    def _note_restart(self, first_slot: int, heads: NDArray[np.intp], start: Column) -> None:
-        """Remember the last restart among the regions that begin at leaves `heads`."""
-        last = first_slot + len(heads)
+    def _note_restart(self, first_slot: int, start: U64Array) -> None:
+        """Remember the last restart among new regions that begin there."""
+        last = first_slot + len(start)
         boundary = last - last % self._buffer
         if boundary > self._slot:  # the current slot, also an empty one, belongs to the buffer that is open
-            self.walk_end = int(start(heads[boundary - first_slot - 1]))
+            self.walk_end = int(start[boundary - first_slot - 1])
 
-    def _append(
-        self, heads: NDArray[np.intp], start: Column, end: Column, categories: Column, fits: int
-    ) -> None:
-        """Take the first `fits` leaves; their new regions begin at the indexes `heads`."""
-        if len(heads) == 0:
-            self._end = int(end(fits - 1))
-            return
-        if heads[0] > 0:
-            self._end = int(end(heads[0] - 1))
+    def _append(self, start: U64Array, end: U64Array, categories: U64Array) -> None:
+        """Take new regions; the last of them is the current slot then."""
         if self._end:
             self._flush_slot()
-        last = int(heads[-1])
-        if len(heads) > 1:
-            chunk = self._more(len(heads) - 1)
-            chunk[:, 0] = start(heads[:-1])
-            chunk[:, 1] = end(heads[1:] - 1)
-            chunk[:, 2] = categories(heads[:-1])
-            self._slot += len(chunk)
-        self._start, self._end, self._categories = int(start(last)), int(end(fits - 1)), int(categories(last))
+        new = self._more(len(start) - 1)
+        new[:, 0], new[:, 1], new[:, 2] = (
+            start[:-1],
+            end[:-1],
+            categories[:-1] if len(categories) > 1 else categories,
+        )
+        self._slot += len(new)
+        self._start, self._end, self._categories = int(start[-1]), int(end[-1]), int(categories[-1])

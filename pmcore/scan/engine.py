@@ -7,6 +7,7 @@ that a write-protecting request covers in part, are looked at one by one, in the
 from __future__ import annotations
 
 import errno
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ __all__ = ["scan_tables"]
 
 _WRITTEN = np.uint64(PageCategory.WRITTEN)
 _WP_MATCHING, _CHECK_WPASYNC = int(ScanFlag.WP_MATCHING), int(ScanFlag.CHECK_WPASYNC)
+#: Up to this many leaves are reported one by one: faster than arrays.
+_FEW = 8
 
 
 def scan_tables(
@@ -43,6 +46,59 @@ def scan_tables(
     return ScanResult(regions=regions, walk_end=walk.output.walk_end or walk.request.end, errno=failed)
 
 
+class _Verdict(NamedTuple):
+    """What is to be done with each sort of leaf, by code."""
+
+    categories: U64Array
+    selected: BoolArray
+    reported: U64Array
+    #: 0 where it is not selected, else 1 + which of `words` is reported.
+    saying: NDArray[np.unsignedinteger[Any]]
+    words: U64Array
+    #: What is reported, None where it is not selected.
+    said: tuple[int | None, ...]
+    #: Where only one word is reported, and a look at some bits tells of whom: the bits, what they are, and whether
+    #: those are the leaves that are selected, or all others.
+    test: tuple[int, int, bool] | None
+
+    @classmethod
+    def of(cls, categories: U64Array, selected: BoolArray, reported: U64Array) -> _Verdict:
+        """From what is said of each sort."""
+        words, which = np.unique(reported[selected], return_inverse=True)
+        saying = np.zeros(len(selected), dtype=np.min_scalar_type(len(words)))
+        saying[selected] = which + 1
+        said = tuple(
+            word if chosen else None
+            for word, chosen in zip(reported.tolist(), selected.tolist(), strict=True)
+        )
+        test = (_test(selected) or _test(~selected, equal=False)) if len(words) == 1 else None
+        return cls(categories, selected, reported, saying, words, said, test)
+
+    def sayings(self, leaves: CodedLeaves) -> NDArray[Any]:
+        """What is said of each leaf: as in `saying`, or, where there is but one word, whether it is said."""
+        if self.test is None:
+            return self.saying.take(leaves.codes, mode="clip")
+        mask, value, equal = self.test
+        part, value = leaves.words & np.uint64(mask << leaves.shift), value << leaves.shift
+        said: BoolArray = part == value if equal else part != value
+        return said
+
+
+def _test(chosen: BoolArray, *, equal: bool = True) -> tuple[int, int, bool] | None:
+    """Bits of a code, and what they are in the chosen ones and in no others; None if there are no such bits."""
+    codes = np.flatnonzero(chosen)
+    if not len(codes) or len(chosen) & (len(chosen) - 1):
+        return None
+    alike, value = len(chosen) - 1, int(codes[0])
+    alike &= ~int(np.bitwise_or.reduce(codes ^ value))
+    return (alike, value & alike, equal) if len(codes) << alike.bit_count() == len(chosen) else None
+
+
+#: Verdicts by all that they depend on, and how many are kept.
+_verdicts: dict[tuple[Any, ...], _Verdict] = {}
+_VERDICTS = 64
+
+
 class _Walk:
     """One call: the state that its steps share."""
 
@@ -53,8 +109,6 @@ class _Walk:
         self.profile = profile
         self.protecting = bool(request.flags & _WP_MATCHING)
         self.pmd_size = geometry.pmd_size
-        #: The last sorts of leaves, of which VMA, and what is to be done with each: they come again and again.
-        self._judged: tuple[LeafBatch, ScanVma, U64Array, BoolArray, U64Array] | None = None
         self.output = Output(request, page_shift=geometry.page_shift, bounce_regions=geometry.bounce_regions)
 
     def run(self) -> int:
@@ -89,21 +143,22 @@ class _Walk:
 
     def _batch(self, vma: ScanVma, batch: LeafBatch | CodedLeaves) -> tuple[int | None, bool]:
         """Take one batch: (where to ask for the leaves anew, or None; whether the walk stops)."""
-        sorts = batch.palette if isinstance(batch, CodedLeaves) else batch
-        if self._judged is None or self._judged[0] is not sorts or self._judged[1] is not vma:
-            self._judged = (sorts, vma, *self._judge(sorts, vma))
-        _, _, categories, selected, reported = self._judged
         if isinstance(batch, CodedLeaves):
-            index = selected.take(batch.codes, mode="clip").nonzero()[0]
+            verdict = self._judge(vma, batch.palette)
             if not self.protecting:
-                return None, self._push_pages(batch, index, reported)
-            codes = batch.codes[index]
-            return self._protect_batch(vma, batch.take(index), categories[codes], reported[codes])
+                return None, self._push_coded(batch, verdict)
+            codes = batch.codes
+            index = verdict.selected.take(codes, mode="clip").nonzero()[0]
+            codes = codes[index]
+            return self._protect_batch(
+                vma, batch.take(index, codes), verdict.categories[codes], verdict.reported[codes]
+            )
+        categories, selected, reported = self._select(vma, batch)
         index = selected.nonzero()[0]
         reported = reported[index]
         if self.protecting:
             return self._protect_batch(vma, batch.take(index), categories[index], reported)
-        start, end = batch.places(index)
+        start, end = batch.start[index], batch.end[index]
         taken = self.output.push_whole(start, end, reported)
         if taken < len(index):
             # The limit strikes at this leaf; a region that no longer fits, or the part that still does.
@@ -111,23 +166,76 @@ class _Walk:
             return None, stop
         return None, False
 
-    def _judge(self, sorts: LeafBatch, vma: ScanVma) -> tuple[U64Array, BoolArray, U64Array]:
-        """Categories of each sort of leaf, whether it is selected, and what is reported of it."""
-        categories = match.leaf_categories(sorts, vma, self.request, self.profile)
+    def _select(self, vma: ScanVma, leaves: LeafBatch) -> tuple[U64Array, BoolArray, U64Array]:
+        """Categories of each leaf, whether it is selected, and what is reported of it."""
+        categories = match.leaf_categories(leaves, vma, self.request, self.profile)
         selected = match.matches(categories, self.request)
         if self.protecting and not self.output.wanted:
             # With no output the kernel arms every PTE that is not armed, whatever the masks say.
-            small = (sorts.kind == LeafKind.PTE) | (sorts.kind == LeafKind.EMPTY)
+            small = (leaves.kind == LeafKind.PTE) | (leaves.kind == LeafKind.EMPTY)
             selected[small] = (categories[small] & _WRITTEN) != 0
         return categories, selected, categories & np.uint64(self.request.return_mask)
 
-    def _push_pages(self, batch: CodedLeaves, index: NDArray[np.intp], reported: U64Array) -> bool:
-        """Report the leaves at `index`; whether the walk stops at one of them."""
-        taken = self.output.push_pages(batch.base, batch.size, index, batch.codes, reported)
-        if taken == len(index):
+    def _judge(self, vma: ScanVma, palette: LeafBatch) -> _Verdict:
+        """What is to be done with each sort of leaf: the same for all calls that ask the same of such VMAs."""
+        request = self.request
+        key = (
+            palette,
+            self.profile.capabilities,
+            vma.wp_async,
+            vma.uffd_wp,
+            vma.soft_dirty,
+            request.category_inverted,
+            request.category_mask,
+            request.category_anyof_mask,
+            request.return_mask,
+            self.protecting,
+            request.vec_len > 0,
+        )
+        verdict = _verdicts.get(key)
+        if verdict is None:
+            if len(_verdicts) >= _VERDICTS:
+                _verdicts.clear()
+            verdict = _verdicts[key] = _Verdict.of(*self._select(vma, palette))
+        return verdict
+
+    def _push_coded(self, batch: CodedLeaves, verdict: _Verdict) -> bool:
+        """Report the selected leaves; whether the walk stops at one of them."""
+        output, words, size = self.output, batch.words, batch.size
+        if len(words) <= _FEW:
+            start = batch.base
+            for word in words.tolist():
+                said = verdict.said[word >> batch.shift]
+                if said is not None and output.push_one(start, start + size, said)[1]:
+                    return True
+                start += size
             return False
-        start, end = batch.places(index[taken : taken + 1])
-        return self.output.push_one(int(start[0]), int(end[0]), int(reported[batch.codes[index[taken]]]))[1]
+        if not len(verdict.words):
+            return False
+        # Runs of leaves of which the same is said; what is not selected is a run, too.
+        sayings = verdict.sayings(batch)
+        edge = np.empty(len(sayings) + 1, dtype=np.bool_)
+        edge[0] = edge[-1] = True
+        np.not_equal(sayings[1:], sayings[:-1], out=edge[1:-1])
+        bounds = edge.nonzero()[0]
+        first = 0 if sayings[0] else 1
+        runs: Any = slice(first, len(bounds) - 1, 2)  # as a rule selected ones and others take turns
+        reported = verdict.words
+        if len(reported) > 1:
+            saying = sayings.take(bounds[:-1])
+            if saying[1 - first :: 2].any():
+                runs = (saying != 0).nonzero()[0]
+            reported = reported.take(saying[runs] - np.uint8(1))
+        places = bounds.view(np.uint64)
+        places <<= np.uint64(size.bit_length() - 1)
+        places += np.uint64(batch.base)
+        starts, ends = places[:-1][runs], places[1:][runs]
+        taken = output.push_runs(starts, ends, reported)
+        if taken == len(starts):
+            return False
+        # The limit strikes in this run: it no longer fits, or a part of it.
+        said = int(reported[taken if len(reported) > 1 else 0])
+        return output.push_one(int(starts[taken]), int(ends[taken]), said)[1]
 
     def _protect_batch(
         self, vma: ScanVma, leaves: LeafBatch, categories: U64Array, reported: U64Array

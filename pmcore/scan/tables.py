@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import attrs
 import numpy as np
@@ -66,10 +66,6 @@ class LeafBatch:
     def __len__(self) -> int:
         return len(self.start)
 
-    def places(self, index: NDArray[np.intp]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Start and end of the leaves at `index`."""
-        return self.start[index], self.end[index]
-
     def take(self, index: NDArray[np.intp] | NDArray[np.bool_] | slice) -> LeafBatch:
         """The leaves at `index`."""
         return LeafBatch(
@@ -80,34 +76,34 @@ class LeafBatch:
         )
 
 
-@attrs.frozen(kw_only=True, eq=False)
-class CodedLeaves:
-    """Neighbouring leaves of one size, each told by a code: for tables whose entries come in few sorts.
+class CodedLeaves(NamedTuple):
+    """Neighbouring leaves of one size, each a word that tells its code: for tables whose entries come in few sorts.
 
-    What a leaf with code `c` is stands in row `c` of `palette` (its addresses are not looked at), so that selection is
-    decided once a code instead of once a leaf.
+    What a leaf with the code `word >> shift` is stands in that row of `palette` (its addresses are not looked at), so
+    that selection is decided once a code instead of once a leaf. The palette has a row for each code that there could
+    be, and as many as a power of two.
     """
 
-    #: Address of the first leaf, and bytes that each covers.
+    #: Address of the first leaf, and bytes that each covers (a power of two).
     base: int
     size: int
-    codes: NDArray[np.int64]
+    words: NDArray[np.uint64]
+    shift: int
     palette: LeafBatch
 
-    def __len__(self) -> int:
-        return len(self.codes)
+    @property
+    def codes(self) -> NDArray[np.int64]:
+        """The code of each leaf."""
+        return (self.words >> np.uint64(self.shift)).view(np.int64)
 
-    def places(self, index: NDArray[np.intp]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Start and end of the leaves at `index`."""
+    def take(self, index: NDArray[np.intp], codes: NDArray[np.int64]) -> LeafBatch:
+        """The leaves at `index`, which have these codes, in full."""
         start = index.astype(np.uint64) * np.uint64(self.size) + np.uint64(self.base)
-        return start, start + np.uint64(self.size)
-
-    def take(self, index: NDArray[np.intp]) -> LeafBatch:
-        """The leaves at `index` in full."""
-        start, end = self.places(index)
-        codes = self.codes[index]
         return LeafBatch(
-            start=start, end=end, kind=self.palette.kind[codes], categories=self.palette.categories[codes]
+            start=start,
+            end=start + np.uint64(self.size),
+            kind=self.palette.kind[codes],
+            categories=self.palette.categories[codes],
         )
 
 

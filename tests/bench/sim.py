@@ -18,7 +18,7 @@ import numpy as np
 
 from pmcore import FrameFile, ScanRequest
 from pmcore.registry import open_workbench
-from pmcore.uapi import Madvise, PageCategory
+from pmcore.uapi import Madvise, PageCategory, UffdFeature
 
 GIB, PAGE = 1 << 30, 4096
 PAGES = GIB // PAGE
@@ -36,6 +36,12 @@ def timed(function: Callable[[], Any]) -> float:
 
 def median(repeat: int, function: Callable[[], float]) -> float:
     return statistics.median(function() for _ in range(repeat))
+
+
+def settled(repeat: int, function: Callable[[], Any]) -> float:
+    """The median of many calls, after one that has the memory that is needed made ready."""
+    function()
+    return median(5 * repeat, lambda: timed(function))
 
 
 def row(name: str, figure: float, unit: str, bar: float, *, more: bool = False) -> None:
@@ -160,18 +166,14 @@ def looking(repeat: int) -> None:
         task.madvise(START, GIB, Madvise.NOHUGEPAGE)
         task.touch(START, GIB)
         out = np.zeros(PAGES, dtype=np.uint64)
-        read = median(
-            repeat, lambda task=task, out=out: timed(lambda: task.process.read_pagemap(START // PAGE, out))
-        )
+        read = settled(repeat, lambda task=task, out=out: task.process.read_pagemap(START // PAGE, out))
         task.madvise(START, GIB, Madvise.DONTNEED)
         task.touch(START, GIB, step=2 * PAGE)
         present = int(PageCategory.PRESENT)
         request = ScanRequest(
             start=START, end=START + GIB, vec_len=PAGES, category_mask=present, return_mask=present
         )
-        scan = median(
-            repeat, lambda task=task, request=request: timed(lambda: task.process.pagemap_scan(request))
-        )
+        scan = settled(repeat, lambda task=task, request=request: task.process.pagemap_scan(request))
         count = bench.kernel.frame_count()
         words = np.zeros(count, dtype=np.uint64)
         flags = median(
@@ -196,26 +198,116 @@ def looking(repeat: int) -> None:
 
 
 def steps(repeat: int) -> None:
-    """Single pages."""
+    """Single pages: each call on its own, what it needs made ready before the clock starts."""
     machine = open_workbench("sim", memory="64 MiB", swap="16 MiB", kernel="6.18")
-    task = machine.spawn()
+    task, other = machine.spawn(), machine.spawn()
     start = task.mmap(64 * PAGE)
     task.touch(start, 64 * PAGE)
-    one = ScanRequest(start=start, end=start + PAGE, vec_len=1, return_mask=8)
-    for name, function, calls in (
-        ("touch", lambda: task.touch(start, PAGE), 1),
-        ("write", lambda: task.write(start, b"x"), 1),
-        ("read", lambda: task.read(start, 8), 1),
-        ("MADV_DONTNEED, touch", lambda: (task.madvise(start, PAGE, 4), task.touch(start, PAGE)), 2),
-        ("MADV_PAGEOUT, touch", lambda: (task.madvise(start, PAGE, 21), task.touch(start, PAGE)), 2),
-        ("mprotect, and back", lambda: (task.mprotect(start, PAGE, 1), task.mprotect(start, PAGE, 3)), 2),
-        ("mmap, munmap", lambda: task.munmap(task.mmap(PAGE), PAGE), 2),
-        ("mincore", lambda: task.mincore(start, PAGE), 1),
-        ("pagemap", lambda: task.process.pagemap(start, start + PAGE), 1),
-        ("PAGEMAP_SCAN", lambda: task.process.pagemap_scan(one), 1),
+    far, fd = 1 << 40, task.userfaultfd(UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED)
+    watched = task.mmap(64 * PAGE)
+    task.uffd_register(fd, watched, 64 * PAGE, 2)
+    task.touch(watched, 64 * PAGE)
+    file = task.mmap(64 * PAGE, flags=0x21)
+    task.touch(file, 64 * PAGE)
+    other.mmap(PAGE, addr=far, flags=0x8032)
+    scan = ScanRequest(start=start, end=start + PAGE, vec_len=1, return_mask=8)
+    arm = ScanRequest(start=watched, end=watched + PAGE, vec_len=1, flags=1, category_mask=2, return_mask=2)
+    places: list[int] = []
+    children: list[Any] = []
+
+    def touched() -> None:
+        task.touch(start, PAGE)
+
+    def empty() -> None:
+        task.madvise(start, PAGE, Madvise.DONTNEED)
+
+    def swapped() -> None:
+        touched()
+        task.madvise(start, PAGE, Madvise.PAGEOUT)
+
+    def shared() -> None:
+        for child in children:
+            child.exit()
+        touched()
+        children[:] = [task.fork()]
+
+    def alone() -> None:
+        for child in children:
+            child.exit()
+        children.clear()
+
+    def mapped() -> None:
+        places[:] = [task.mmap(PAGE)]
+        task.touch(places[0], PAGE)
+
+    def away() -> None:
+        places[:] = [task.mmap(PAGE, addr=far, flags=0x8032)]
+
+    def back() -> None:
+        task.munmap(places.pop(), PAGE)
+
+    def nothing() -> None:
+        pass
+
+    def protect(prot: int) -> Callable[[], None]:
+        return lambda: task.mprotect(start, PAGE, prot)
+
+    def lock() -> None:
+        task.mlock(start, PAGE)
+
+    def unlock() -> None:
+        task.munlock(start, PAGE)
+
+    def wp(on: bool) -> Callable[[], None]:
+        return lambda: task.uffd_writeprotect(fd, watched, PAGE, protect=on)
+
+    for name, before, call, after in (
+        ("touch", nothing, touched, nothing),
+        ("touch, the first", empty, touched, nothing),
+        ("touch, read only, the first", empty, lambda: task.touch(start, PAGE, write=False), nothing),
+        ("touch, copied after fork", shared, touched, alone),
+        ("touch, swapped in", swapped, touched, nothing),
+        ("write", nothing, lambda: task.write(start, b"x"), nothing),
+        ("read", nothing, lambda: task.read(start, 8), nothing),
+        ("mmap", nothing, lambda: places.append(task.mmap(PAGE)), back),
+        ("mmap, populated", nothing, lambda: places.append(task.mmap(PAGE, flags=0x8022)), back),
+        ("munmap", mapped, lambda: task.munmap(places[0], PAGE), nothing),
+        ("mprotect to read", nothing, protect(1), protect(3)),
+        ("mprotect to write", protect(1), protect(3), nothing),
+        (
+            "mremap",
+            away,
+            lambda: places.append(task.mremap(places.pop(), PAGE, PAGE, flags=3, new_addr=far * 2)),
+            back,
+        ),
+        ("mlock", nothing, lock, unlock),
+        ("munlock", lock, unlock, nothing),
+        ("mincore", nothing, lambda: task.mincore(start, PAGE), nothing),
+        ("MADV_DONTNEED", touched, empty, touched),
+        ("MADV_FREE", touched, lambda: task.madvise(start, PAGE, Madvise.FREE), nothing),
+        ("MADV_COLD", touched, lambda: task.madvise(start, PAGE, Madvise.COLD), nothing),
+        ("MADV_PAGEOUT", touched, lambda: task.madvise(start, PAGE, Madvise.PAGEOUT), touched),
+        ("MADV_WILLNEED", swapped, lambda: task.madvise(start, PAGE, Madvise.WILLNEED), touched),
+        ("MADV_POPULATE_WRITE", empty, lambda: task.madvise(start, PAGE, Madvise.POPULATE_WRITE), nothing),
+        ("MADV_GUARD_INSTALL", nothing, lambda: task.madvise(start, PAGE, Madvise.GUARD_INSTALL), nothing),
+        ("MADV_GUARD_REMOVE", nothing, lambda: task.madvise(start, PAGE, Madvise.GUARD_REMOVE), touched),
+        ("uffd: protect", wp(False), wp(True), nothing),
+        ("uffd: write to protected", wp(True), lambda: task.touch(watched, PAGE), nothing),
+        ("uffd: unprotect", wp(True), wp(False), nothing),
+        ("shared memory: touch", nothing, lambda: task.touch(file, PAGE), nothing),
+        ("pagemap", nothing, lambda: task.process.pagemap(start, start + PAGE), nothing),
+        ("PAGEMAP_SCAN", nothing, lambda: task.process.pagemap_scan(scan), nothing),
+        ("PAGEMAP_SCAN, protecting", wp(False), lambda: task.process.pagemap_scan(arm), nothing),
+        ("fork", nothing, lambda: children.append(other.fork()), alone),
+        ("clear_refs", nothing, lambda: other.process.clear_refs(1), nothing),
+        ("exit", lambda: children.append(other.fork()), lambda: children.pop().exit(), nothing),
     ):
-        took = median(repeat, lambda function=function: timed(lambda: [function() for _ in range(500)]))
-        row(f"one page: {name}", took / 500 / calls * 1e6, "us", 15)
+        took = []
+        for _ in range(100 * repeat):
+            before()
+            took.append(timed(call))
+            after()
+        row(f"one page: {name}", statistics.median(took) * 1e6, "us", 15)
 
     def mixed() -> None:
         task = machine.spawn()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import attrs
 import numpy as np
 
-from pmcore.scan.tables import LeafBatch, LeafKind, ScanVma
+from pmcore.scan.tables import CodedLeaves, LeafBatch, LeafKind, ScanVma
 from pmcore.spec.reference import scan as reference
 from pmcore.uapi import PageCategory
 
@@ -16,6 +17,25 @@ PAGE = 4096
 PMD_PAGES = 8
 PMD = PMD_PAGES * PAGE
 KINDS = {kind.name.lower(): kind for kind in LeafKind}
+
+
+def _batch(rows: list[reference.Leaf]) -> LeafBatch:
+    return LeafBatch(
+        start=np.array([row.start for row in rows], dtype=np.uint64),
+        end=np.array([row.end for row in rows], dtype=np.uint64),
+        kind=np.array([KINDS[row.kind] for row in rows], dtype=np.uint8),
+        categories=np.array([row.categories for row in rows], dtype=np.uint64),
+    )
+
+
+#: What a code says: an empty PTE below this one, from there on one of the categories that follow.
+ROOM = 512
+PALETTE = _batch(
+    [
+        *[reference.Leaf("empty", 0, 0)] * ROOM,
+        *(reference.Leaf("pte", 0, 0, number) for number in range(ROOM)),
+    ]
+)
 
 
 @attrs.define
@@ -30,6 +50,8 @@ class ToyTables:
     batch: int = 5
     #: Bytes that a PMD maps.
     pmd: int = PMD
+    #: Whether neighbouring PTEs are given by codes, and where in a word those stand.
+    coded: int | None = None
 
     # -- what the reference asks -------------------------------------------------------------------------
 
@@ -84,7 +106,7 @@ class ToyTables:
     def scan_vmas(self, start: int, end: int) -> list[ScanVma]:
         return [area for area in self.areas if area.start < end and area.end > start]
 
-    def leaves(self, vma: ScanVma, start: int, end: int) -> Iterator[LeafBatch]:
+    def leaves(self, vma: ScanVma, start: int, end: int) -> Iterator[LeafBatch | CodedLeaves]:
         position = start
         while position < end:
             rows = []
@@ -92,12 +114,15 @@ class ToyTables:
                 leaf = self.leaf_at(vma, position, end)
                 rows.append(leaf)
                 position = leaf.end
-            yield LeafBatch(
-                start=np.array([row.start for row in rows], dtype=np.uint64),
-                end=np.array([row.end for row in rows], dtype=np.uint64),
-                kind=np.array([KINDS[row.kind] for row in rows], dtype=np.uint8),
-                categories=np.array([row.categories for row in rows], dtype=np.uint64),
-            )
+            for small, group in itertools.groupby(rows, lambda row: row.kind in ("pte", "empty")):
+                part = list(group)
+                yield self._coded(part) if small and self.coded is not None else _batch(part)
+
+    def _coded(self, rows: list[reference.Leaf]) -> CodedLeaves:
+        codes = [ROOM | row.categories if row.kind == "pte" else 0 for row in rows]
+        noise = 0x5A5A5A5A5A5A5A5A & (1 << self.coded) - 1
+        words = np.array([code << self.coded | noise for code in codes], dtype=np.uint64)
+        return CodedLeaves(rows[0].start, PAGE, words, self.coded, PALETTE)
 
     def write_protect(self, vma: ScanVma, leaves: LeafBatch) -> None:
         names = {value: name for name, value in KINDS.items()}

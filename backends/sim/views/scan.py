@@ -29,7 +29,7 @@ _ALL = (1 << 64) - 1
 _PRESENT, _SWAP = np.uint64(PRESENT), np.uint64(SWAP)
 _UFFD_WP = np.uint64(UFFD_WP)
 #: From here on bits say what an entry is.
-_CODE_SHIFT = np.uint64(55)
+_CODE_SHIFT = 55
 #: Bit of a code for pages of a file's cache.
 _FILE = 9
 #: Entries in a batch: as many as stay in a processor's cache.
@@ -37,10 +37,10 @@ _PIECE = 1 << 15
 
 
 @functools.cache
-def _palette(soft_dirty: bool, guard: bool) -> LeafBatch:
-    """What an entry is by its upper bits, which say all but which frame or slot it names."""
-    numbers = np.arange(1024, dtype=np.uint64)
-    codes = (numbers & np.uint64(511)) << _CODE_SHIFT
+def _palette(soft_dirty: bool, guard: bool, file: bool = False) -> LeafBatch:
+    """What an entry is by its upper bits, which say all but which frame or slot it names, and that of a file."""
+    numbers = np.arange(1024 if file else 512, dtype=np.uint64)
+    codes = (numbers & np.uint64(511)) << np.uint64(_CODE_SHIFT)
     present = (codes & _PRESENT) != 0
     swap = ((codes & _SWAP) != 0) & ~present
     written = (present | swap) & ((codes & _UFFD_WP) == 0)
@@ -54,7 +54,7 @@ def _palette(soft_dirty: bool, guard: bool) -> LeafBatch:
     if guard:
         words[(codes & np.uint64(PM_GUARD_REGION)) != 0] |= np.uint64(PageCategory.GUARD)
     kind = np.where(codes == 0, np.uint8(LeafKind.EMPTY), np.uint8(LeafKind.PTE))
-    nowhere = np.zeros(1024, dtype=np.uint64)
+    nowhere = np.zeros(len(numbers), dtype=np.uint64)
     return LeafBatch(start=nowhere, end=nowhere, kind=kind, categories=words)
 
 
@@ -116,21 +116,18 @@ class SimTables:
         )
 
     def _ptes(self, start: int, entries: U64Array, *, file: bool) -> CodedLeaves:
-        codes = (entries >> _CODE_SHIFT).view(np.int64)
+        palette = _palette(self._core.caps.soft_dirty, self._core.caps.scan_guard, file)
+        size, shift = self._core.geometry.page_size, _CODE_SHIFT
         if file:
-            codes |= cached_only(self._core, entries).astype(np.int64) << _FILE
-        return CodedLeaves(
-            base=start,
-            size=self._core.geometry.page_size,
-            codes=codes,
-            palette=_palette(self._core.caps.soft_dirty, self._core.caps.scan_guard),
-        )
+            cached = cached_only(self._core, entries).astype(np.uint64) << np.uint64(_FILE)
+            entries, shift = entries >> np.uint64(shift) | cached, 0
+        return CodedLeaves(start, size, entries, shift, palette)
 
     def _huge(self, base: int, entries: U64Array, start: int, end: int) -> LeafBatch:
         size = self._core.geometry.pmd_size
         first = np.arange(base, base + len(entries) * size, size, dtype=np.uint64)
         caps = self._core.caps
-        codes = (entries >> _CODE_SHIFT).view(np.int64)
+        codes = (entries >> np.uint64(_CODE_SHIFT)).view(np.int64)
         words = _palette(caps.soft_dirty, caps.scan_guard).categories[codes] | np.uint64(PageCategory.HUGE)
         return LeafBatch(
             start=np.maximum(first, np.uint64(start)),
