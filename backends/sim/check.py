@@ -325,11 +325,15 @@ def _pools(core: Core, spaces: list[AddressSpace], maps: _Mappings) -> Iterator[
         heads = [head for head, owner in core.hugetlb.folios.items() if owner is pool]
         if len(heads) != pool.total or not 0 <= pool.surplus <= pool.total:
             yield Finding("the pages of a pool are counted", f"{pool.total} is not {len(heads)}")
-        if promised[pool.size] != pool.reserved or pool.reserved > len(pool.free):
+        waiting = len(core.hugetlb.restored.intersection(heads))
+        if promised[pool.size] != pool.reserved + waiting or pool.reserved > len(pool.free):
             yield Finding(
-                "promised huge pages are counted, and free", f"{pool.reserved}, {promised[pool.size]}"
+                "promised huge pages are counted, and free",
+                f"{pool.reserved} and {waiting} still in use, not {promised[pool.size]}",
             )
         free = set(pool.free)
+        if free & core.hugetlb.restored:
+            yield Finding("a free huge page waits for no promise", f"{sorted(free & core.hugetlb.restored)}")
         if len(free) != len(pool.free) or not free <= set(heads):
             yield Finding("free huge pages are the pool's", f"{pool.free}")
         for head in heads:

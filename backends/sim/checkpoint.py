@@ -138,6 +138,7 @@ def _hugetlb(core: Core, files: HugeFiles) -> dict[str, Any]:
             for _, f in files.files.values()
         ],
         "promises": [sorted(promise.consumed) for _, promise in files.promises.values()],
+        "restored": sorted(core.hugetlb.restored),
     }
 
 
@@ -151,6 +152,7 @@ def _rebuild_hugetlb(core: Core, words: dict[str, Any] | None) -> list[list[Any]
         pool.free, pool.total, pool.reserved = list(free), total, reserved
         pool.surplus, pool.overcommit = surplus, overcommit
     hugetlb.folios = {head: hugetlb.pools[size] for head, size in words["folios"]}
+    hugetlb.restored = set(words["restored"])
     files = [
         HugeFile(hugetlb.pools[size], length, name, dict(map(tuple, pages)), set(reserved), inode=inode)
         for size, length, name, inode, pages, reserved in words["files"]

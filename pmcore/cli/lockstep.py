@@ -52,6 +52,8 @@ _ADVICE_RULES = {
     Madvise.GUARD_INSTALL: ("VM-015",),
     Madvise.GUARD_REMOVE: ("VM-015",),
 }
+#: Lines of a side's tables that a report shows.
+_TABLE_LINES = 60
 EXIT_DIFFERS, EXIT_CANNOT = 1, 2
 
 
@@ -320,8 +322,11 @@ def _show(result: Result, model: Workbench) -> None:
         for side, look in zip(("left", "right"), result.looks, strict=True):
             say()
             say(f"Tables, {side}:")
-            for line in describe(look, profile, FrameNames()):
+            lines = list(describe(look, profile, FrameNames()))
+            for line in lines[:_TABLE_LINES]:
                 say(line)
+            if len(lines) > _TABLE_LINES:
+                say(f"    and {len(lines) - _TABLE_LINES} lines more")
     rules = _rules(result)
     if rules:
         say()

@@ -48,17 +48,21 @@ class Comparer:
         #: Whether both sides began with the same hugetlb pools.
         self._pools = False
 
-    def compare(self, left: Look, right: Look) -> list[Difference]:
-        """The differences, the first `limit` of them."""
+    def compare(self, left: Look, right: Look, renewed: tuple[int, int] = (0, 0)) -> list[Difference]:
+        """The differences, the first `limit` of them.
+
+        `renewed`: addresses from and up to which the step may have mapped anew: that an allocator gives a frame out
+        again that was just freed does not make it the same.
+        """
         found: list[Difference] = []
-        for difference in self._all(left, right):
+        for difference in self._all(left, right, renewed):
             found.append(difference)
             if len(found) >= self.limit:
                 break
         self._before = (left, right)
         return found
 
-    def _all(self, left: Look, right: Look) -> Iterator[Difference]:
+    def _all(self, left: Look, right: Look, renewed: tuple[int, int]) -> Iterator[Difference]:
         if left.tasks.keys() != right.tasks.keys():
             yield Difference("tasks", "program", str(list(left.tasks)), str(list(right.tasks)))
             return
@@ -70,7 +74,7 @@ class Comparer:
         if self._pools and left.pool != right.pool:
             yield Difference("hugetlb pool", "meminfo", ", ".join(left.pool), ", ".join(right.pool))
         yield from self._frames(left, right)
-        yield from self._kept(left, right)
+        yield from self._kept(left, right, renewed)
 
     # -- one task --------------------------------------------------------------------------------------
 
@@ -163,7 +167,7 @@ class Comparer:
                 "frames of a compound page", places(int(first[index])), "in order", "not in order"
             )
 
-    def _kept(self, left: Look, right: Look) -> Iterator[Difference]:
+    def _kept(self, left: Look, right: Look, renewed: tuple[int, int]) -> Iterator[Difference]:
         """A frame that stayed at its place on one side has to stay on the other."""
         if self._before is None:
             return
@@ -180,7 +184,8 @@ class Comparer:
             (both, here_a, moved_a), (others, here_b, moved_b) = sides
             if len(both) != len(others):
                 continue
-            for index in np.flatnonzero(here_a & here_b & (moved_a != moved_b)).tolist():
+            same = (both >= np.uint64(renewed[0])) & (both < np.uint64(renewed[1]))
+            for index in np.flatnonzero(here_a & here_b & (moved_a != moved_b) & ~same).tolist():
                 words = ["another frame" if m[index] else "the same frame" for m in (moved_a, moved_b)]
                 yield Difference("frame since the last step", f"{name} {int(both[index]):#x}", *words)
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import attrs
 
+from pmcore.geometry import align_up
 from pmcore.lockstep.compare import Comparer, Difference
 from pmcore.lockstep.look import Look, take
 from pmcore.lockstep.reached import Reached
 from pmcore.program import Outcome, Program, Run
-from pmcore.program.steps import Scan, Step
+from pmcore.program.steps import Map, Scan, Step
 from pmcore.protocols import Workbench
+from pmcore.uapi import MapFlag
 
 __all__ = ["Result", "lockstep"]
 
@@ -51,7 +53,7 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
             scans += isinstance(step, Scan)
             reached.step(step, outcomes[0])
             looks = take(runs[0]), take(runs[1])
-            found = [*_outcomes(step, *outcomes), *comparer.compare(*looks)]
+            found = [*_outcomes(step, *outcomes), *comparer.compare(*looks, _renewed(runs[0], step))]
             if found:
                 return Result(
                     program=program,
@@ -75,6 +77,15 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
         for run in runs:
             for task in list(run.tasks.values()):
                 task.exit()
+
+
+def _renewed(run: Run, step: Step) -> tuple[int, int]:
+    """The addresses that a step maps anew, whatever was there: up to the end of a huge page where it is of hugetlb."""
+    if not isinstance(step, Map) or step.area not in run.areas:
+        return 0, 0
+    start, length = run.areas[step.area]
+    huge = 1 << (step.flags >> 26 & 63 or 21)
+    return start, start + (align_up(length, huge) if step.flags & MapFlag.HUGETLB else length)
 
 
 def _outcomes(step: Step, left: Outcome, right: Outcome) -> list[Difference]:

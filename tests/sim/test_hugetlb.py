@@ -256,6 +256,25 @@ def test_what_the_owner_gives_up_is_promised_again(machine):
     assert numbers(old.process.kernel) == (8, 8, 0, 0)
 
 
+@pytest.mark.rule("HT-008")
+def test_a_promise_that_holds_again_counts_once_the_page_is_free(machine):
+    """Below zero meanwhile, as meminfo shows it (DV-028)."""
+    task = machine.spawn()
+    start = task.mmap(HUGE, flags=PRIVATE)
+    task.touch(start, PAGE)
+    child = task.fork()
+    task.madvise(start, HUGE, Madvise.DONTNEED)
+    assert numbers(machine) == (8, 7, 0, 0)
+    task.touch(start, PAGE)
+    assert numbers(machine) == (8, 6, -1, 0)
+    assert f"HugePages_Rsvd:    {(1 << 64) - 1}" in machine.pread("meminfo", 0, 8192).decode()
+    machine.check()
+    machine.restore(machine.checkpoint())
+    machine.check()
+    child.exit()
+    assert numbers(machine) == (8, 7, 0, 0)
+
+
 @pytest.mark.rule("HT-009")
 def test_moving_keeps_pages_and_promises(machine):
     task = machine.spawn()
@@ -360,6 +379,7 @@ def test_check_finds_what_is_broken(machine):
         (pool, "surplus", -1, "counted"),
         (pool, "free", [*pool.free, head], "free, or somebody"),
         (file, "reserved", set(), "promised to it"),
+        (machine.hugetlb, "restored", {pool.free[0]}, "promise"),
         (file, "users", {}, "VMAs that map it"),
     ):
         before = getattr(owner, name)

@@ -104,7 +104,7 @@ def map_file(
     vma.huge = HugeMap(file, promise)
     file.add_user(mm, 1)
     mm.vmas.add(vma)
-    if flags & MapFlag.POPULATE or (locked and not mm.def_flags & VmFlag.LOCKONFAULT):
+    if flags & MapFlag.POPULATE or locked:  # also where locks wait for faults: nothing is locked here
         populate(core, mm, addr, addr + length)
     return addr
 

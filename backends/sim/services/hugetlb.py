@@ -108,6 +108,8 @@ class Hugetlb:
         self._later: list[HugeFile] | None = None
         #: Pool by the head of every huge page that there is.
         self.folios: dict[int, Pool] = {}
+        #: Heads whose promise holds again, but counts only once they are free (hugetlb_restore_reserve).
+        self.restored: set[int] = set()
 
     @property
     def default(self) -> Pool:
@@ -236,8 +238,8 @@ class Hugetlb:
         self._core.memory.frames.set_bits(head, pool.pages, int(PageFlag.UPTODATE))
         return head
 
-    def give(self, head: int, *, promised: bool = False) -> None:
-        """A page that nobody has any more; with `promised` its promise holds again (free_huge_folio)."""
+    def give(self, head: int) -> None:
+        """A page that nobody has any more (free_huge_folio)."""
         pool, frames = self.folios[head], self._core.memory.frames
         part = slice(head, head + pool.pages)
         rows = frames.content[part]
@@ -245,7 +247,8 @@ class Hugetlb:
             self._core.memory.contents.give_back(rows)
             frames.content[part] = 0
         frames.flags[part] &= np.uint64(_KEPT)
-        if promised:
+        if head in self.restored:
+            self.restored.discard(head)
             pool.reserved += 1
         if pool.surplus:
             pool.surplus -= 1

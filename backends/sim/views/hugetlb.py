@@ -100,7 +100,7 @@ def meminfo(core: Core) -> str:
     lines = [
         f"HugePages_Total:   {pool.total:5d}",
         f"HugePages_Free:    {len(pool.free):5d}",
-        f"HugePages_Rsvd:    {pool.reserved:5d}",
+        f"HugePages_Rsvd:    {pool.reserved & (1 << 64) - 1:5d}",
         f"HugePages_Surp:    {pool.surplus:5d}",
         f"Hugepagesize:   {pool.size >> 10:8d} kB",
         f"Hugetlb:        {sum(p.total * p.size for p in core.hugetlb.pools.values()) >> 10:8d} kB",

@@ -53,8 +53,8 @@ __all__ = [
 HUGE_MARKER = UFFD_MARKER | LEAF
 _ANON = int(PageFlag.ANON)
 
-#: Pages that lost their last mapping: head, and whether its promise holds again.
-Gone = list[tuple[int, bool]]
+#: Heads of pages that lost their last mapping.
+Gone = list[int]
 
 
 def _file(vma: VmArea) -> HugeFile:
@@ -249,13 +249,13 @@ def _zap_one(core: Core, vma: VmArea, addr: int, slot: int, gone: Gone, *, drop_
     pool = vma.huge.file.pool
     if entry & DIRTY:
         frames.set_bits(head, pool.pages, int(PageFlag.DIRTY))
-    if core.hugetlb.map(head, -1) or not frames.flags_at[head] & _ANON:
-        return
-    promise, index = vma.huge.promise, _index(vma, addr)
-    again = core.caps.hugetlb_promises_again and promise is not None and not pool.surplus
-    if again and promise is not None:
-        promise.consumed.discard(index)
-    gone.append((head, again))
+    anonymous, promise = frames.flags_at[head] & _ANON, vma.huge.promise
+    if anonymous and promise is not None and core.caps.hugetlb_promises_again and not pool.surplus:
+        # At once for the mapping, while the count waits for the page, which others may have yet (DV-028).
+        promise.consumed.discard(_index(vma, addr))
+        core.hugetlb.restored.add(head)
+    if not core.hugetlb.map(head, -1) and anonymous:
+        gone.append(head)
 
 
 def unmap(core: Core, mm: AddressSpace, vmas: list[VmArea]) -> None:
@@ -271,8 +271,8 @@ def unmap(core: Core, mm: AddressSpace, vmas: list[VmArea]) -> None:
 
 def release(core: Core, gone: Gone) -> None:
     """Give back what `zap` has noted."""
-    for head, promised in gone:
-        core.hugetlb.give(head, promised=promised)
+    for head in gone:
+        core.hugetlb.give(head)
     gone.clear()
 
 
