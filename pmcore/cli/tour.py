@@ -180,7 +180,7 @@ def _walk(stops: Any, machine: Workbench, bench: Workbench | None, *, pause: boo
             rule = spec.rule(name)
             say(f"   [{rule.id}] {rule.text}")
         if len(runs) > 1:
-            found = comparer.compare(*looks)
+            found = comparer.compare(looks[0], looks[1])
             same = outcomes[0] == outcomes[1] and not found
             agreed &= same
             say("   The live kernel shows the same." if same else "   The live kernel differs:")
