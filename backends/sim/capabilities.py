@@ -57,6 +57,7 @@ class Capabilities:
     large_folio_reuse: bool
     huge_zero_write_gives_huge: bool
     mprotect_makes_writable: bool
+    mprotect_makes_clean_writable: bool
     lazyfree_discards_pmd: bool
     collapse_needs_writable: bool
     mprotect_unaccounts: bool
@@ -143,6 +144,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         large_folio_reuse=has("mm.large_folio_reuse"),
         huge_zero_write_gives_huge=has("mm.huge_zero_write_gives_huge"),
         mprotect_makes_writable=has("mm.mprotect_makes_writable"),
+        mprotect_makes_clean_writable=has("mm.mprotect_makes_clean_writable"),
         lazyfree_discards_pmd=has("mm.lazyfree_discards_pmd"),
         collapse_needs_writable=has("mm.collapse_needs_writable"),
         mprotect_unaccounts=has("mm.mprotect_unaccounts"),

@@ -219,6 +219,13 @@ def _session(
     *,
     at_random: bool,
 ) -> int:
+    saved: list[Result] = []
+
+    def save(difference: Result) -> None:
+        saved.append(difference)
+        if options["save"]:
+            save_program(difference.program, options["save"] + (f".{len(saved)}" if len(saved) > 1 else ""))
+
     with progress_bar("lockstep", wanted=not options["no_progress"]) as progress:
         report = session(
             left,
@@ -233,11 +240,9 @@ def _session(
             thp=thp,
             random_thp=at_random,
             progress=lambda report: progress(report.programs, options["programs"]),
+            found=save,
         )
     found = report.differences
-    if options["save"]:
-        for number, difference in enumerate(found, 1):
-            save_program(difference.program, options["save"] + (f".{number}" if number > 1 else ""))
     if options["form"] == "json":
         words = report.as_dict()
         words["found"] = [

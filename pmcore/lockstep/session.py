@@ -77,6 +77,7 @@ def session(
     thp: Mapping[str, str] | None = None,
     random_thp: bool = False,
     progress: Callable[[Report], object] | None = None,
+    found: Callable[[Result], object] | None = None,
 ) -> Report:
     """Compare `programs` random programs of up to `steps` steps; ends early once `most` of them differ.
 
@@ -84,7 +85,7 @@ def session(
     kernel of `profile` makes interesting. Program `n` of a seed is always the same, whatever comes before it: `first`
     is the number of the first one that is run. `hugetlb`: programs with mappings of it, without, or (None) of both
     sorts. `thp` is what every program says of huge pages (`Program.thp`); `random_thp` draws that anew for each, over
-    `thp`. A program that differs is made smaller before the next is run.
+    `thp`. A program that differs is made smaller before the next is run, and given to `found`.
     """
     report = Report(seed=seed)
     began = time.monotonic()
@@ -107,6 +108,8 @@ def session(
         if not result.agrees:
             report.differences.append(smallest(result, left, right))
             report.numbers.append(number)
+            if found is not None:
+                found(report.differences[-1])
             if len(report.differences) >= most:
                 break
     report.seconds = time.monotonic() - began

@@ -54,7 +54,7 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | 
     if pmd & LEAF:
         return None, False
     if not pmd:
-        return Errno.EINVAL, False
+        return Errno.EINVAL, slot >= 0  # a missing table of PMDs is gone past, an empty PMD in one is not
     pages = core.geometry.pmd_pages
     first = mm.tables.pte_slot(addr)
     entries = core.pool.flat[first : first + pages]

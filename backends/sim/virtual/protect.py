@@ -29,8 +29,11 @@ _ALL = (1 << 64) - 1
 def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
     """Which present entries may be written at once, without a fault (can_change_pte_writable)."""
     may: BoolArray = (entries & np.uint64(DIRTY)) != 0
-    if vma.flags & VmFlag.SHARED and not vma.flags & VmFlag.UFFD_WP:
-        may[:] = True  # nobody has to be told of the first write
+    if vma.flags & VmFlag.SHARED:
+        if not vma.flags & VmFlag.UFFD_WP:
+            may[:] = True  # nobody has to be told of the first write
+    elif core.caps.mprotect_makes_clean_writable:
+        may[:] = True
     if core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY:
         may &= (entries & np.uint64(SOFT_DIRTY)) != 0
     if vma.flags & VmFlag.UFFD_WP:
