@@ -33,7 +33,7 @@ from pmcore.backends.sim.services.shrink import Reclaimed
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
 from pmcore.backends.sim.task import SimTask
 from pmcore.backends.sim.views import frames as frame_view
-from pmcore.backends.sim.views.hugetlb import meminfo
+from pmcore.backends.sim.views import texts
 from pmcore.backends.sim.virtual.space import AddressSpace
 from pmcore.backends.sim.virtual.tables import TablePool
 from pmcore.errors import ArgumentError, FormatError, syscall_error
@@ -236,16 +236,21 @@ class SimMachine(Kernel, Workbench):
         return self.core.memory.frames.count
 
     def pread(self, name: str, offset: int, length: int) -> bytes:
-        """Bytes of kpagecount, kpageflags, kpagecgroup, or meminfo (the lines of hugetlb)."""
-        if name == "meminfo":
-            return meminfo(self.core).encode()[offset : offset + length]
+        """Bytes of kpagecount, kpageflags, kpagecgroup, or of a text (meminfo, buddyinfo, swaps, /sys/...)."""
         if name not in tuple(FrameFile):
-            raise syscall_error(int(Errno.ENOENT), f"open(/proc/{name})")
+            text = texts.text(self.core, name)
+            if text is None:
+                raise syscall_error(int(Errno.ENOENT), f"open(/proc/{name})")
+            return text[offset : offset + length]
         self._may_look(name)
         if offset % 8 or length % 8 or offset < 0 or length < 0:
             refuse(Errno.EINVAL, f"pread(/proc/{name}, {length}, {offset})")
         out = np.zeros(min(length // 8, max(0, self.frame_count() - offset // 8)), dtype=np.uint64)
         return out[: self.read_frames(FrameFile(name), offset // 8, out)].tobytes()
+
+    def files(self) -> Sequence[str]:
+        """The frame files that the kernel has, and its texts."""
+        return (*super().files(), *texts.names(self.core))
 
     def _may_look(self, name: str) -> None:
         if not self.pfn_visible:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from pmcore.backends.sim.services import clear_refs
 from pmcore.backends.sim.services.mincore import in_core
 from pmcore.backends.sim.views import maps as maps_view
 from pmcore.backends.sim.views import pagemap as pagemap_view
+from pmcore.backends.sim.views import status
 from pmcore.backends.sim.views.scan import SimTables
 from pmcore.errors import syscall_error
 from pmcore.protocols import FileResidency, Process
@@ -50,7 +52,7 @@ class SimProcess(Process):
             raise syscall_error(int(Errno.ESRCH), call, remedy="the process is gone")
 
     def pread(self, name: str, offset: int, length: int) -> bytes:
-        """Bytes of pagemap, maps or smaps."""
+        """Bytes of pagemap, maps, smaps, or another text of `files`."""
         if name == "pagemap":
             if offset % 8 or length % 8 or offset < 0 or length < 0:
                 refuse(Errno.EINVAL, f"pread(/proc/{self.pid}/pagemap, {length}, {offset})")
@@ -62,7 +64,19 @@ class SimProcess(Process):
             return format_maps(self.maps())[offset : offset + length]
         if name == "smaps":
             return format_smaps(self.smaps())[offset : offset + length]
-        raise syscall_error(int(Errno.ENOENT), f"open(/proc/{self.pid}/{name})")
+        if name not in self.files() or name == "clear_refs":
+            raise syscall_error(int(Errno.ENOENT), f"open(/proc/{self.pid}/{name})")
+        self._alive(f"read(/proc/{self.pid}/{name})")
+        return status.text(self._machine.core, self._task.mm, self.pid, name)[offset : offset + length]
+
+    def files(self) -> Sequence[str]:
+        """What there is of a process on this kernel."""
+        names = (*super().files(), *status.TEXTS)
+        return (
+            names
+            if self._machine.profile.has("smaps.rollup")
+            else tuple(n for n in names if n != "smaps_rollup")
+        )
 
     def read_pagemap(self, start_vpn: int, out: U64Array) -> int:
         """Raw entries from page `start_vpn` on."""

@@ -175,3 +175,77 @@ def test_unknown_ioctls(opened):
     assert refused(opened("pagemap").ioctl, PROCMAP_QUERY, bytearray(104), None) == errno.EINVAL
     for name in ("maps", "smaps", "/proc/kpageflags"):
         assert refused(opened(name).ioctl, PAGEMAP_SCAN, argument, None) == errno.ENOTTY
+
+
+def text_of(file):
+    text = b""
+    while piece := file.read(len(text), 1 << 20):
+        text += piece
+    return text
+
+
+def kilobytes(text):
+    rows = [line.split() for line in text.decode().splitlines()]
+    return {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) == 3 and row[2] == "kB"}
+
+
+@pytest.mark.rule("FS-011")
+def test_smaps_rollup(opened, area, task, bench):
+    from pmcore.smaps import parse_smaps
+
+    task.touch(area(50), 50 * PAGE)
+    task.touch(area(9, flags=0x21), 9 * PAGE)
+    task.fork()
+    entries = parse_smaps(text_of(opened("smaps")))
+    text = text_of(opened("smaps_rollup"))
+    [whole] = parse_smaps(text)
+    assert (whole.vma.start, whole.vma.name, whole.vma.perms) == (entries[0].vma.start, "[rollup]", "---p")
+    assert text.index(b"[rollup]") == 73
+    expected = [name for name in entries[0].counters if not name.endswith("Size")]
+    expected[3:3] = ["Pss_Anon", "Pss_File", "Pss_Shmem"]
+    assert list(whole.counters) == expected
+    # A running process's own memory changes between the two looks, as does what others share with it.
+    own = 64 * PAGE if bench.kernel.name == "procfs" else 0
+    for name in ("Rss", "Anonymous", "LazyFree", "Swap", "Private_Hugetlb", "Referenced"):
+        assert abs(whole.counters[name] - sum(e.counters[name] for e in entries)) <= own, name
+    parts = sum(whole.counters[f"Pss_{kind}"] for kind in ("Anon", "File", "Shmem"))
+    assert abs(parts - whole.counters["Pss"]) <= 3 << 10
+
+
+@pytest.mark.rule("FS-012")
+def test_status_counts_what_the_tables_hold(opened, area, task, bench):
+    from pmcore.uapi import Madvise
+
+    before = kilobytes(text_of(opened("status")))
+    plain = area(600)
+    task.touch(plain, 600 * PAGE)
+    shared = area(7, flags=0x21)
+    task.touch(shared, 7 * PAGE)
+    zero = area(5)
+    task.touch(zero, 5 * PAGE, write=False)
+    area(3, prot=1)
+    swapped = 0
+    if any(line for line in text_of(opened("/proc/swaps")).splitlines()[1:]):
+        task.madvise(plain, 40 * PAGE, Madvise.PAGEOUT)
+        bench.settle()
+        swapped = int(task.process.pagemap(plain, plain + 40 * PAGE).swapped.sum())
+    after = kilobytes(text_of(opened("status")))
+    change = {name: after[name] - before[name] for name in before if name in after}
+    kb = PAGE >> 10
+    # A running task has memory of its own, which changes a little meanwhile.
+    own = 40 * kb if bench.kernel.name == "procfs" else 0
+    for name, pages in (
+        ("RssAnon", 600 - swapped),
+        ("RssShmem", 7),
+        ("RssFile", 0),
+        ("VmRSS", 607 - swapped),
+        ("VmSwap", swapped),
+        ("VmSize", 600 + 7 + 5 + 3),
+        ("VmData", 600 + 5),
+    ):
+        assert abs(change[name] - pages * kb) <= own, name
+    # Areas in page tables of their own: four tables of PTEs, three of PMDs, one of PUDs where there was none.
+    assert change["VmPTE"] - 7 * kb in (0, kb)
+    statm = [int(field) for field in text_of(opened("statm")).split()]
+    assert statm[0] * kb == after["VmSize"]
+    assert statm[1] * kb == after["VmRSS"]

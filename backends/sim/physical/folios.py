@@ -139,6 +139,11 @@ class LargeFolios:
         """Heads and folios, as `values`."""
         return ((folio.head, folio) for folio in self.values())
 
+    @property
+    def mapped_by_pmd(self) -> int:
+        """Pages of the folios that a PMD maps."""
+        return sum(folio.pages for folio in self._counted.values() if folio.entire)
+
     # -- many at once ----------------------------------------------------------------------------------
 
     def add_whole(self, heads: Pfns, mm: int, order: int) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
 
-__all__ = ["maps", "smaps"]
+__all__ = ["maps", "rollup", "smaps"]
 
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 _PSS_SHIFT = 12
@@ -55,16 +55,50 @@ def smaps(core: Core, mm: AddressSpace, start: int, end: int) -> tuple[SmapsEntr
     return tuple(_entry(core, mm, vma) for vma in mm.vmas.within(start, end))
 
 
+def rollup(core: Core, mm: AddressSpace) -> SmapsEntry:
+    """smaps_rollup: all VMAs together, Pss without each one's rounding."""
+    sums, vmas = _Counters(), list(mm.vmas)
+    for vma in vmas:
+        _gather(core, mm, vma, sums)
+    counters = _shown(core, sums, rollup=True)
+    for vma in vmas:
+        if vma.flags & VmFlag.HUGETLB:
+            found = huge_view.counters(core, mm, vma)
+            for name in ("Shared_Hugetlb", "Private_Hugetlb"):
+                counters[name] += found[name]
+    # Without a VMA the kernel shows 0 to 0, which is no range: the end is put right by whoever formats it.
+    start, end = (vmas[0].start, vmas[-1].end) if vmas else (0, 1)
+    return SmapsEntry(
+        vma=Vma(start=start, end=end, readable=False, writable=False, name="[rollup]"), counters=counters
+    )
+
+
 class _Counters:
     def __init__(self) -> None:
         self.rss = self.anonymous = self.lazyfree = self.huge = self.referenced = 0
-        self.swap = self.swap_pss = self.pss = self.pss_dirty = 0
+        self.swap = self.swap_pss = self.pss = self.pss_dirty = self.pss_anon = self.pss_locked = 0
         self.kinds = [0, 0, 0, 0]  # shared clean, shared dirty, private clean, private dirty
 
 
 def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
     size = core.geometry.page_size
     sums = _Counters()
+    _gather(core, mm, vma, sums)
+    counters = {"Size": vma.length, "KernelPageSize": size, "MMUPageSize": size, **_shown(core, sums)}
+    if vma.flags & VmFlag.HUGETLB:
+        counters |= huge_view.counters(core, mm, vma)
+    return SmapsEntry(
+        vma=_vma(mm, vma, core.geometry.page_shift),
+        counters=counters,
+        plain={"THPeligible": int(thp.eligible(core, vma))},
+        vm_flags=tuple(
+            code if core.knows_vm_flag(code) else "??" for flag, code in VM_FLAG_CODES if vma.flags & flag
+        ),
+    )
+
+
+def _gather(core: Core, mm: AddressSpace, vma: VmArea, sums: _Counters) -> None:
+    size, before = core.geometry.page_size, sums.pss
     huge = bool(vma.flags & VmFlag.HUGETLB)
     for extent in mm.tables.extents(vma.start, vma.end) if not huge else ():
         entries = extent.entries
@@ -79,15 +113,20 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
         _present(core, sums, entries, size)
     if vma.file is not None:
         _shmem_swap(core, mm, vma, sums, size)
-    locked = sums.pss if vma.flags & VmFlag.LOCKED else 0
+    if vma.flags & VmFlag.LOCKED:
+        sums.pss_locked += sums.pss - before
+
+
+def _shown(core: Core, sums: _Counters, *, rollup: bool = False) -> dict[str, int]:
+    """The counters under their names, in the kernel's order."""
     scale = _PSS_SHIFT
     counters = {
-        "Size": vma.length,
-        "KernelPageSize": size,
-        "MMUPageSize": size,
         "Rss": sums.rss,
         "Pss": _kb(sums.pss >> scale),
         "Pss_Dirty": _kb(sums.pss_dirty >> scale),
+        "Pss_Anon": _kb(sums.pss_anon >> scale),
+        "Pss_File": 0,
+        "Pss_Shmem": _kb(sums.pss - sums.pss_anon >> scale),
         "Shared_Clean": sums.kinds[0],
         "Shared_Dirty": sums.kinds[1],
         "Private_Clean": sums.kinds[2],
@@ -103,20 +142,12 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
         "Private_Hugetlb": 0,
         "Swap": sums.swap,
         "SwapPss": _kb(sums.swap_pss >> scale),
-        "Locked": _kb(locked >> scale),
+        "Locked": _kb(sums.pss_locked >> scale),
     }
-    if not core.caps.smaps_ksm:
-        del counters["KSM"]
-    if huge:
-        counters |= huge_view.counters(core, mm, vma)
-    return SmapsEntry(
-        vma=_vma(mm, vma, core.geometry.page_shift),
-        counters=counters,
-        plain={"THPeligible": int(thp.eligible(core, vma))},
-        vm_flags=tuple(
-            code if core.knows_vm_flag(code) else "??" for flag, code in VM_FLAG_CODES if vma.flags & flag
-        ),
-    )
+    left_out = [] if core.caps.smaps_ksm else ["KSM"]
+    if not rollup:
+        left_out += ["Pss_Anon", "Pss_File", "Pss_Shmem"]
+    return {name: value for name, value in counters.items() if name not in left_out}
 
 
 def _kb(value: int) -> int:
@@ -170,6 +201,7 @@ def _present(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
     sums.referenced += int(young.sum()) * size
     sums.pss += int(pss.sum())
     sums.pss_dirty += int(pss[dirty].sum())
+    sums.pss_anon += int(pss[anon].sum())
     private = counts == 1
     for index, chosen in enumerate((~private & ~dirty, ~private & dirty, private & ~dirty, private & dirty)):
         sums.kinds[index] += int(chosen.sum()) * size
