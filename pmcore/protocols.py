@@ -18,7 +18,7 @@ import attrs
 import numpy as np
 
 from pmcore.arrays import BoolArray, U64Array
-from pmcore.errors import ArgumentError, BackendUnavailable, syscall_error
+from pmcore.errors import ArgumentError, BackendUnavailable, NotModelled, syscall_error
 from pmcore.pageflags import PageFlagsArray
 from pmcore.pagemap import PagemapEntries
 
@@ -440,6 +440,23 @@ class Workbench(Protocol):
             raise BackendUnavailable(
                 "this workbench sets no sizes of huge pages", remedy="leave them out of the program"
             )
+
+    def ksm_scan(
+        self, full_scans: int = 1, *, use_zero_pages: bool = False, max_page_sharing: int = 256
+    ) -> dict[str, int]:
+        """May be provided: let ksmd make exactly `full_scans` full scans, as the machine's administrator would.
+
+        The counters of /sys/kernel/mm/ksm afterwards, by name. `use_zero_pages` is on for this call alone;
+        `max_page_sharing` stays. Raises Busy where it cannot be changed any more, NotModelled where there is no ksmd.
+        """
+        raise NotModelled("ksmd on this workbench")
+
+    def ksm_unmerge(self) -> dict[str, int]:
+        """May be provided: unmerge all pages of the machine (2 to /sys/kernel/mm/ksm/run); the counters afterwards.
+
+        Raises NotModelled where there is no ksmd.
+        """
+        raise NotModelled("ksmd on this workbench")
 
     def close(self) -> None:
         """To provide: end all tasks and remove what they left. Closing twice is allowed."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
+from pmcore.backends.sim.services import ksm_state
 from pmcore.backends.sim.services.pagecache import OpenFile
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE
@@ -70,6 +71,8 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     place = core.khugepaged.address
     if place % core.geometry.pmd_size or not 0 <= place <= core.geometry.task_size:
         yield Finding("khugepaged goes on at the start of a block", f"{place:#x}")
+    for name, where in ksm_state.findings(core, spaces):
+        yield Finding(name, where)
 
 
 def _some(index: np.ndarray[tuple[int], np.dtype[np.intp]]) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Zone
 from pmcore.backends.sim.physical.folios import LargeFolio
+from pmcore.backends.sim.services import ksm_state
 from pmcore.backends.sim.services.hugetlb import HugeFile, HugeMap, Hugetlb, Promise
 from pmcore.backends.sim.services.pagecache import FileSystem, Inode, OpenFile
 from pmcore.backends.sim.services.swap import SwapArea
@@ -108,7 +109,8 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
     }
     if files.files or core.hugetlb.folios or any(pool.overcommit for pool in core.hugetlb.pools.values()):
         words["hugetlb"] = _hugetlb(core, files)
-    return State(words, arrays)
+    more, columns = ksm_state.capture(core)
+    return State(words | more, arrays | columns)
 
 
 class HugeFiles:
@@ -261,6 +263,7 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     core.spaces = dict(spaces)
     for space in words["spaces"]:
         _rebuild_space(spaces[space["number"]], space, anon, contexts, huge, opened)
+    ksm_state.rebuild(core, words, arrays, spaces)
     return {pid: spaces[space["number"]] for pid, space in zip(words["pids"], words["spaces"], strict=True)}
 
 

@@ -28,6 +28,7 @@ from pmcore.backends.sim.services import shrink
 from pmcore.backends.sim.services import swapoff as swapping_areas
 from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.khugepaged import Khugepaged
+from pmcore.backends.sim.services.ksm import Ksm
 from pmcore.backends.sim.services.pagecache import Inode
 from pmcore.backends.sim.services.shrink import Reclaimed
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
@@ -73,6 +74,7 @@ class Core:
         #: Files that anything still refers to, by inode number.
         self.inodes: dict[int, Inode] = {}
         self.khugepaged = Khugepaged(self)
+        self.ksm = Ksm(self)
         #: The last number given, by what was numbered.
         self.numbers: dict[str, int] = {}
         #: Locked mappings of a folio by its first frame, where there is more than one.
@@ -229,6 +231,22 @@ class SimMachine(Kernel, Workbench):
             task.exit()
         self._closed = True
 
+    def ksm_scan(
+        self, full_scans: int = 1, *, use_zero_pages: bool = False, max_page_sharing: int = 256
+    ) -> dict[str, int]:
+        """So many full scans of ksmd; the counters afterwards. Raises Busy for another `max_page_sharing` too late."""
+        ksm = self.core.ksm
+        ksm.max_page_sharing = max_page_sharing
+        before, ksm.use_zero_pages = ksm.use_zero_pages, use_zero_pages
+        try:
+            return ksm.run(full_scans)
+        finally:
+            ksm.use_zero_pages = before
+
+    def ksm_unmerge(self) -> dict[str, int]:
+        """Unmerge all pages; the counters afterwards."""
+        return self.core.ksm.unmerge()
+
     # -- the kernel ------------------------------------------------------------------------------------
 
     def frame_count(self) -> int:
@@ -340,6 +358,11 @@ class SimMachine(Kernel, Workbench):
     def hugetlb(self) -> Hugetlb:
         """The pools of huge pages: `pools`, `resize(size, count)`, `overcommit(size, count)`."""
         return self.core.hugetlb
+
+    @property
+    def ksm(self) -> Ksm:
+        """ksmd, its knobs and its counters."""
+        return self.core.ksm
 
     def swap_areas(self) -> tuple[SwapArea, ...]:
         """The swap areas, by number."""

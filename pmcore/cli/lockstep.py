@@ -17,6 +17,7 @@ from pmcore.cli.output import progress_bar, say
 from pmcore.cli.tables import FrameNames, describe
 from pmcore.errors import ArgumentError, BackendUnavailable
 from pmcore.lockstep import Result, lockstep
+from pmcore.lockstep.generator import FOCUSES
 from pmcore.lockstep.session import session
 from pmcore.program import Program, load_program, save_program
 from pmcore.program.steps import Advise, Step
@@ -78,6 +79,9 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
     default=1,
     show_default=True,
     help="End after so many programs that differ.",
+)
+@click.option(
+    "--focus", type=click.Choice(FOCUSES), metavar="SUBJECT", help="What programs are biased to: ksm."
 )
 @click.option(
     "--replay", type=click.Path(dir_okay=False), metavar="FILE", help="Run this one program instead."
@@ -239,6 +243,7 @@ def _session(
             hugetlb=options["hugetlb"],
             thp=thp,
             random_thp=at_random,
+            focus=options["focus"] or "",
             progress=lambda report: progress(report.programs, options["programs"]),
             found=save,
         )

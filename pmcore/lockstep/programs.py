@@ -50,7 +50,10 @@ def programs(
     max_steps: int = 40,
     hugetlb: bool | None = None,
     thp: st.SearchStrategy[dict[str, str]] | None = None,
+    focus: str = "",
 ) -> Program:
     """A program of up to `max_steps` steps (see `generator.random_program`); `thp` draws what it says of huge pages."""
     settings = draw(thp) if thp is not None else None
-    return random_program(_Drawn(draw), profile, max_steps=max_steps, hugetlb=hugetlb, thp=settings)
+    return random_program(
+        _Drawn(draw), profile, max_steps=max_steps, hugetlb=hugetlb, thp=settings, focus=focus
+    )

@@ -76,6 +76,7 @@ def session(
     hugetlb: bool | None = None,
     thp: Mapping[str, str] | None = None,
     random_thp: bool = False,
+    focus: str = "",
     progress: Callable[[Report], object] | None = None,
     found: Callable[[Result], object] | None = None,
 ) -> Report:
@@ -85,14 +86,15 @@ def session(
     kernel of `profile` makes interesting. Program `n` of a seed is always the same, whatever comes before it: `first`
     is the number of the first one that is run. `hugetlb`: programs with mappings of it, without, or (None) of both
     sorts. `thp` is what every program says of huge pages (`Program.thp`); `random_thp` draws that anew for each, over
-    `thp`. A program that differs is made smaller before the next is run, and given to `found`.
+    `thp`. `focus` is the subject that programs are biased to. A program that differs is made smaller before the next
+    is run, and given to `found`.
     """
     report = Report(seed=seed)
     began = time.monotonic()
     for number in range(first, first + programs):
         draw = Seeded(f"{seed}:{number}")
         settings = {**(thp or {}), **(random_huge_pages(draw) if random_thp else {})}
-        program = random_program(draw, profile, max_steps=steps, hugetlb=hugetlb, thp=settings)
+        program = random_program(draw, profile, max_steps=steps, hugetlb=hugetlb, thp=settings, focus=focus)
         try:
             result = lockstep(program, left(), right())
             if not result.agrees and _sampled(result):

@@ -264,6 +264,13 @@ def _touch(state: Run, step: s.Touch) -> None:
     state.task(step.task).touch(start, length, write=step.write, step=max(step.stride, 1) * size)
 
 
+def _write(state: Run, step: s.Write) -> None:
+    size = state.workbench.kernel.profile.geometry.page_size
+    start, task = state.area(step.area)[0] + step.offset, state.task(step.task)
+    for page in range(step.pages):
+        task.write(start + page * size, step.text.encode())
+
+
 def _bound(method: str, *extra: str) -> Callable[[Run, Any], Any]:
     """A step over a range that is one call of the task's, with these fields as further arguments."""
 
@@ -302,7 +309,7 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Move: _move,
     s.Touch: _touch,
     s.Read: lambda r, st: r.task(st.task).read(r.area(st.area)[0] + st.offset, st.length),
-    s.Write: lambda r, st: r.task(st.task).write(r.area(st.area)[0] + st.offset, st.text.encode()),
+    s.Write: _write,
     s.MemfdCreate: _memfd,
     s.OpenFile: _open_file,
     s.Ftruncate: lambda r, st: r.task(st.task).ftruncate(r.fd(st.fd), st.length),
@@ -325,4 +332,8 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.ClearRefs: lambda r, st: r.task(st.task).process.clear_refs(st.what),
     s.Scan: _scan,
     s.PagemapRead: _pagemap_read,
+    s.KsmScan: lambda r, st: r.workbench.ksm_scan(
+        st.scans, use_zero_pages=st.zero_pages, max_page_sharing=st.sharing
+    ),
+    s.KsmUnmerge: lambda r, st: r.workbench.ksm_unmerge(),
 }

@@ -24,6 +24,8 @@ __all__ = [
     "Fork",
     "Fsync",
     "Ftruncate",
+    "KsmScan",
+    "KsmUnmerge",
     "Lock",
     "LockAll",
     "Lseek",
@@ -198,11 +200,13 @@ class Read(Step):
 
 @attrs.frozen(kw_only=True)
 class Write(Step):
-    """Write bytes: `text`, as UTF-8."""
+    """Write bytes: `text`, as UTF-8, at the same place of each of `pages` pages."""
 
     area: str = name()
     offset: int = number(0)
     text: str = "x"
+    #: The same text so many times, a page apart: equal pages.
+    pages: int = number(1)
 
 
 @attrs.frozen(kw_only=True)
@@ -358,6 +362,21 @@ class PagemapRead(Step):
     from_end: bool = False
 
 
+@attrs.frozen(kw_only=True)
+class KsmScan(Step):
+    """The administrator lets ksmd make `scans` full scans; the value is its counters. `task` does nothing."""
+
+    scans: int = number(1)
+    zero_pages: bool = False
+    #: max_page_sharing; it stays until a step says another.
+    sharing: int = number(256)
+
+
+@attrs.frozen(kw_only=True)
+class KsmUnmerge(Step):
+    """The administrator unmerges all pages; the value is ksmd's counters. `task` does nothing."""
+
+
 #: Steps by the name that they have in JSON.
 STEPS: dict[str, type[Step]] = {
     kind.__name__.lower(): kind
@@ -395,5 +414,7 @@ STEPS: dict[str, type[Step]] = {
         ClearRefs,
         Scan,
         PagemapRead,
+        KsmScan,
+        KsmUnmerge,
     )
 }

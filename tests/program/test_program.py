@@ -148,7 +148,8 @@ def test_every_kind_of_step_runs(bench):
         s.Exit(task="c"),
         s.Write(area="a", offset=3 * 4096, text="end"),
     )
-    assert {type(step) for step in steps} == set(STEPS.values())
+    administrator = {s.KsmScan, s.KsmUnmerge}  # they need a still machine: lockstep's kept programs
+    assert {type(step) for step in steps} == set(STEPS.values()) - administrator
     state = run(Program(name="all", steps=steps), bench)
     failed = {
         type(step).__name__: o for step, o in zip(steps, state.outcomes, strict=True) if o.errno or o.signal

@@ -246,7 +246,7 @@ def test_what_is_not_modelled_says_so(machine):
         lambda: task.memfd_create("x", flags=4),
         lambda: task.open_file("x"),
         lambda: task.madvise(task.mmap(PMD, flags=0x21), PMD, Madvise.COLLAPSE),
-        lambda: task.madvise(task.mmap(PAGE), PAGE, Madvise.MERGEABLE),
+        lambda: task.madvise(task.mmap(PAGE), PAGE, Madvise.HWPOISON),
     ):
         with pytest.raises(NotModelled, match="not modelled"):
             call()

@@ -26,6 +26,7 @@ from pmcore.arrays import BoolArray
 from pmcore.backends.procfs import open_kernel
 from pmcore.backends.procfs.kernel import ProcfsKernel
 from pmcore.backends.procfs.process import ProcfsProcess
+from pmcore.backends.procfs.workbench.ksm import Ksmd
 from pmcore.backends.procfs.workbench.steady import drain_lru, steady, turn_thp
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
 from pmcore.geometry import parse_size
@@ -315,6 +316,9 @@ class ProcfsWorkbench(Workbench):
         #: Whether the machine is kept still for us; whether sizes of huge pages have been set.
         self._still, self._set = held is not None, False
         self._held = held or ExitStack()
+        self._ksmd: Ksmd | None = None
+        #: Whether ksmd has looked at tasks since it was last told to forget everything.
+        self._merged = False
         self._tasks: list[ProcfsTask] = []
         self.directory = Path(tempfile.mkdtemp(prefix="pmcore-", dir=directory))
         self._remove = weakref.finalize(self, shutil.rmtree, str(self.directory), ignore_errors=True)
@@ -352,6 +356,9 @@ class ProcfsWorkbench(Workbench):
         """Take a task that has ended off the list."""
         if task in self._tasks:
             self._tasks.remove(task)
+        if self._merged and self._ksmd is not None and not self._tasks:
+            self._merged = False
+            self._ksmd.reset()
 
     def tasks(self) -> Iterable[ProcfsTask]:
         """The tasks that are alive, oldest first."""
@@ -378,6 +385,36 @@ class ProcfsWorkbench(Workbench):
         self._set = True
         turn_thp(settings)
 
+    def ksm_scan(
+        self, full_scans: int = 1, *, use_zero_pages: bool = False, max_page_sharing: int = 256
+    ) -> dict[str, int]:
+        """Exactly so many full scans of ksmd. Raises BackendUnavailable where the machine is not held still.
+
+        NotModelled is raised while processes that are not of this workbench ask for merging (a guest under QEMU, say):
+        their pages would be merged with those of its tasks.
+        """
+        ksmd, self._merged = self._lead_ksmd(), True
+        return ksmd.scan(
+            full_scans,
+            use_zero_pages=use_zero_pages,
+            max_page_sharing=max_page_sharing,
+            ours=self._pids(),
+        )
+
+    def ksm_unmerge(self) -> dict[str, int]:
+        """Unmerge all pages of the machine."""
+        return self._lead_ksmd().unmerge(self._pids())
+
+    def _pids(self) -> list[int]:
+        return [task.pid for task in self._tasks]
+
+    def _lead_ksmd(self) -> Ksmd:
+        if not self._still:
+            raise BackendUnavailable("ksmd runs by itself", remedy="open the workbench with still=True")
+        if self._ksmd is None:
+            self._ksmd = Ksmd()
+        return self._ksmd
+
     def close(self) -> None:
         """End all tasks and the server, remove the directory, and put back what was turned."""
         for task in list(self._tasks):
@@ -385,6 +422,8 @@ class ProcfsWorkbench(Workbench):
         self._zygote.close()
         self._server.wait()
         self._remove()
+        if self._ksmd is not None:
+            self._ksmd.close()
         self._held.close()
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pmcore.backends.procfs.workbench import ksm
 from pmcore.errors import BackendUnavailable, syscall_error
 
 __all__ = ["drain_lru", "steady", "turn_thp"]
@@ -35,7 +36,7 @@ _KNOBS = {
     "/proc/sys/vm/page-cluster": "0",
     f"{_THP}/khugepaged/scan_sleep_millisecs": "3600000",
     f"{_THP}/khugepaged/alloc_sleep_millisecs": "3600000",
-    "/sys/kernel/mm/ksm/run": "0",
+    **ksm.KNOBS,
 }
 #: With a swap area: compressed in memory, so that a page that is paged out is gone at once.
 _SWAP_KNOBS = {"/sys/module/zswap/parameters/enabled": "Y"}
@@ -80,7 +81,11 @@ def steady(
     allowed = os.sched_getaffinity(0)
     compressed = swap if isinstance(swap, int) else 0
     wanted = {**_KNOBS, **(_SWAP_KNOBS if compressed else {}), **(knobs or {})}
-    before = [(path, value) for path in wanted if (value := _read(path)) not in (None, wanted[path])]
+    before = [
+        (path, value)
+        for path in dict.fromkeys((*wanted, *ksm.TURNED))
+        if (value := _read(path)) is not None and (path in ksm.TURNED or value != wanted[path])
+    ]
     sizes = [(path, value) for path in _thp_knobs().values() if (value := _read(path)) and path not in wanted]
     try:
         area = swap if isinstance(swap, str) else _swap_file(swap) if swap else None
@@ -94,9 +99,10 @@ def steady(
         os.close(lock)  # the guardian's copy holds it from here on
     try:
         os.sched_setaffinity(0, {min(allowed) if cpu is None else cpu})
-        for path, _ in before:
-            with suppress(OSError):
-                Path(path).write_text(wanted[path])
+        for path, value in before:
+            if wanted.get(path, value) != value:
+                with suppress(OSError):
+                    Path(path).write_text(wanted[path])
         if area:
             _swapon(area)
         # khugepaged sleeps without end while it has nothing to look at, and begins at once with the first mapping that

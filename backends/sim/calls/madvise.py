@@ -11,7 +11,7 @@ import numpy as np
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import collapse, reclaim, shmem, swapping
+from pmcore.backends.sim.services import collapse, ksm_merge, reclaim, shmem, swapping
 from pmcore.backends.sim.virtual import zap
 from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.pte import FIELD, GUARD, GUARD_MARKER, UFFD_WP
@@ -42,8 +42,6 @@ _FLAGS = {
     Madvise.NOHUGEPAGE: (VmFlag.NOHUGEPAGE, VmFlag.HUGEPAGE),
 }
 _NOT_MODELLED = {
-    Madvise.MERGEABLE: "KSM",
-    Madvise.UNMERGEABLE: "KSM",
     Madvise.HWPOISON: "memory failure",
     Madvise.SOFT_OFFLINE: "memory failure",
 }
@@ -190,6 +188,21 @@ def _willneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hi
                 swapping.bring_in(core, field)
 
 
+def _mergeable(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if not vma.flags & VmFlag.MERGEABLE and ksm_merge.compatible(vma):
+        core.ksm.enter(mm)
+        _set_flags(mm, call, vma, low, high, VmFlag.MERGEABLE, 0)
+
+
+def _unmergeable(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+    if vma.flags & VmFlag.MERGEABLE:
+        try:
+            ksm_merge.unmerge(core, mm, vma, low, high)
+        except NoMemory:
+            refuse(Errno.EAGAIN, call, "out of memory")
+        _set_flags(mm, call, vma, low, high, 0, VmFlag.MERGEABLE)
+
+
 def _remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         hugetlb_call.remove(core, mm, call, vma, low, high)
@@ -260,6 +273,8 @@ _DO = {
     Madvise.WILLNEED: _willneed,
     Madvise.REMOVE: _remove,
     Madvise.COLLAPSE: _collapse,
+    Madvise.MERGEABLE: _mergeable,
+    Madvise.UNMERGEABLE: _unmergeable,
     Madvise.GUARD_INSTALL: _guard_install,
     Madvise.GUARD_REMOVE: _guard_remove,
 }

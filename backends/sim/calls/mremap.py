@@ -9,6 +9,7 @@ import attrs
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.mmap import populate, unmap
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.services import ksm_merge
 from pmcore.backends.sim.virtual import hugetlb, remap
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.geometry import align_up
@@ -197,6 +198,10 @@ def _move(
         mm.vmas.split(addr + old_length)
         vma = mm.vmas.at(addr)
         assert vma is not None
+    if vma.flags & VmFlag.MERGEABLE:
+        ksm_merge.unmerge(
+            core, mm, vma, addr, addr + old_length
+        )  # at another address nobody would look for them
     features = getattr(vma.uffd, "features", 0)
     drop_uffd = vma.uffd is not None and not features & UffdFeature.EVENT_REMAP
     # A mapping that never held a page takes the address it moves to for its offset.

@@ -32,6 +32,7 @@ __all__ = ["bring_in", "simple", "swap_in", "swap_in_many"]
 
 _ANON = int(PageFlag.ANON)
 _SWAPCACHE, _DIRTY = int(PageFlag.SWAPCACHE), int(PageFlag.DIRTY)
+_KSM = int(PageFlag.KSM)
 
 
 def bring_in(core: Core, field: int) -> int:
@@ -74,13 +75,13 @@ def swap_in(
     area.counts[field >> 5] -= 1
     flags = frames.flags_at[pfn]
     wanted = core.swap.half_full or vma.flags & VmFlag.LOCKED or flags & int(PageFlag.MLOCKED)
-    if wanted or (write and frames.mapcount_at[pfn] == 0):
+    if wanted or (write and frames.mapcount_at[pfn] == 0 and not flags & _KSM):
         core.swap.uncache(pfn)
     exclusive = bool(pte & SWAP_EXCLUSIVE) or (
         frames.mapcount_at[pfn] == 0 and not frames.flags_at[pfn] & _SWAPCACHE
     )
     entry = pfn | PRESENT | YOUNG | pte & (SOFT_DIRTY | UFFD_WP)
-    if exclusive:
+    if exclusive and not flags & _KSM:
         frames.flags_at[pfn] |= ANON_EXCLUSIVE
         protected = pte & UFFD_WP and vma.flags & VmFlag.UFFD_WP
         clean = core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY and not pte & SOFT_DIRTY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,7 @@ from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
-    from pmcore.arrays import U64Array
+    from pmcore.arrays import BoolArray, U64Array
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.physical.buddy import Pfns
     from pmcore.backends.sim.virtual.space import AddressSpace
@@ -197,24 +198,35 @@ def zap_pmd(core: Core, mm: AddressSpace, vma: VmArea, entry: int) -> None:
         mapping.remove_pmd(core, mm, vma, core.memory.large[entry & FIELD])
 
 
-def split_folio(core: Core, mm: AddressSpace, folio: LargeFolio, near: int) -> None:
-    """Take a folio that only `mm` maps, by PTEs, apart into single pages; what is not mapped of it is freed.
+def _locked(mm: AddressSpace, addresses: Pfns) -> BoolArray:
+    """Which addresses lie in locked mappings."""
+    locked: BoolArray = np.zeros(len(addresses), dtype=np.bool_)
+    for vma in mm.vmas:
+        if vma.flags & VmFlag.LOCKED:
+            locked |= (addresses >= vma.start) & (addresses < vma.end)
+    return locked
+
+
+def split_folio(
+    core: Core, mm: AddressSpace, folio: LargeFolio, near: int, *, others: Iterable[AddressSpace] = ()
+) -> None:
+    """Take a folio that only `mm` and `others` map, by PTEs, apart into single pages; what is not mapped is freed.
 
     Pages of nothing but zeros become the zero page, on kernels that look.
     """
     frames = core.memory.frames
     head, pages = folio.head, folio.pages
     slots, addresses = rmap.pte_slots(core, mm, folio, near)
+    locked = _locked(mm, addresses)
+    for other in others:
+        more, places = rmap.pte_slots(core, other, folio, near)
+        slots, locked = np.append(slots, more), np.append(locked, _locked(other, places))
     if core.caps.migration_makes_soft_dirty:
         dirty = (core.pool.flat[slots] & np.uint64(DIRTY)) != 0
         core.pool.flat[slots[dirty]] |= np.uint64(core.soft_dirty)
     old = core.pool.flat[slots]
     if (old & np.uint64(DIRTY)).any():
         frames.set_bits(head, pages, int(PageFlag.DIRTY))
-    locked = np.zeros(len(slots), dtype=np.bool_)
-    for vma in mm.vmas:
-        if vma.flags & VmFlag.LOCKED:
-            locked |= (addresses >= vma.start) & (addresses < vma.end)
     # Unmapped first, page by page, each from a locked mapping one lock less; what locks are left stay with the head.
     locks = core.mlocks.pop(head, 1) if frames.flags_at[head] & mapping.MLOCKED else 0
     left = locks - int(np.count_nonzero(locked))
@@ -250,7 +262,7 @@ def split_whole(core: Core, entries: U64Array, index: NDArray[np.intp], pfns: Pf
 
 
 def _map_zeros(core: Core, entries: U64Array, index: NDArray[np.intp]) -> None:
-    """Of the single pages that `entries[index]` map alone, map the zero page instead of those that hold only zeros."""
+    """Of the single pages that `entries[index]` map, map the zero page instead of those that hold only zeros."""
     frames = core.memory.frames
     pfns = (entries[index] & np.uint64(FIELD)).view(np.int64)
     zero = core.memory.contents.zero(frames.content[pfns])
@@ -258,5 +270,6 @@ def _map_zeros(core: Core, entries: U64Array, index: NDArray[np.intp]) -> None:
     entries[index] = entries[index] & np.uint64(UFFD_WP | SOFT_DIRTY) | np.uint64(
         PRESENT | SPECIAL | YOUNG | core.zero_pfn
     )
-    frames.mapcount[pfns] = 0
-    core.memory.free_pages(pfns)
+    np.subtract.at(frames.mapcount, pfns, 1)
+    gone = np.unique(pfns)
+    core.memory.free_pages(gone[frames.mapcount[gone] == 0])

@@ -75,7 +75,7 @@ def rollup(core: Core, mm: AddressSpace) -> SmapsEntry:
 
 class _Counters:
     def __init__(self) -> None:
-        self.rss = self.anonymous = self.lazyfree = self.huge = self.referenced = 0
+        self.ksm = self.rss = self.anonymous = self.lazyfree = self.huge = self.referenced = 0
         self.swap = self.swap_pss = self.pss = self.pss_dirty = self.pss_anon = self.pss_locked = 0
         self.kinds = [0, 0, 0, 0]  # shared clean, shared dirty, private clean, private dirty
 
@@ -133,7 +133,7 @@ def _shown(core: Core, sums: _Counters, *, rollup: bool = False) -> dict[str, in
         "Private_Dirty": sums.kinds[3],
         "Referenced": sums.referenced,
         "Anonymous": sums.anonymous,
-        "KSM": 0,
+        "KSM": sums.ksm,
         "LazyFree": sums.lazyfree,
         "AnonHugePages": sums.huge,
         "ShmemPmdMapped": 0,
@@ -197,6 +197,7 @@ def _present(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
     pss = (size << _PSS_SHIFT) // counts
     sums.rss += len(pfns) * size
     sums.anonymous += int(anon.sum()) * size
+    sums.ksm += int(((flags & np.uint64(PageFlag.KSM)) != 0).sum()) * size
     sums.lazyfree += int((anon & ((flags & np.uint64(PageFlag.SWAPBACKED)) == 0) & ~dirty).sum()) * size
     sums.referenced += int(young.sum()) * size
     sums.pss += int(pss.sum())

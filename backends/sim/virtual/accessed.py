@@ -17,7 +17,7 @@ __all__ = ["mark"]
 
 _ALL = (1 << 64) - 1
 _REFERENCED, _ACTIVE = int(PageFlag.REFERENCED), int(PageFlag.ACTIVE)
-_UNEVICTABLE = int(PageFlag.UNEVICTABLE)
+_UNEVICTABLE, _KSM = int(PageFlag.UNEVICTABLE), int(PageFlag.KSM)
 
 
 def mark(core: Core, pfns: Pfns) -> None:
@@ -30,6 +30,11 @@ def mark(core: Core, pfns: Pfns) -> None:
         for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
             _folio(core, head, count)
         pfns, flags = pfns[~compound], flags[~compound]
+    merged = (flags & np.uint64(_KSM)) != 0
+    if merged.any():  # the same page, as often as it is mapped
+        for pfn in pfns[merged].tolist():
+            _folio(core, pfn, 1)
+        pfns, flags = pfns[~merged], flags[~merged]
     referenced = (flags & np.uint64(_REFERENCED)) != 0
     frames.flags[pfns[~referenced]] |= np.uint64(_REFERENCED)
     again = pfns[referenced & ((flags & np.uint64(_UNEVICTABLE | _ACTIVE)) == 0)]
@@ -38,7 +43,8 @@ def mark(core: Core, pfns: Pfns) -> None:
 
 
 def _folio(core: Core, head: int, times: int) -> None:
-    frames, pages = core.memory.frames, core.memory.large[head].pages
+    frames = core.memory.frames
+    pages = core.memory.large[head].pages if frames.flags_at[head] & COMPOUND else 1
     for _ in range(min(times, 3)):
         flags = frames.flags_at[head]
         if not flags & _REFERENCED:

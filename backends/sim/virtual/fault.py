@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["access", "find", "segfault"]
 
-_SWAPCACHE = int(PageFlag.SWAPCACHE)
+_SWAPCACHE, _KSM = int(PageFlag.SWAPCACHE), int(PageFlag.KSM)
 
 
 def segfault(addr: int, cause: str) -> AddressSpaceFault:
@@ -186,7 +186,7 @@ def _reusable(core: Core, mm: AddressSpace, pfn: int) -> bool:
         if not core.caps.large_folio_reuse or folio.mapped <= 1 or thp.maybe_shared(core, folio):
             return False
         return not flags & _SWAPCACHE or core.swap.uncache(folio.head, folio.order)
-    if frames.mapcount_at[pfn] != 1:
+    if frames.mapcount_at[pfn] != 1 or flags & _KSM:
         return False
     return not flags & _SWAPCACHE or core.swap.uncache(pfn)
 

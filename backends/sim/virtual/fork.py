@@ -43,6 +43,8 @@ def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
     """Fill `child`, which is empty, from `parent`."""
     child.brk_start, child.brk = parent.brk_start, parent.brk
     child.soft_dirty_cleared = parent.soft_dirty_cleared
+    if core.ksm.by_mm:
+        core.ksm.forked(parent, child)
     for vma in parent.vmas:
         if vma.flags & VmFlag.DONTCOPY:
             continue

@@ -23,7 +23,7 @@ __all__ = ["NEW_ANON", "add_pages", "discard_folio", "remove_page", "remove_page
 #: What a fresh anonymous page shows.
 NEW_ANON = int(PageFlag.UPTODATE | PageFlag.LRU | PageFlag.ANON | PageFlag.SWAPBACKED)
 MLOCKED = int(PageFlag.UNEVICTABLE | PageFlag.MLOCKED)
-_SWAPCACHE = int(PageFlag.SWAPCACHE)
+_SWAPCACHE, _KSM = int(PageFlag.SWAPCACHE), int(PageFlag.KSM)
 _COMPOUND = np.uint64(COMPOUND)
 
 
@@ -62,7 +62,10 @@ def take_page(core: Core, vma: VmArea, flags: int | None = None) -> int:
 def add_pages(core: Core, mm: AddressSpace, pfns: Pfns) -> None:
     """One PTE more for each page."""
     frames = core.memory.frames
-    frames.mapcount[pfns] += 1
+    if core.ksm.nodes:
+        np.add.at(frames.mapcount, pfns, 1)  # a merged page may be there more than once
+    else:
+        frames.mapcount[pfns] += 1
     if core.memory.large:
         heads = (pfns - frames.behind[pfns])[(frames.flags[pfns] & _COMPOUND) != 0]
         for head, count in zip(*(a.tolist() for a in np.unique(heads, return_counts=True)), strict=True):
@@ -96,10 +99,10 @@ def remove_page(core: Core, mm: AddressSpace, vma: VmArea, pfn: int) -> None:
 
 
 def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
-    """One PTE less for each of many pages (each named once)."""
+    """One PTE less for each of many pages (each named once, but for merged ones)."""
     memory, frames = core.memory, core.memory.frames
     flags = frames.flags[pfns]
-    special = _COMPOUND | np.uint64(_SWAPCACHE | MLOCKED)
+    special = _COMPOUND | np.uint64(_SWAPCACHE | MLOCKED | _KSM)
     odd = (flags & special) != 0
     if odd.any():
         compound = pfns[(flags & _COMPOUND) != 0]

@@ -64,6 +64,8 @@ class AddressSpace:
         from pmcore.backends.sim.services.pagecache import OpenFile
         from pmcore.backends.sim.virtual import hugetlb, zap
 
+        if self.core.ksm.by_mm:
+            self.core.ksm.exited(self)
         inodes = {vma.file.number: vma.file for vma in self.vmas if vma.file is not None}
         inodes |= {f.inode.number: f.inode for f in self.files.values() if isinstance(f, OpenFile)}
         huge = [vma for vma in self.vmas if vma.huge is not None]

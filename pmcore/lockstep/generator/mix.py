@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pmcore.errors import ArgumentError
 from pmcore.lockstep.generator.accesses import exit_task, fork, huge_page, lock_all, sequence, write
 from pmcore.lockstep.generator.draw import Draw
 from pmcore.lockstep.generator.files import file
 from pmcore.lockstep.generator.hugetlb import map_huge, touch_huge, track_huge
+from pmcore.lockstep.generator.ksm import KSM, ask
 from pmcore.lockstep.generator.mappings import brk, map_anywhere, map_memory, map_over, move, stack
 from pmcore.lockstep.generator.state import HUGE, KEPT, Maker, State, ranged
 from pmcore.lockstep.generator.tracking import (
@@ -24,7 +26,10 @@ from pmcore.program import Program
 from pmcore.program import steps as s
 from pmcore.uapi import Madvise
 
-__all__ = ["random_program", "random_thp"]
+__all__ = ["FOCUSES", "random_program", "random_thp"]
+
+#: Subjects that programs may be biased to.
+FOCUSES = ("ksm",)
 
 _EITHER = (False, True)
 #: PROT_GROWSDOWN, PROT_GROWSUP.
@@ -114,11 +119,15 @@ def random_program(
     max_steps: int = 40,
     hugetlb: bool | None = None,
     thp: Mapping[str, str] | None = None,
+    focus: str = "",
 ) -> Program:
     """A program of up to `max_steps` steps for the kernel of `profile`: with soft-dirty that is cleared often.
 
     `hugetlb`: with mappings of it, without, or (None) now and then. `thp` is what it says of huge pages.
+    `focus`, one of FOCUSES, is a subject that its steps are biased to.
     """
+    if focus and focus not in FOCUSES:
+        raise ArgumentError(f"focus={focus!r}", remedy=f"known: {', '.join(FOCUSES)}")
     settings = dict(thp or {})
     state = State()
     named = (int(size.removesuffix("kB")) // 4 for size in settings if size != "enabled")
@@ -127,7 +136,10 @@ def random_program(
     kinds = (*_KINDS, *(clear_soft_dirty,) * 6) if soft_dirty else _KINDS
     first = map_memory(draw, state)
     assert isinstance(first, s.Map)
-    steps: list[s.Step] = [first]
+    merging = focus == "ksm"
+    if merging:
+        kinds = (*kinds, *KSM)
+    steps: list[s.Step] = [first, *(ask(draw, first) if merging else ())]
     if first.pages >= HUGE and draw.flip():
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
     if hugetlb or (hugetlb is None and draw.of((False, False, True))):
@@ -139,6 +151,8 @@ def random_program(
         step = kind(draw, state)
         steps += [one for one in (step, *state.next) if one is not None and _compared(one, state)]
         state.next.clear()
+        if merging and isinstance(step, s.Map):
+            steps += ask(draw, step)
         if isinstance(step, s.Map) and step.pages >= HUGE and draw.integer(0, 2):
             steps.append(s.Advise(area=step.area, pages=step.pages, advice=int(Madvise.HUGEPAGE)))
     return Program(name="random", steps=tuple(steps[:max_steps]), thp=settings)

@@ -1,0 +1,148 @@
+"""What merging does to entries and frames: one page in the place of another, and a page of one's own again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
+from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.virtual import accessed, mapping
+from pmcore.backends.sim.virtual.pte import (
+    DIRTY,
+    FIELD,
+    LEAF,
+    PRESENT,
+    SOFT_DIRTY,
+    SPECIAL,
+    TABLE,
+    UFFD_WP,
+    WRITE,
+    YOUNG,
+)
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.uapi import PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
+
+__all__ = ["compatible", "merge", "mergeable", "page_at", "split", "unmerge", "unshare"]
+
+_KSM, _DIRTY = int(PageFlag.KSM), int(PageFlag.DIRTY)
+_REFUSED = VmFlag.SHARED | VmFlag.MAYSHARE | VmFlag.PFNMAP | VmFlag.IO | VmFlag.DONTEXPAND | VmFlag.HUGETLB
+
+
+def compatible(vma: VmArea) -> bool:
+    """Whether a mapping can be merged at all; the advice is without effect on others."""
+    return not vma.flags & _REFUSED
+
+
+def mergeable(vma: VmArea) -> bool:
+    """Whether ksmd looks at the mapping."""
+    return bool(vma.flags & VmFlag.MERGEABLE) and vma.anon_vma is not None
+
+
+def page_at(core: Core, mm: AddressSpace, address: int) -> int:
+    """The frame of the anonymous page at an address; -1 where there is none (the zero page is none)."""
+    slot = mm.tables.pmd_slot(address)
+    entry = core.pool.at[slot] if slot >= 0 else 0
+    if entry & LEAF:
+        if entry & FIELD == core.huge_zero_pfn:
+            return -1
+        return (entry & FIELD) + (address >> core.geometry.page_shift & core.geometry.pmd_pages - 1)
+    if not entry & TABLE:
+        return -1
+    pte = core.pool.at[mm.tables.pte_slot(address)]
+    return pte & FIELD if pte & PRESENT and pte & FIELD != core.zero_pfn else -1
+
+
+def split(core: Core, mm: AddressSpace, address: int, pfn: int) -> None:
+    """Take the folio of a page apart, whoever maps it. Raises NoMemory with nothing but PMDs split."""
+    frames = core.memory.frames
+    folio = core.memory.large[frames.head(pfn)]
+    mappers = [other for other in core.spaces.values() if other.number in folio.by_mm]
+    for other in mappers if folio.entire else ():
+        for extent in list(other.tables.extents(0, core.geometry.task_size)):
+            if extent.huge:
+                for index in np.flatnonzero((extent.entries & np.uint64(FIELD)) == folio.head).tolist():
+                    start = extent.start + index * extent.size
+                    vma = other.vmas.at(start)
+                    assert vma is not None
+                    thp.split_pmd(core, other, vma, start)
+    thp.split_folio(core, mm, folio, address, others=[other for other in mappers if other is not mm])
+
+
+def merge(core: Core, mm: AddressSpace, vma: VmArea, address: int, pfn: int, kept: int | None) -> bool:
+    """Map `kept` (a merged page, or the zero page) in the place of `pfn`, or make `pfn` a merged page (None).
+
+    Whether that could be done: not where the page is not mapped there any more.
+    """
+    frames = core.memory.frames
+    if pfn == kept:
+        return True
+    if frames.flags_at[pfn] & COMPOUND:
+        try:
+            split(core, mm, address, pfn)
+        except NoMemory:
+            return False
+    if page_at(core, mm, address) != pfn:
+        return False
+    slot, at = mm.tables.pte_slot(address), core.pool.at
+    pte = at[slot]
+    if pte & DIRTY:
+        frames.flags_at[pfn] |= _DIRTY
+    at[slot] = pte & ~(WRITE | DIRTY)
+    frames.flags_at[pfn] &= ~ANON_EXCLUSIVE
+    if kept is None:
+        frames.flags_at[pfn] |= _KSM | _DIRTY
+        accessed.mark(core, np.array([pfn], dtype=np.int64))
+        return True
+    if kept == core.zero_pfn:
+        # Dirty, so that it is known for one of ours.
+        at[slot] = kept | PRESENT | SPECIAL | DIRTY | YOUNG
+    else:
+        frames.mapcount_at[kept] += 1
+        at[slot] = kept | PRESENT | YOUNG
+        if vma.flags & VmFlag.LOCKED:
+            mapping.mlock(core, kept, 1)
+    mapping.remove_page(core, mm, vma, pfn)
+    core.count("ksm_merged")
+    return True
+
+
+def unshare(core: Core, mm: AddressSpace, vma: VmArea, address: int) -> None:
+    """A page of its own for an entry that maps a merged one, or the zero page for one: not writable yet, clean."""
+    slot = mm.tables.pte_slot(address)
+    pte = core.pool.at[slot]
+    pfn = pte & FIELD
+    copy = mapping.take_page(core, vma)
+    frames = core.memory.frames
+    if frames.content_at[pfn]:
+        frames.content[copy] = core.memory.contents.copies(frames.content[pfn : pfn + 1])[0]
+    frames.mapcount_at[copy] = 1
+    core.pool.at[slot] = copy | PRESENT | YOUNG | pte & (SOFT_DIRTY | UFFD_WP)
+    core.count("ksm_unshared")
+    if pfn != core.zero_pfn:
+        mapping.remove_page(core, mm, vma, pfn)
+
+
+def unmerge(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> None:
+    """Pages of their own for all merged ones of a range. Raises NoMemory with those before it done."""
+    frames, size = core.memory.frames, core.geometry.page_size
+    places: list[int] = []
+    for extent in mm.tables.extents(start, end):
+        if extent.huge:
+            continue
+        entries = extent.entries
+        pfns = (entries & np.uint64(FIELD)).view(np.int64)
+        present = (entries & np.uint64(PRESENT)) != 0
+        ours = present & (pfns == core.zero_pfn) & ((entries & np.uint64(DIRTY)) != 0)
+        index = np.flatnonzero(present)
+        ours[index] |= (frames.flags[pfns[index]] & np.uint64(_KSM)) != 0
+        places += (extent.start + np.flatnonzero(ours) * size).tolist()
+    for address in places:
+        unshare(core, mm, vma, address)
