@@ -10,7 +10,7 @@ import numpy as np
 from pmcore.backends.sim.physical.folios import LargeFolio
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
-from pmcore.backends.sim.services import swapping, thp
+from pmcore.backends.sim.services import lru, swapping, thp
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, GUARD, LEAF, PRESENT, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -18,7 +18,7 @@ from pmcore.backends.sim.virtual.zap import swap_entries
 from pmcore.uapi import Errno, PageFlag
 
 if TYPE_CHECKING:
-    from pmcore.arrays import BoolArray
+    from pmcore.arrays import BoolArray, U64Array
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
@@ -80,6 +80,9 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | 
         return Errno.EINVAL, True
     for index in np.flatnonzero(swap_entries(entries)).tolist():
         swapping.swap_in(core, mm, vma, first + index, int(entries[index]), write=False)
+    if _met_twice(core, entries):
+        core.memory.free_folio(folio)
+        return Errno.EAGAIN, False
     _copy(core, mm, vma, addr, folio)
     return None, False
 
@@ -142,8 +145,31 @@ def scan_block(core: Core, mm: AddressSpace, vma: VmArea, addr: int, limits: Lim
     except NoMemory:
         core.memory.free_folio(folio)
         return "fail"
+    if _met_twice(core, entries):
+        core.memory.free_folio(folio)
+        return "page_lock"
     _copy(core, mm, vma, addr, folio)
     return "collapsed"
+
+
+def _met_twice(core: Core, entries: U64Array) -> bool:
+    """Whether a page is met that is mapped further up in the block, too: a merged one, locked since (rule KS-015).
+
+    What was isolated from the LRU lists by then goes back, the last first.
+    """
+    if not core.ksm.nodes:
+        return False
+    normal = ((entries & _PRESENT) != 0) & ((entries & _FIELD) != np.uint64(core.zero_pfn))
+    pfns = (entries[normal] & _FIELD).view(np.int64)
+    firsts = np.unique(pfns, return_index=True)[1]
+    if len(firsts) == len(pfns):
+        return False
+    isolated = np.ones(len(pfns), dtype=np.bool_)
+    isolated[firsts] = False
+    heads = pfns[: int(np.argmax(isolated))]
+    heads = heads - core.memory.frames.behind[heads]
+    lru.to_head(core, heads[np.sort(np.unique(heads, return_index=True)[1])][::-1])
+    return True
 
 
 def _shared(core: Core, pfns: np.ndarray[tuple[int], np.dtype[np.int64]]) -> BoolArray:
