@@ -20,7 +20,7 @@ PAGE = 4096
 
 def pieces(run, step):
     """How many mappings, and holes between them, the step's range has."""
-    if getattr(step, "area", None) not in run.areas or not hasattr(step, "pages"):
+    if getattr(step, "area", None) not in run.areas or not hasattr(step, "page"):
         return 0
     start = run.areas[step.area][0] + step.page * PAGE
     end = start + step.pages * PAGE
