@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import attrs
@@ -51,32 +52,32 @@ class Geometry:
         if value <= 0 or value % self.page_size:
             raise ArgumentError(f"task_size {value:#x} is not a positive multiple of the page size")
 
-    @property
+    @functools.cached_property
     def page_size(self) -> int:
         """Bytes in a page."""
         return 1 << self.page_shift
 
-    @property
+    @functools.cached_property
     def pmd_order(self) -> int:
         """Order of a PMD-mapped huge page: one page-table page full of 8-byte entries."""
         return self.page_shift - 3
 
-    @property
+    @functools.cached_property
     def pmd_size(self) -> int:
         """Bytes that one PMD entry maps."""
         return 1 << (self.page_shift + self.pmd_order)
 
-    @property
+    @functools.cached_property
     def pmd_pages(self) -> int:
         """Pages that one PMD entry maps."""
         return 1 << self.pmd_order
 
-    @property
+    @functools.cached_property
     def pud_size(self) -> int:
         """Bytes that one PUD entry maps."""
         return 1 << (self.page_shift + 2 * self.pmd_order)
 
-    @property
+    @functools.cached_property
     def bounce_regions(self) -> int:
         """Regions that PAGEMAP_SCAN collects before it copies them out: PMD size by page size (SC)."""
         return self.pmd_pages

@@ -26,7 +26,8 @@ __all__ = ["scan_tables"]
 
 _WRITTEN = np.uint64(PageCategory.WRITTEN)
 _WP_MATCHING, _CHECK_WPASYNC = int(ScanFlag.WP_MATCHING), int(ScanFlag.CHECK_WPASYNC)
-#: Up to this many leaves are reported one by one: faster than arrays.
+_HOLE, _PMD, _HUGETLB = int(LeafKind.HOLE), int(LeafKind.PMD), int(LeafKind.HUGETLB)
+#: Up to this many leaves are taken one by one: faster than arrays.
 _FEW = 8
 
 
@@ -57,6 +58,8 @@ class _Verdict(NamedTuple):
     words: U64Array
     #: What is reported, None where it is not selected.
     said: tuple[int | None, ...]
+    #: Whether it is there to be armed: it is written.
+    arms: tuple[bool, ...]
     #: Where only one word is reported, and a look at some bits tells of whom: the bits, what they are, and whether
     #: those are the leaves that are selected, or all others.
     test: tuple[int, int, bool] | None
@@ -72,7 +75,8 @@ class _Verdict(NamedTuple):
             for word, chosen in zip(reported.tolist(), selected.tolist(), strict=True)
         )
         test = (_test(selected) or _test(~selected, equal=False)) if len(words) == 1 else None
-        return cls(categories, selected, reported, saying, words, said, test)
+        arms = tuple(((categories & _WRITTEN) != 0).tolist())
+        return cls(categories, selected, reported, saying, words, said, arms, test)
 
     def sayings(self, leaves: CodedLeaves) -> NDArray[Any]:
         """What is said of each leaf: as in `saying`, or, where there is but one word, whether it is said."""
@@ -145,6 +149,8 @@ class _Walk:
         """Take one batch: (where to ask for the leaves anew, or None; whether the walk stops)."""
         if isinstance(batch, CodedLeaves):
             verdict = self._judge(vma, batch.palette)
+            if len(batch.words) <= _FEW:
+                return None, self._take_few(vma, batch, verdict)
             if not self.protecting:
                 return None, self._push_coded(batch, verdict)
             codes = batch.codes
@@ -199,17 +205,27 @@ class _Walk:
             verdict = _verdicts[key] = _Verdict.of(*self._select(vma, palette))
         return verdict
 
+    def _take_few(self, vma: ScanVma, batch: CodedLeaves, verdict: _Verdict) -> bool:
+        """Take the selected ones of small leaves one by one; whether the walk stops at one of them."""
+        start, size = batch.base, batch.size
+        for word in batch.words.tolist():
+            code = word >> batch.shift
+            said = verdict.said[code]
+            if said is not None:
+                if self.protecting:
+                    stop = self._one(vma, start, start + size, code, batch.palette, said, verdict.arms[code])[
+                        1
+                    ]
+                else:
+                    stop = self.output.push_one(start, start + size, said)[1]
+                if stop:
+                    return True
+            start += size
+        return False
+
     def _push_coded(self, batch: CodedLeaves, verdict: _Verdict) -> bool:
         """Report the selected leaves; whether the walk stops at one of them."""
-        output, words, size = self.output, batch.words, batch.size
-        if len(words) <= _FEW:
-            start = batch.base
-            for word in words.tolist():
-                said = verdict.said[word >> batch.shift]
-                if said is not None and output.push_one(start, start + size, said)[1]:
-                    return True
-                start += size
-            return False
+        output, size = self.output, batch.size
         if not len(verdict.words):
             return False
         # Runs of leaves of which the same is said; what is not selected is a run, too.
@@ -242,9 +258,9 @@ class _Walk:
     ) -> tuple[int | None, bool]:
         kind = leaves.kind
         written = (categories & _WRITTEN) != 0
-        arm = written | (kind == LeafKind.HOLE)
-        size = np.where(kind == LeafKind.HUGETLB, np.uint64(vma.hugetlb), np.uint64(self.pmd_size))
-        huge = (kind == LeafKind.PMD) | (kind == LeafKind.HUGETLB)
+        arm = written | (kind == _HOLE)
+        size = np.where(kind == _HUGETLB, np.uint64(vma.hugetlb), np.uint64(self.pmd_size))
+        huge = (kind == _PMD) | (kind == _HUGETLB)
         partial = np.flatnonzero(huge & written & (leaves.end - leaves.start != size))
         position = 0
         while position < len(leaves):
@@ -257,30 +273,35 @@ class _Walk:
             if taken == len(leaves):
                 break
             # Either a limit strikes at this leaf, or it is a huge page that the request covers in part.
-            one = leaves.take(slice(taken, taken + 1))
-            resume, stop = self._one(vma, one, int(reported[taken]), bool(arm[taken]))
+            start, end = int(leaves.start[taken]), int(leaves.end[taken])
+            resume, stop = self._one(vma, start, end, taken, leaves, int(reported[taken]), bool(arm[taken]))
             if stop or resume is not None:
                 return resume, stop
             position = taken + 1
         return None, False
 
-    def _one(self, vma: ScanVma, leaf: LeafBatch, reported: int, arm: bool) -> tuple[int | None, bool]:
-        """One leaf of a protecting request, in the kernel's order of events."""
-        start, whole_end, kind = int(leaf.start[0]), int(leaf.end[0]), int(leaf.kind[0])
-        end, stop = self.output.push_one(start, whole_end, reported)
+    def _one(
+        self, vma: ScanVma, start: int, end: int, row: int, leaves: LeafBatch, reported: int, arm: bool
+    ) -> tuple[int | None, bool]:
+        """One leaf of a protecting request, in the kernel's order of events: of the sort of that row of `leaves`."""
+        end, stop = self.output.push_one(start, end, reported)
         if end == start or not arm:
             return None, stop
-        if kind == LeafKind.PMD and end - start != self.pmd_size:
+        kind = int(leaves.kind[row])
+        if kind == _PMD and end - start != self.pmd_size:
             self.tables.split_pmd(vma, start)
             self.output.back_out(start, end)
             return start, False
-        if kind == LeafKind.HUGETLB and end - start != vma.hugetlb:
+        if kind == _HUGETLB and end - start != vma.hugetlb:
             # A hugetlb page is protected whole or not at all; the kernel goes on behind it.
             self.output.back_out(start, end)
             self.output.walk_end = start
             return None, False
         part = LeafBatch(
-            start=leaf.start, end=np.array([end], dtype=np.uint64), kind=leaf.kind, categories=leaf.categories
+            start=np.array([start], dtype=np.uint64),
+            end=np.array([end], dtype=np.uint64),
+            kind=leaves.kind[row : row + 1],
+            categories=leaves.categories[row : row + 1],
         )
         self.tables.write_protect(vma, part)
         return None, stop

@@ -74,6 +74,13 @@ def set_lock(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, fl
         return
     change = mapping.mlock if flags & VmFlag.LOCKED else mapping.munlock
     frames = core.memory.frames
+    few = mm.tables.few(start, end) if not core.memory.large else None
+    if few is not None:
+        for slot in few:
+            pte = core.pool.at[slot]
+            if pte & PRESENT and pte & FIELD != core.zero_pfn:
+                change(core, pte & FIELD, 1)
+        return
     for extent in mm.tables.extents(start, end):
         entries = extent.entries
         pfns = (entries[(entries & np.uint64(PRESENT)) != 0] & np.uint64(FIELD)).view(np.int64)

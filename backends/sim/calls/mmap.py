@@ -26,18 +26,13 @@ _PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
 #: Kept free below a mapping that grows downwards (stack_guard_gap).
 _GUARD_PAGES = 256
 _GROWSDOWN, _GROWSUP = 0x01000000, 0x02000000
-_KNOWN = int(
-    MapFlag.SHARED
-    | MapFlag.PRIVATE
-    | MapFlag.FIXED
-    | MapFlag.ANONYMOUS
-    | MapFlag.GROWSDOWN
-    | MapFlag.LOCKED
-    | MapFlag.NORESERVE
-    | MapFlag.POPULATE
-    | MapFlag.STACK
-    | MapFlag.FIXED_NOREPLACE
-)
+#: Flags as plain numbers: those of the enumeration take a microsecond each.
+_SHARED, _PRIVATE, _VALIDATE = int(MapFlag.SHARED), int(MapFlag.PRIVATE), int(MapFlag.SHARED_VALIDATE)
+_ANONYMOUS, _HUGETLB, _DOWN = int(MapFlag.ANONYMOUS), int(MapFlag.HUGETLB), int(MapFlag.GROWSDOWN)
+_FIXED, _NOREPLACE = int(MapFlag.FIXED), int(MapFlag.FIXED_NOREPLACE)
+_LOCKED, _POPULATE, _NORESERVE = int(MapFlag.LOCKED), int(MapFlag.POPULATE), int(MapFlag.NORESERVE)
+_KNOWN = _SHARED | _PRIVATE | _FIXED | _ANONYMOUS | _DOWN | _LOCKED | _NORESERVE | _POPULATE | _NOREPLACE
+_KNOWN |= int(MapFlag.STACK)
 _IGNORED = 0x0800 | 0x1000 | 0x10000  # MAP_DENYWRITE, MAP_EXECUTABLE, MAP_NONBLOCK
 
 
@@ -49,20 +44,20 @@ def mmap(
     size, call = geometry.page_size, f"mmap({addr:#x}, {length:#x}, {prot:#x}, {flags:#x}, {fd}, {offset:#x})"
     if offset & size - 1:
         refuse(Errno.EINVAL, call, "the offset is not page-aligned")
-    if not flags & MapFlag.ANONYMOUS and fd not in mm.files:
+    if not flags & _ANONYMOUS and fd not in mm.files:
         refuse(Errno.EBADF, call)
-    if flags & MapFlag.HUGETLB:
-        if not flags & MapFlag.ANONYMOUS:
+    if flags & _HUGETLB:
+        if not flags & _ANONYMOUS:
             refuse(Errno.EINVAL, call, "that file has no huge pages")
         return hugetlb_call.mmap(core, mm, addr, length, prot, flags, offset)
     if not length:
         refuse(Errno.EINVAL, call, "no length")
-    if flags & MapFlag.FIXED_NOREPLACE:
-        flags |= MapFlag.FIXED
+    if flags & _NOREPLACE:
+        flags |= _FIXED
     length = align_up(length, size)
     if length >= 1 << 64 or length > geometry.task_size:
         refuse(Errno.ENOMEM, call)
-    if flags & MapFlag.FIXED:
+    if flags & _FIXED:
         if addr > geometry.task_size - length:
             refuse(Errno.ENOMEM, call)
         if addr & size - 1:
@@ -71,48 +66,48 @@ def mmap(
         addr = _place(core, mm, addr, length)
         if addr < 0:
             refuse(Errno.ENOMEM, call, "no place in the address space")
-    if flags & MapFlag.FIXED_NOREPLACE and mm.vmas.within(addr, addr + length):
+    if flags & _NOREPLACE and mm.vmas.within(addr, addr + length):
         refuse(Errno.EEXIST, call)
-    if flags & MapFlag.LOCKED and not core.may_lock(mm, length):
+    if flags & _LOCKED and not core.may_lock(mm, length):
         refuse(Errno.EAGAIN, call)
     kind = flags & 0x0F
     inode, pgoff = None, addr >> geometry.page_shift
-    if not flags & MapFlag.ANONYMOUS:
+    if not flags & _ANONYMOUS:
         file = mm.files[fd]
         pgoff = offset >> geometry.page_shift
-        if kind == MapFlag.SHARED_VALIDATE and flags & ~(_KNOWN | _IGNORED | MapFlag.HUGETLB):
+        if kind == _VALIDATE and flags & ~(_KNOWN | _IGNORED | _HUGETLB):
             refuse(Errno.EOPNOTSUPP, call)
-        if kind in (MapFlag.SHARED, MapFlag.PRIVATE, MapFlag.SHARED_VALIDATE):
+        if kind in (_SHARED, _PRIVATE, _VALIDATE):
             if not isinstance(file, OpenFile):
                 refuse(Errno.ENODEV, call, "that descriptor cannot be mapped")
-            if flags & MapFlag.GROWSDOWN:
+            if flags & _DOWN:
                 refuse(Errno.EINVAL, call, "a file does not grow down")
             inode = file.inode
-            kind = MapFlag.SHARED if kind == MapFlag.SHARED_VALIDATE else MapFlag(kind)
-    if kind not in (MapFlag.SHARED, MapFlag.PRIVATE):
+            kind = _SHARED if kind == _VALIDATE else kind
+    if kind not in (_SHARED, _PRIVATE):
         refuse(Errno.EINVAL, call, "neither MAP_PRIVATE nor MAP_SHARED")
     vm_flags = prot & _PROT | VmFlag.MAY_ALL | mm.def_flags
-    if kind == MapFlag.SHARED:
-        if flags & MapFlag.GROWSDOWN:
+    if kind == _SHARED:
+        if flags & _DOWN:
             refuse(Errno.EINVAL, call, "shared memory does not grow down")
         vm_flags |= VmFlag.SHARED | VmFlag.MAYSHARE
-    if flags & MapFlag.LOCKED:
+    if flags & _LOCKED:
         vm_flags |= VmFlag.LOCKED
-    if flags & MapFlag.GROWSDOWN:
+    if flags & _DOWN:
         vm_flags |= VmFlag.GROWSDOWN
-    if flags & MapFlag.NORESERVE and core.policy.overcommit != "never":
+    if flags & _NORESERVE and core.policy.overcommit != "never":
         vm_flags |= VmFlag.NORESERVE
     if vm_flags & (VmFlag.WRITE | VmFlag.SHARED | VmFlag.NORESERVE) == VmFlag.WRITE:
         vm_flags |= VmFlag.ACCOUNT
     if core.caps.soft_dirty:
         vm_flags |= VmFlag.SOFTDIRTY
     _unmap(core, mm, addr, addr + length)
-    if kind == MapFlag.SHARED and inode is None:
+    if kind == _SHARED and inode is None:
         inode, pgoff = pagecache.make(core, FileSystem.SHMEM, "/dev/zero (deleted)", length), 0
     name = "" if inode is None else inode.name
     mm.vmas.add(VmArea(addr, addr + length, vm_flags, pgoff, name=name, file=inode))
     mm.vmas.merge(addr, addr + length)  # the whole of it is soft-dirty then
-    if flags & MapFlag.POPULATE or (vm_flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
+    if flags & _POPULATE or (vm_flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
         populate(core, mm, addr, addr + length)
     return addr
 
@@ -190,7 +185,7 @@ def _unmap(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         mm.vmas.remove(vma)
     if huge:
         hugetlb.unmap(core, mm, huge)
-    mm.tables.free_range(floor, ceiling)
+    mm.tables.free_range(start, end, floor, ceiling)
     for inode in {vma.file.number: vma.file for vma in gone if vma.file is not None}.values():
         pagecache.put(core, inode)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import attrs
-
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.mmap import populate, unmap
 from pmcore.backends.sim.calls.refuse import refuse
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["mremap"]
 
 _MAYMOVE, _FIXED, _DONTUNMAP = int(MremapFlag.MAYMOVE), int(MremapFlag.FIXED), int(MremapFlag.DONTUNMAP)
+_EVENT_REMAP = int(UffdFeature.EVENT_REMAP)
 
 
 def mremap(
@@ -203,13 +202,13 @@ def _move(
             core, mm, vma, addr, addr + old_length
         )  # at another address nobody would look for them
     features = getattr(vma.uffd, "features", 0)
-    drop_uffd = vma.uffd is not None and not features & UffdFeature.EVENT_REMAP
+    drop_uffd = vma.uffd is not None and not features & _EVENT_REMAP
     # A mapping that never held a page takes the address it moves to for its offset.
     keeps = vma.anon_vma is not None or vma.huge is not None or vma.file is not None
     pgoff = vma.pgoff + (addr - vma.start >> shift) if keeps else new_addr >> shift
     if vma.huge is not None:
         hugetlb_call.check_move(core, vma, addr, old_length)
-    new = attrs.evolve(vma, start=new_addr, end=new_addr + new_length, pgoff=pgoff)
+    new = vma.copy(new_addr, new_addr + new_length, pgoff)
     if drop_uffd:
         new.flags &= ~VmFlag.UFFD
         new.uffd = None

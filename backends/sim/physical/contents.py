@@ -20,6 +20,7 @@ class Contents:
         self._pool = np.zeros((16, page_size), dtype=np.uint8)
         self._used = 1
         self._free: list[int] = []
+        self._zeros = bytes(page_size)
 
     @property
     def in_use(self) -> int:
@@ -90,6 +91,10 @@ class Contents:
             result[part] += (self._pool[rows[part]].view("<u8") * weights).sum(axis=1, dtype=np.uint64)
         result[result == 0] = 1
         return result
+
+    def is_zero(self, row: int) -> bool:
+        """Whether one page holds nothing but zeros."""
+        return not row or self._pool[row].tobytes() == self._zeros
 
     def zero(self, rows: Rows) -> NDArray[np.bool_]:
         """Which pages hold nothing but zeros."""

@@ -44,25 +44,27 @@ class Memory:
 
     # -- taking ----------------------------------------------------------------------------------------
 
-    def _zones_with(self, pages: int, *, kernel: bool) -> list[Zone]:
-        keep = 0 if kernel else self.reserve // len(self.zones)
-        return [zone for zone in self.zones if zone.free_pages >= pages + keep]
-
     @property
     def short(self) -> bool:
         """Whether the kernel lives on its reserve: calls reclaim before they begin, to have it for page tables."""
-        return self.free_total < self.reserve
+        left = self.reserve
+        for zone in self.zones:
+            left -= zone.free_pages
+        return left > 0
 
     def has_room(self, pages: int) -> bool:
         """Whether a process gets so many frames in one piece of a zone, as far as watermarks go."""
-        return bool(self._zones_with(pages, kernel=False))
+        pages += self.reserve // len(self.zones)
+        return any(zone.free_pages >= pages for zone in self.zones)
 
     def block(self, order: int, *, kernel: bool = False) -> int:
         """The first frame of 2**order free ones. Raises NoMemory: who asks may reclaim and ask again."""
-        for zone in self._zones_with(1 << order, kernel=kernel):
-            pfn = zone.take(order)
-            if pfn >= 0:
-                return pfn
+        pages = (1 << order) + (0 if kernel else self.reserve // len(self.zones))
+        for zone in self.zones:
+            if zone.free_pages >= pages:
+                pfn = zone.take(order)
+                if pfn >= 0:
+                    return pfn
         raise NoMemory
 
     def page(self, flags: int) -> int:
@@ -301,6 +303,12 @@ class Memory:
 
     # -- page tables -----------------------------------------------------------------------------------
 
+    def table_page(self) -> int:
+        """A frame for a page table. Raises NoMemory."""
+        pfn = self.block(0, kernel=True)
+        self.frames.flags_at[pfn] = _PGTABLE
+        return pfn
+
     def table_pages(self, count: int) -> list[int]:
         """Frames for page tables."""
         if count > 8 and self.zones[0].free_pages >= count:
@@ -310,9 +318,7 @@ class Memory:
         pfns: list[int] = []
         try:
             for _ in range(count):
-                pfn = self.block(0, kernel=True)
-                self.frames.flags_at[pfn] = _PGTABLE
-                pfns.append(pfn)
+                pfns.append(self.table_page())
         except NoMemory:
             for pfn in pfns:
                 self.free(pfn)

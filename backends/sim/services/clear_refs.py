@@ -19,19 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["write"]
 
 _ALL = (1 << 64) - 1
-_REFERENCED = np.uint64(~int(PageFlag.REFERENCED) & _ALL)
+_REFERENCED = int(PageFlag.REFERENCED)
+_KNOWN, _FORGET_DIRTY = frozenset(map(int, ClearRefs)), int(ClearRefs.SOFT_DIRTY)
+#: Which VMAs: those of anonymous memory, or of files, or all.
+_ACCESSED = {int(ClearRefs.ALL): None, int(ClearRefs.ANON): True, int(ClearRefs.MAPPED): False}
 
 
 def write(core: Core, mm: AddressSpace, what: int) -> None:
     """What writing that number does. Refused with EINVAL where the kernel knows no such number."""
-    if what not in tuple(ClearRefs) or not core.profile.has("clear_refs"):
+    if what not in _KNOWN or not core.profile.has("clear_refs"):
         refuse(Errno.EINVAL, f"write(clear_refs, {what})")
-    if what == ClearRefs.SOFT_DIRTY:
+    if what == _FORGET_DIRTY:
         if core.caps.soft_dirty:
             _soft_dirty(core, mm)
         return
-    if what in (ClearRefs.ALL, ClearRefs.ANON, ClearRefs.MAPPED):
-        _accessed(core, mm, what)
+    if what in _ACCESSED:
+        _accessed(core, mm, _ACCESSED[what])
 
 
 def _soft_dirty(core: Core, mm: AddressSpace) -> None:
@@ -47,13 +50,21 @@ def _soft_dirty(core: Core, mm: AddressSpace) -> None:
             entries[~present] &= np.uint64(~SOFT_DIRTY & _ALL)
 
 
-def _accessed(core: Core, mm: AddressSpace, what: int) -> None:
+def _accessed(core: Core, mm: AddressSpace, passed: bool | None) -> None:
+    """Forget accesses to anonymous memory alone (`passed`), to files alone (False), or to all (None)."""
     frames = core.memory.frames
-    passed = {ClearRefs.ANON: True, ClearRefs.MAPPED: False}.get(ClearRefs(what))
     for vma in mm.vmas:
         if vma.flags & VmFlag.HUGETLB:
             continue
         if passed is not None and (vma.file is None) != passed:
+            continue
+        few = mm.tables.few(vma.start, vma.end) if not core.memory.large else None
+        if few is not None:
+            for slot in few:
+                pte = core.pool.at[slot]
+                if pte & PRESENT and pte & FIELD != core.zero_pfn:
+                    core.pool.at[slot] = pte & ~YOUNG
+                    frames.flags_at[pte & FIELD] &= ~_REFERENCED
             continue
         for extent in mm.tables.extents(vma.start, vma.end):
             entries = extent.entries
@@ -66,9 +77,9 @@ def _accessed(core: Core, mm: AddressSpace, what: int) -> None:
             pfns = (entries[present] & np.uint64(FIELD)).view(np.int64)
             if extent.huge:
                 for head in pfns.tolist():
-                    frames.clear_bits(head, core.geometry.pmd_pages, int(PageFlag.REFERENCED))
+                    frames.clear_bits(head, core.geometry.pmd_pages, _REFERENCED)
             else:
-                frames.flags[pfns] &= _REFERENCED
+                frames.flags[pfns] &= np.uint64(~_REFERENCED & _ALL)
                 runs = large_runs(core, extent.start, entries)
                 for head, order in zip(runs.head.tolist(), runs.order.tolist(), strict=True):
-                    frames.clear_bits(head, 1 << order, int(PageFlag.REFERENCED))
+                    frames.clear_bits(head, 1 << order, _REFERENCED)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pmcore.arrays import BoolArray
     from pmcore.backends.sim.machine import Core
 
-__all__ = ["Evicted", "evict", "leave", "mlock_found", "take_apart"]
+__all__ = ["Evicted", "evict", "leave", "leave_one", "mlock_found", "take_apart"]
 
 _ALL = (1 << 64) - 1
 _ACTIVE, _DIRTY, _SWAPBACKED = int(PageFlag.ACTIVE), int(PageFlag.DIRTY), int(PageFlag.SWAPBACKED)
@@ -337,6 +337,26 @@ def leave(core: Core, pfns: Pfns, fields: NDArray[np.int64], *, folio: LargeFoli
     elif len(left):
         memory.free_folio(folio)
     return gone
+
+
+def leave_one(core: Core, pfn: int, field: int) -> None:
+    """`leave` for one page."""
+    memory, frames = core.memory, core.memory.frames
+    area, slot, row = core.swap.area(field), field >> 5, frames.content_at[pfn]
+    if (
+        area.immediate
+        or not frames.flags_at[pfn] & _DIRTY
+        or (core.caps.swap_zeromap and memory.contents.is_zero(row))
+    ):
+        memory.age += 1
+        area.cached[slot], area.content[slot], area.shadow[slot] = 0, row, memory.age + 1
+        frames.content_at[pfn] = frames.swap_at[pfn] = 0
+        memory.free(pfn)
+        return
+    core.swap.cache_one(pfn, field)
+    frames.flags_at[pfn] &= ~_DIRTY
+    memory.lru_tail -= 1
+    frames.lru_at[pfn] = memory.lru_tail
 
 
 def mlock_found(core: Core, heads: Pfns) -> None:

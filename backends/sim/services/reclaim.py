@@ -27,6 +27,7 @@ from pmcore.backends.sim.virtual.pte import (
     UFFD_MARKER,
     UFFD_WP,
     YOUNG,
+    is_marker,
 )
 from pmcore.backends.sim.virtual.tables import Extent
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -62,6 +63,8 @@ def _huge_blocks(core: Core, extent: Extent, start: int, end: int) -> list[tuple
 
 def _split_partial(core: Core, mm: AddressSpace, start: int, end: int) -> None:
     """Take apart the large folios of this process alone of which no run in the range covers all (rule TH-006)."""
+    if not core.memory.large:
+        return
     plan = [(extent.start, len(extent.entries), extent.huge) for extent in mm.tables.extents(start, end)]
     for begin, count, huge in plan:
         if huge:
@@ -119,6 +122,26 @@ def _own_pages(core: Core, start: int, entries: U64Array) -> BoolArray:
     return chosen
 
 
+def _few(core: Core, mm: AddressSpace, start: int, end: int) -> range | None:
+    """Places of the PTEs of a range that has so few that each is taken by itself; None where a large folio is there."""
+    few = mm.tables.few(start, end)
+    if few and core.memory.large:
+        flags = core.memory.frames.flags_at
+        for slot in few:
+            pte = core.pool.at[slot]
+            if pte & PRESENT and flags[pte & FIELD] & COMPOUND:
+                return None
+    return few
+
+
+def _own_page(core: Core, pte: int) -> int:
+    """`_own_pages` for one entry: its page; -1 where it is none."""
+    if pte & (PRESENT | SPECIAL) != PRESENT:
+        return -1
+    pfn, frames = pte & FIELD, core.memory.frames
+    return pfn if frames.mapcount_at[pfn] == 1 and frames.flags_at[pfn] & _LRU else -1
+
+
 def _on_lru(core: Core, pfns: Pfns) -> None:
     """Put pages at the head of their LRU list, those of a large folio together."""
     frames = core.memory.frames
@@ -134,6 +157,11 @@ def cold(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> Non
     """MADV_COLD: not accessed lately, on the inactive list."""
     _split_partial(core, mm, start, end)
     frames = core.memory.frames
+    few = _few(core, mm, start, end)
+    if few is not None:
+        for slot in few:
+            _cold_one(core, slot)
+        return
     for extent in mm.tables.extents(start, end):
         if extent.huge:
             for addr, whole in _huge_blocks(core, extent, start, end):
@@ -153,11 +181,29 @@ def cold(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> Non
         _on_lru(core, evictable)
 
 
+def _cold_one(core: Core, slot: int) -> None:
+    """`cold` for one entry."""
+    pte = core.pool.at[slot]
+    pfn = _own_page(core, pte)
+    if pfn < 0:
+        return
+    core.pool.at[slot] = pte & ~YOUNG
+    flags = core.memory.frames.flags_at[pfn]
+    evictable = not flags & MLOCKED
+    core.memory.frames.flags_at[pfn] = flags & ~(_REFERENCED | (_ACTIVE if evictable else 0))
+    if evictable:
+        core.memory.on_lru(pfn)
+
+
 def lazy_free(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> None:
     """MADV_FREE: swap entries are emptied, pages may be discarded until they are written again."""
     _split_partial(core, mm, start, end)
     frames = core.memory.frames
     clean = np.uint64(~(YOUNG | DIRTY) & _ALL)
+    few = _few(core, mm, start, end)
+    if few is not None:
+        _free_few(core, few)
+        return
     for extent in mm.tables.extents(start, end):
         entries = extent.entries
         if extent.huge:
@@ -195,6 +241,34 @@ def lazy_free(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -
         _mark_lazy(core, pfns)
 
 
+def _free_few(core: Core, few: range) -> None:
+    """`lazy_free` for entries that map no large folios, one after the other."""
+    at, frames, fields = core.pool.at, core.memory.frames, []
+    for slot in few:
+        pte = at[slot]
+        if pte & (PRESENT | SWAP) == SWAP and not is_marker(pte):
+            at[slot] = 0
+            fields.append(pte & FIELD)
+    if fields:
+        core.swap.release(np.array(fields, dtype=np.uint64))
+    for slot in few:
+        pte = at[slot]
+        if pte & (PRESENT | SPECIAL) != PRESENT:
+            continue
+        pfn = pte & FIELD
+        flags = frames.flags_at[pfn]
+        if flags & (_SWAPCACHE | _DIRTY) and frames.mapcount_at[pfn] != 1:
+            continue
+        if flags & _SWAPCACHE and not core.swap.uncache(pfn):
+            continue
+        at[slot] = pte & ~(YOUNG | DIRTY)
+        flags = frames.flags_at[pfn] & ~_DIRTY
+        if flags & (_SWAPBACKED | _SWAPCACHE | MLOCKED) == _SWAPBACKED:
+            flags &= ~(_SWAPBACKED | _ACTIVE | _REFERENCED)
+            core.memory.on_lru(pfn)
+        frames.flags_at[pfn] = flags
+
+
 def _mark_lazy(core: Core, pfns: Pfns) -> None:
     """folio_mark_lazyfree: anonymous, backed by swap, evictable, not in the swap cache."""
     frames = core.memory.frames
@@ -207,6 +281,11 @@ def _mark_lazy(core: Core, pfns: Pfns) -> None:
 def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> None:
     """MADV_PAGEOUT: what this process alone maps is reclaimed now."""
     _split_partial(core, mm, start, end)
+    few = _few(core, mm, start, end) if vma.file is None else None
+    if few is not None and len(few) <= 1:  # several leave at one time
+        for slot in few:
+            _page_out(core, slot)
+        return
     for extent in list(mm.tables.extents(start, end)):
         if extent.huge:
             for addr, whole in _huge_blocks(core, extent, start, end):
@@ -223,6 +302,39 @@ def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
             chosen &= ~cached
         if chosen.any():
             _out(core, mm, extent.start, extent.entries, np.flatnonzero(chosen))
+
+
+def _page_out(core: Core, slot: int) -> None:
+    """`pageout` for one entry."""
+    frames, pte = core.memory.frames, core.pool.at[slot]
+    pfn = _own_page(core, pte)
+    if pfn < 0:
+        return
+    flags = frames.flags_at[pfn] & ~_REFERENCED
+    frames.flags_at[pfn] = flags
+    if flags & MLOCKED:
+        return
+    if not flags & _SWAPBACKED:
+        if pte & DIRTY or flags & _DIRTY:
+            frames.flags_at[pfn] = flags | _SWAPBACKED | _DIRTY | _ACTIVE
+        else:
+            core.pool.at[slot] = 0
+            frames.mapcount_at[pfn] = 0
+            core.memory.free(pfn)
+        return
+    field = frames.swap_at[pfn] - 1
+    if field < 0:
+        field, pte = core.swap.take_one(), pte | DIRTY
+        if field < 0:
+            frames.flags_at[pfn] = flags | _ACTIVE
+            return
+    exclusive = SWAP_EXCLUSIVE if flags & ANON_EXCLUSIVE else 0
+    core.pool.at[slot] = field | SWAP | exclusive | pte & (SOFT_DIRTY | UFFD_WP)
+    frames.flags_at[pfn] = flags & ~(ANON_EXCLUSIVE | _ACTIVE) | (_DIRTY if pte & DIRTY else 0)
+    core.swap.area(field).counts[field >> 5] += 1
+    core.count("swap_out")
+    frames.mapcount_at[pfn] = 0
+    evict.leave_one(core, pfn, field)
 
 
 def _huge_out(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: LargeFolio) -> None:

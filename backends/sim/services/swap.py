@@ -155,7 +155,11 @@ class SwapSpace:
     @property
     def half_full(self) -> bool:
         """Whether slots are kept no longer than needed (vm_swap_full)."""
-        return self.free * 2 < self.total
+        left = 0
+        for area in self.areas:
+            if area is not None and not area.closing:
+                left += 2 * area.free - area.slots + 1
+        return left < 0
 
     def on(
         self,
@@ -216,6 +220,11 @@ class SwapSpace:
                 pieces.append(got)
                 count -= len(got)
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+    def take_one(self) -> int:
+        """The field of a free slot, to be given a count or a page at once; -1 for none."""
+        found = self.take(1)
+        return int(found[0]) if len(found) else -1
 
     def _in_turns(self, peers: list[SwapArea], count: int) -> NDArray[np.int64]:
         """A slot of each area, over and over, until one is full; the area after the last one begins next time."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bring_in", "simple", "swap_in", "swap_in_many"]
 
-_ANON = int(PageFlag.ANON)
+_ANON, _ACTIVE, _MLOCKED = int(PageFlag.ANON), int(PageFlag.ACTIVE), int(PageFlag.MLOCKED)
 _SWAPCACHE, _DIRTY = int(PageFlag.SWAPCACHE), int(PageFlag.DIRTY)
 _KSM = int(PageFlag.KSM)
 
@@ -44,14 +44,15 @@ def bring_in(core: Core, field: int) -> int:
     slot = field >> 5
     # It belongs to nobody before it is mapped.
     flags = mapping.NEW_ANON & ~_ANON
-    if area.compressed and not core.memory.contents.zero(area.content[slot : slot + 1])[0]:
+    row = int(area.content[slot])
+    if area.compressed and not core.memory.contents.is_zero(row):
         flags |= _DIRTY  # read from compressed memory, which gives its copy away
     if core.memory.recently(int(area.shadow[slot])):
-        flags |= int(PageFlag.ACTIVE)
+        flags |= _ACTIVE
     pfn = core.memory.page(flags)
     core.memory.on_lru(pfn)
     area.shadow[slot] = 0
-    core.memory.frames.content_at[pfn] = int(area.content[slot])
+    core.memory.frames.content_at[pfn] = row
     area.content[slot] = 0
     core.swap.cache_one(pfn, field)
     core.count("swap_in")
@@ -74,7 +75,7 @@ def swap_in(
     mm.prepare_anon(vma)
     area.counts[field >> 5] -= 1
     flags = frames.flags_at[pfn]
-    wanted = core.swap.half_full or vma.flags & VmFlag.LOCKED or flags & int(PageFlag.MLOCKED)
+    wanted = core.swap.half_full or vma.flags & VmFlag.LOCKED or flags & _MLOCKED
     if wanted or (write and frames.mapcount_at[pfn] == 0 and not flags & _KSM):
         core.swap.uncache(pfn)
     exclusive = bool(pte & SWAP_EXCLUSIVE) or (
@@ -115,7 +116,7 @@ def _large_in(
     mm.prepare_anon(vma)
     area.counts[field >> 5 : (field >> 5) + count] -= 1
     flags = frames.flags_at[pfn]
-    wanted_back = core.swap.half_full or vma.flags & VmFlag.LOCKED or flags & int(PageFlag.MLOCKED)
+    wanted_back = core.swap.half_full or vma.flags & VmFlag.LOCKED or flags & _MLOCKED
     if wanted_back or (write and not folio.mapped):
         core.swap.uncache(folio.head, folio.order)
     alone = not folio.mapped and not frames.flags_at[pfn] & _SWAPCACHE

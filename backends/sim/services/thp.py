@@ -154,7 +154,7 @@ def wp_fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int) ->
 def split_at(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> None:
     """Map by PTEs the huge page that the address lies inside of, if there is one."""
     start = addr & -core.geometry.pmd_size
-    if start != addr and core.caps.thp:
+    if start != addr and (core.memory.large or core.huge_zero_pfn):
         slot = mm.tables.pmd_slot(addr)
         if slot >= 0 and core.pool.at[slot] & LEAF:
             split_pmd(core, mm, vma, start)
@@ -165,7 +165,7 @@ def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int, *, migratin
 
     `migrating`: on the way to being taken apart; then soft-dirty stays as it was.
     """
-    [row] = core.pool.take(1)
+    row = core.pool.take_one()
     mm.tables.tables[0] += 1
     slot = mm.tables.pmd_slot(start)
     entry = core.pool.at[slot]

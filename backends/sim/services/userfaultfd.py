@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Userfaultfd", "blocked", "resolves_itself"]
 
+_WP_ASYNC, _SIGBUS = int(UffdFeature.WP_ASYNC), int(UffdFeature.SIGBUS)
+
 
 @attrs.define(slots=True, eq=False)
 class Userfaultfd:
@@ -26,7 +28,7 @@ class Userfaultfd:
 
 def resolves_itself(vma: VmArea) -> bool:
     """Whether write protection is taken off by the write itself (UFFD_FEATURE_WP_ASYNC)."""
-    return isinstance(vma.uffd, Userfaultfd) and bool(vma.uffd.features & UffdFeature.WP_ASYNC)
+    return isinstance(vma.uffd, Userfaultfd) and bool(vma.uffd.features & _WP_ASYNC)
 
 
 def blocked(vma: VmArea, addr: int) -> AddressSpaceFault:
@@ -34,6 +36,6 @@ def blocked(vma: VmArea, addr: int) -> AddressSpaceFault:
 
     A simulated task has nobody who could answer it: without that feature the fault says so.
     """
-    if isinstance(vma.uffd, Userfaultfd) and vma.uffd.features & UffdFeature.SIGBUS:
+    if isinstance(vma.uffd, Userfaultfd) and vma.uffd.features & _SIGBUS:
         return AddressSpaceFault("SIGBUS", addr, "userfaultfd with UFFD_FEATURE_SIGBUS")
     return AddressSpaceFault("SIGSTOP", addr, "the task would wait for the reader of its userfaultfd")

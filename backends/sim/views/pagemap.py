@@ -38,8 +38,19 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
     if not core.caps.pagemap_uffd_wp:
         hidden |= PM_UFFD_WP
     file = PM_FILE if core.caps.pagemap_file else 0
-    shown = np.uint64((SHOWN | file) & ~hidden & _ALL)
-    for extent in mm.tables.extents(start, end):
+    show = (SHOWN | file) & ~hidden
+    shown = np.uint64(show)
+    few = mm.tables.few(start, end) if count else ()
+    if few is not None:
+        for index, slot in enumerate(few):
+            pte = core.pool.at[slot]
+            once = (
+                pte & PRESENT
+                and core.caps.mmap_exclusive
+                and core.memory.frames.mapcount_at[pte & FIELD] == 1
+            )
+            out[index] = pte & show | (PM_MMAP_EXCLUSIVE if once else 0)
+    for extent in mm.tables.extents(start, end) if few is None else ():
         entries = counted = extent.entries
         if extent.huge:
             skip = max(start - extent.start, 0) >> shift
@@ -58,16 +69,12 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
             low, high = max(vma.start, start), min(vma.end, end)
             words = out[(low >> shift) - start_vpn : (high >> shift) - start_vpn]
             huge_view.pagemap(core, mm, vma, low, high, words, int(shown) | PM_MMAP_EXCLUSIVE)
-    if file:
-        for vma in mm.vmas.within(start, end):
-            if vma.file is not None:
-                _mark_files(core, mm, max(vma.start, start), min(vma.end, end), start_vpn, out)
-    if core.caps.soft_dirty:
-        bit = np.uint64(SOFT_DIRTY)
-        for vma in mm.vmas.within(start, end):
-            if vma.flags & VmFlag.SOFTDIRTY:
-                low, high = max(vma.start, start), min(vma.end, end)
-                out[(low >> shift) - start_vpn : (high >> shift) - start_vpn] |= bit
+    for vma in mm.vmas.within(start, end) if file or core.caps.soft_dirty else ():
+        if file and vma.file is not None:
+            _mark_files(core, mm, max(vma.start, start), min(vma.end, end), start_vpn, out)
+        if core.caps.soft_dirty and vma.flags & VmFlag.SOFTDIRTY:
+            low, high = max(vma.start, start), min(vma.end, end)
+            out[(low >> shift) - start_vpn : (high >> shift) - start_vpn] |= np.uint64(SOFT_DIRTY)
     return count
 
 

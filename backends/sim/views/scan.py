@@ -28,6 +28,9 @@ __all__ = ["SimTables"]
 _ALL = (1 << 64) - 1
 _PRESENT, _SWAP = np.uint64(PRESENT), np.uint64(SWAP)
 _UFFD_WP = np.uint64(UFFD_WP)
+_WP_UNPOPULATED = int(UffdFeature.WP_UNPOPULATED)
+_HOLE, _PMD = int(LeafKind.HOLE), int(LeafKind.PMD)
+_SMALL = int(LeafKind.PTE), int(LeafKind.EMPTY)
 #: From here on bits say what an entry is.
 _CODE_SHIFT = 55
 #: Bit of a code for pages of a file's cache.
@@ -76,7 +79,7 @@ class SimTables:
                 uffd_wp=armed,
                 wp_async=armed
                 and userfaultfd.resolves_itself(vma)
-                and (vma.huge is not None or bool(features & UffdFeature.WP_UNPOPULATED)),
+                and (vma.huge is not None or bool(features & _WP_UNPOPULATED)),
                 hugetlb=vma.huge.file.pool.size if vma.huge else 0,
                 pfnmap=bool(vma.flags & VmFlag.PFNMAP),
                 soft_dirty=bool(vma.flags & VmFlag.SOFTDIRTY) and self._core.caps.soft_dirty,
@@ -151,17 +154,24 @@ class SimTables:
             for start, end in zip(leaves.start.tolist(), leaves.end.tolist(), strict=True):
                 hugetlb.uffd_wp(self._core, self._mm, area, start, end, protect=True)
             return
-        for kind in (LeafKind.HOLE, LeafKind.PMD):
+        if len(leaves) == 1 and leaves.kind[0] in _SMALL:
+            slot = tables.pte_slot(int(leaves.start[0]))
+            pte = pool.at[slot]
+            pool.at[slot] = (
+                ((pte | UFFD_WP) & ~WRITE if pte & PRESENT else pte | UFFD_WP) if pte else UFFD_MARKER
+            )
+            return
+        for kind in (_HOLE, _PMD):
             for index in np.flatnonzero(leaves.kind == kind).tolist():
                 start, end = int(leaves.start[index]), int(leaves.end[index])
-                if kind == LeafKind.HOLE:
+                if kind == _HOLE:
                     tables.make(start, end)
                     for extent in tables.extents(start, end):
                         extent.entries[extent.entries == 0] = UFFD_MARKER
                 else:
                     slot = tables.pmd_slot(start)
                     pool.at[slot] = (pool.at[slot] | UFFD_WP) & ~WRITE
-        small = (leaves.kind == LeafKind.PTE) | (leaves.kind == LeafKind.EMPTY)
+        small = (leaves.kind == _SMALL[0]) | (leaves.kind == _SMALL[1])
         if not small.any():
             return
         addresses = leaves.start[small]

@@ -13,7 +13,7 @@ from pmcore.uapi import PageFlag
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
 
-__all__ = ["mark"]
+__all__ = ["mark", "mark_one"]
 
 _ALL = (1 << 64) - 1
 _REFERENCED, _ACTIVE = int(PageFlag.REFERENCED), int(PageFlag.ACTIVE)
@@ -40,6 +40,19 @@ def mark(core: Core, pfns: Pfns) -> None:
     again = pfns[referenced & ((flags & np.uint64(_UNEVICTABLE | _ACTIVE)) == 0)]
     frames.flags[again] = frames.flags[again] & np.uint64(~_REFERENCED & _ALL) | np.uint64(_ACTIVE)
     core.memory.on_lru_pages(again)
+
+
+def mark_one(core: Core, pfn: int) -> None:
+    """`mark` for one page."""
+    frames = core.memory.frames
+    flags = frames.flags_at[pfn]
+    if flags & COMPOUND:
+        _folio(core, pfn - frames.behind_at[pfn], 1)
+    elif not flags & _REFERENCED:
+        frames.flags_at[pfn] = flags | _REFERENCED
+    elif not flags & (_UNEVICTABLE | _ACTIVE):
+        frames.flags_at[pfn] = flags & ~_REFERENCED | _ACTIVE
+        core.memory.on_lru(pfn)
 
 
 def _folio(core: Core, head: int, times: int) -> None:

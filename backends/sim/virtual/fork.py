@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import attrs
 import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
@@ -14,10 +13,12 @@ from pmcore.backends.sim.virtual.pte import (
     FIELD,
     GUARD,
     PRESENT,
+    SWAP,
     SWAP_EXCLUSIVE,
     UFFD_WP,
     WRITE,
     YOUNG,
+    is_marker,
 )
 from pmcore.backends.sim.virtual.vma import AnonVma, VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["fork"]
 
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+_EVENT_FORK = int(UffdFeature.EVENT_FORK)
 _NOT_EXCLUSIVE = np.uint64(~ANON_EXCLUSIVE & (1 << 64) - 1)
 
 
@@ -48,9 +50,10 @@ def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
     for vma in parent.vmas:
         if vma.flags & VmFlag.DONTCOPY:
             continue
-        copy = attrs.evolve(vma, flags=vma.flags & ~VmFlag.LOCKS)
+        copy = vma.copy(vma.start, vma.end, vma.pgoff)
+        copy.flags &= ~VmFlag.LOCKS
         features = getattr(vma.uffd, "features", 0)
-        if not features & UffdFeature.EVENT_FORK:
+        if not features & _EVENT_FORK:
             copy.flags &= ~VmFlag.UFFD
             copy.uffd = None
         if vma.flags & VmFlag.WIPEONFORK:
@@ -71,6 +74,14 @@ def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: Vm
     if vma.flags & VmFlag.HUGETLB:
         hugetlb.copy_entries(core, parent, child, vma, copy)
         return
+    drop = UFFD_WP if not copy.flags & VmFlag.UFFD_WP else 0
+    shared = bool(vma.flags & VmFlag.SHARED)
+    few = parent.tables.few(vma.start, vma.end) if not core.memory.large else None
+    if few is not None:
+        if few:
+            child.tables.make(vma.start, vma.end)
+            _copy_few(core, few, child.tables.pte_slot(vma.start), drop, shared=shared)
+        return
     # All tables first: the pool moves when it grows.
     plan = [(e.start, e.end, e.huge) for e in parent.tables.extents(vma.start, vma.end)]
     for start, end, huge in plan:
@@ -79,8 +90,6 @@ def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: Vm
                 pass
         else:
             child.tables.make(start, end)
-    drop = UFFD_WP if not copy.flags & VmFlag.UFFD_WP else 0
-    shared = bool(vma.flags & VmFlag.SHARED)
     keep = _without(0 if shared else WRITE)
     for extent in parent.tables.extents(vma.start, vma.end):
         if extent.huge:
@@ -115,6 +124,26 @@ def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: Vm
         for mine in child.tables.extents(extent.start, extent.end):
             mine.entries[:] = new[position : position + len(mine.entries)]
             position += len(mine.entries)
+
+
+def _copy_few(core: Core, slots: range, first: int, drop: int, *, shared: bool) -> None:
+    """Copy few entries, where there are no large folios, to those from the place `first` on."""
+    at, frames, fields = core.pool.at, core.memory.frames, []
+    for place, slot in enumerate(slots, first):
+        pte = at[slot]
+        pfn, gone = pte & FIELD, drop
+        if pte & PRESENT:
+            if pfn != core.zero_pfn:
+                frames.mapcount_at[pfn] += 1
+                frames.flags_at[pfn] &= ~ANON_EXCLUSIVE
+        elif pte & SWAP and not is_marker(pte):
+            fields.append(pfn)
+        elif drop and not pte & GUARD:
+            gone = pte  # a marker is nothing without what it marks
+        at[slot] = pte = pte & ~SWAP_EXCLUSIVE & ~(0 if shared else WRITE)
+        at[place] = pte & ~(YOUNG | gone | (DIRTY if shared else 0))
+    if fields:
+        core.swap.duplicate(np.array(fields, dtype=np.uint64))
 
 
 def _copy_pmds(core: Core, child: AddressSpace, start: int, entries: U64Array, drop: int) -> None:

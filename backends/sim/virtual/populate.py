@@ -33,11 +33,16 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
     if vma is not None and vma.flags & VmFlag.HUGETLB:
         hugetlb.fault_in(core, mm, vma, start, end, write=write)
         return
+    few = (
+        mm.tables.few(start, end) if vma is not None and vma.file is None and not core.memory.large else None
+    )
+    if few is not None:
+        _few_in(core, mm, start, end, [core.pool.at[slot] for slot in few], write=write)
+        return
     before = [
         (extent.start, extent.huge, extent.size, extent.entries.copy())
         for extent in mm.tables.extents(start, end)
     ]
-    vma = mm.vmas.at(start)
     late = None
     if vma is not None and vma.file is not None and vma.flags & VmFlag.LOCKED:
         late = mlock_batch.Batch(core, mm, vma, start, end, around=not write)
@@ -52,6 +57,27 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
             late.mark(end)
         else:
             _mark(core, mm, start, end)
+
+
+def _few_in(core: Core, mm: AddressSpace, start: int, end: int, before: list[int], *, write: bool) -> None:
+    """`fault_in` for few pages where there are no large folios; `before`: their entries, where they had a table."""
+    try:
+        touch.touch(core, mm, start, end, write=write)
+    except AddressSpaceFault as fault:
+        end = fault.address & -core.geometry.page_size
+        raise
+    finally:
+        at, flags, wanted = core.pool.at, core.memory.frames.flags_at, PRESENT | WRITE if write else PRESENT
+        # A huge page's entry, if there is one now, is marked as accessed like any other.
+        few = mm.tables.few(start, end) or () if end > start else ()
+        for slot, old in zip(few, before, strict=False):
+            if old & wanted == wanted and at[slot] & PRESENT:
+                at[slot] = at[slot] & ~(YOUNG | DIRTY) | old & (YOUNG | DIRTY)
+                if write and not old & DIRTY:
+                    flags[at[slot] & FIELD] |= _DIRTY
+        for slot in few:
+            if at[slot] & PRESENT and at[slot] & FIELD != core.zero_pfn:
+                accessed.mark_one(core, at[slot] & FIELD)
 
 
 def _put_back(

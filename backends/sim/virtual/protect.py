@@ -9,7 +9,17 @@ import numpy as np
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.services import thp
 from pmcore.backends.sim.virtual import hugetlb
-from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, SOFT_DIRTY, UFFD_MARKER, UFFD_WP, WRITE
+from pmcore.backends.sim.virtual.pte import (
+    DIRTY,
+    FIELD,
+    PRESENT,
+    SOFT_DIRTY,
+    SWAP,
+    UFFD_MARKER,
+    UFFD_WP,
+    WRITE,
+    is_marker,
+)
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
 from pmcore.uapi import UffdFeature
@@ -24,6 +34,7 @@ __all__ = ["change_protection", "uffd_wp"]
 
 _PRESENT = np.uint64(PRESENT)
 _ALL = (1 << 64) - 1
+_WP_UNPOPULATED = int(UffdFeature.WP_UNPOPULATED)
 
 
 def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
@@ -45,6 +56,19 @@ def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
     return may
 
 
+def _may_write_one(core: Core, vma: VmArea, pte: int) -> bool:
+    """`_may_write` for one entry."""
+    flags = vma.flags
+    clean = not flags & VmFlag.UFFD_WP if flags & VmFlag.SHARED else core.caps.mprotect_makes_clean_writable
+    if not pte & DIRTY and not clean:
+        return False
+    if core.soft_dirty and not flags & VmFlag.SOFTDIRTY and not pte & SOFT_DIRTY:
+        return False
+    if flags & VmFlag.UFFD_WP and pte & UFFD_WP:
+        return False
+    return bool(flags & VmFlag.SHARED or core.memory.frames.flags_at[pte & FIELD] & ANON_EXCLUSIVE)
+
+
 def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> None:
     """Have the entries of the range allow what the VMA allows now."""
     if vma.flags & VmFlag.HUGETLB:
@@ -53,6 +77,11 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
     writable = bool(vma.flags & VmFlag.WRITE)
+    few = mm.tables.few(start, end)
+    if few is not None:
+        for slot in few:
+            _change_one(core, vma, slot, writable=writable)
+        return
     for extent in mm.tables.extents(start, end):
         entries = extent.entries
         present = (entries & _PRESENT) != 0
@@ -72,6 +101,18 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
             entries[present] &= np.uint64(~WRITE & _ALL)
 
 
+def _change_one(core: Core, vma: VmArea, slot: int, *, writable: bool) -> None:
+    """`change_protection` for one entry."""
+    pte = core.pool.at[slot]
+    if not pte & PRESENT:
+        return
+    if not writable or vma.flags & VmFlag.SHARED:
+        pte &= ~WRITE
+    if writable and not pte & WRITE and core.caps.mprotect_makes_writable and _may_write_one(core, vma, pte):
+        pte |= WRITE
+    core.pool.at[slot] = pte
+
+
 def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, protect: bool) -> None:
     """Set or take off userfaultfd's write protection on the entries of the range."""
     if vma.flags & VmFlag.HUGETLB:
@@ -80,9 +121,14 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
     features = getattr(vma.uffd, "features", 0)
-    markers = bool(features & UffdFeature.WP_UNPOPULATED) or vma.file is not None
+    markers = bool(features & _WP_UNPOPULATED) or vma.file is not None
     if protect and markers:
         mm.tables.make(start, end)
+    few = mm.tables.few(start, end)
+    if few is not None:
+        for slot in few:
+            _wp_one(core, vma, slot, protect=protect, markers=markers)
+        return
     for extent in mm.tables.extents(start, end):
         entries = extent.entries
         present = (entries & _PRESENT) != 0
@@ -101,3 +147,26 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
                 index = np.flatnonzero(present & ((entries & np.uint64(WRITE)) == 0))
                 may = _may_write(core, vma, entries[index])
                 entries[index[may]] |= np.uint64(WRITE)
+
+
+def _wp_one(core: Core, vma: VmArea, slot: int, *, protect: bool, markers: bool) -> None:
+    """`uffd_wp` for one entry."""
+    pte = core.pool.at[slot]
+    present = pte & PRESENT
+    swap = pte & SWAP and not present and not is_marker(pte)
+    if protect:
+        if present:
+            pte = (pte | UFFD_WP) & ~WRITE
+        elif swap:
+            pte |= UFFD_WP
+        elif not pte and markers:
+            pte = UFFD_MARKER
+    elif present or swap:
+        pte &= ~UFFD_WP
+        if present and vma.flags & VmFlag.SHARED:
+            pte &= ~WRITE
+        if vma.flags & VmFlag.WRITE and present and not pte & WRITE and _may_write_one(core, vma, pte):
+            pte |= WRITE
+    elif pte & ~SOFT_DIRTY == UFFD_MARKER:
+        pte = 0
+    core.pool.at[slot] = pte

@@ -35,6 +35,11 @@ def move_entries(
     aligned = (start - new_start) % pmd_size == 0
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, start + length)
+    few = mm.tables.few(start, start + length) if (start + length) % pmd_size else None
+    if few is not None:
+        if few:
+            _move_few(core, mm, few, new_start, drop_uffd=drop_uffd)
+        return
     plan: list[tuple[int, int]] = []
     whole = aligned and not drop_uffd
     for extent in list(mm.tables.extents(start, start + length)):
@@ -45,7 +50,8 @@ def move_entries(
             if aligned:
                 slot = mm.tables.make_pmd_slot(new_start + addr - start)
                 if core.pool.at[slot] & TABLE:
-                    mm.tables.free_range(new_start + addr - start, new_start + addr - start + pmd_size)
+                    place = new_start + addr - start
+                    mm.tables.free_range(place, place + pmd_size, place, place + pmd_size)
                 plan.append((addr, addr + pmd_size))
             else:
                 thp.split_pmd(core, mm, vma, addr)
@@ -87,6 +93,21 @@ def move_entries(
             position += len(mine.entries)
         for extent in mm.tables.extents(low, high):
             extent.entries[:] = 0
+
+
+def _move_few(core: Core, mm: AddressSpace, slots: range, new_start: int, *, drop_uffd: bool) -> None:
+    """Move few entries, no whole page table."""
+    size = core.geometry.page_size
+    mm.tables.make(new_start, new_start + len(slots) * size)
+    at = core.pool.at
+    for place, slot in enumerate(slots):
+        pte = at[slot]
+        if pte & (PRESENT | SWAP):
+            pte |= core.soft_dirty
+        if drop_uffd:
+            pte = 0 if pte & ~SOFT_DIRTY == UFFD_MARKER else pte & ~UFFD_WP
+        at[mm.tables.pte_slot(new_start + place * size)] = pte
+        at[slot] = 0
 
 
 def _pieces(core: Core, low: int, high: int, *, whole: bool) -> list[tuple[int, int]]:

@@ -66,12 +66,14 @@ class AddressSpace:
 
         if self.core.ksm.by_mm:
             self.core.ksm.exited(self)
-        inodes = {vma.file.number: vma.file for vma in self.vmas if vma.file is not None}
+        vmas = list(self.vmas)
+        inodes = {vma.file.number: vma.file for vma in vmas if vma.file is not None}
         inodes |= {f.inode.number: f.inode for f in self.files.values() if isinstance(f, OpenFile)}
-        huge = [vma for vma in self.vmas if vma.huge is not None]
+        huge = [vma for vma in vmas if vma.huge is not None]
         if huge:
             hugetlb.unmap(self.core, self, huge)
-        for vma in list(self.vmas):
+            vmas = list(self.vmas)
+        for vma in vmas:
             zap.zap(self.core, self, vma, vma.start, vma.end, drop_markers=True)
             self.vmas.remove(vma)
         self.tables.destroy()

@@ -8,7 +8,7 @@ tables that an operation needs are there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,11 @@ from pmcore.backends.sim.physical.memory import Memory
 from pmcore.backends.sim.virtual.pte import FIELD, LEAF, TABLE
 from pmcore.geometry import Geometry
 
-__all__ = ["Extent", "PageTables", "TablePool"]
+__all__ = ["FEW", "Extent", "PageTables", "TablePool"]
+
+#: Up to so many PTEs one after the other is faster than arrays.
+FEW = 4
+_NO_PLACES = range(0)
 
 _LEAF, _TABLE, _FIELD = np.uint64(LEAF), np.uint64(TABLE), np.uint64(FIELD)
 
@@ -64,22 +68,36 @@ class TablePool:
         """`count` empty tables; neighbouring rows where there are no freed ones to use again. Raises NoMemory."""
         pfns = self.memory.table_pages(count)
         rows = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        fresh = count - len(rows)
-        need = self._used + fresh
+        rows += self._fresh(count - len(rows))
+        self.pfns[rows] = pfns
+        return rows
+
+    def take_one(self) -> int:
+        """An empty table. Raises NoMemory."""
+        pfn = self.memory.table_page()
+        row = self._free.pop() if self._free else self._fresh(1)[0]
+        self.pfns[row] = pfn
+        return row
+
+    def _fresh(self, count: int) -> range:
+        """Rows that were never used."""
+        need = self._used + count
         if need > len(self.rows):
             grown = np.zeros((max(need, 2 * len(self.rows)), self.entries), dtype=np.uint64)
             grown[: self._used] = self.rows[: self._used]
             self.pfns = np.resize(self.pfns, len(grown))
             self._set(grown)
-        rows += range(self._used, need)
+        rows = range(self._used, need)
         self._used = need
-        self.pfns[rows] = pfns
         return rows
 
     def give_back(self, rows: list[int]) -> None:
         """Free tables; what they held is forgotten."""
-        self.rows[rows] = 0
+        if len(rows) > FEW:
+            self.rows[rows] = 0
         for row in rows:
+            if len(rows) <= FEW:
+                self.rows[row] = 0
             self.memory.free(int(self.pfns[row]))
             self.pfns[row] = 0
         self._free += reversed(rows)
@@ -112,7 +130,7 @@ class PageTables:
         self._mask = pool.entries - 1
         self._order = pool.order
         self._top = geometry.levels - 1
-        self.root = pool.take(1)[0] if root is None else root
+        self.root = pool.take_one() if root is None else root
         #: Tables by level, for /proc/PID/status (VmPTE) and check().
         self.tables = [0] * geometry.levels
         self.tables[self._top] = 1
@@ -150,7 +168,7 @@ class PageTables:
             entry = self.pool.at[slot]
             level -= 1
             if not entry:
-                row = self.pool.take(1)[0]
+                row = self.pool.take_one()
                 self.tables[level] += 1
                 self.pool.at[slot] = TABLE | row
             else:
@@ -171,7 +189,7 @@ class PageTables:
             if entry & TABLE:
                 row = entry & FIELD
             elif make and not entry:
-                row = self.pool.take(1)[0]
+                row = self.pool.take_one()
                 self.tables[above] += 1
                 self.pool.at[slot] = TABLE | row
             else:
@@ -183,7 +201,7 @@ class PageTables:
         slot = self.make_pmd_slot(addr)
         entry = self.pool.at[slot]
         if not entry:
-            row = self.pool.take(1)[0]
+            row = self.pool.take_one()
             self.tables[0] += 1
             self.pool.at[slot] = TABLE | row
         elif entry & TABLE:
@@ -214,7 +232,7 @@ class PageTables:
         for index in indexes:
             entry = self.pool.at[(row << self._order) + index]
             if not entry:
-                below = self.pool.take(1)[0]
+                below = self.pool.take_one()
                 self.tables[level - 1] += 1
                 self.pool.at[(row << self._order) + index] = TABLE | below
             elif entry & TABLE:
@@ -226,11 +244,27 @@ class PageTables:
                 below, level - 1, low, max(start, low), min(end, low + (1 << shift)), make
             )
 
-    def extents(self, start: int, end: int) -> Iterator[Extent]:
+    def few(self, start: int, end: int) -> range | None:
+        """Places in `pool.at` of the PTEs of a range of few pages in one table, none where there is no table.
+
+        None for any other range: for those arrays are faster, and huge pages are another matter.
+        """
+        if end - start > FEW << self.page_shift or start >> self.pmd_shift != end - 1 >> self.pmd_shift:
+            return None
+        slot = self.pmd_slot(start)
+        entry = self.pool.at[slot] if slot >= 0 else 0
+        if entry & TABLE:
+            first = ((entry & FIELD) << self._order) + (start >> self.page_shift & self._mask)
+            return range(first, first + (end - start >> self.page_shift))
+        return None if entry else _NO_PLACES
+
+    def extents(self, start: int, end: int) -> Iterable[Extent]:
         """All tables' entries in the range, ascending: views that may be written to. Holes are left out."""
         if start >> self.pmd_shift == end - 1 >> self.pmd_shift:
-            yield from self._within_one(start, end)
-            return
+            return self._within_one(start, end)
+        return self._extents(start, end)
+
+    def _extents(self, start: int, end: int) -> Iterator[Extent]:
         for base, row, first, last in self.pmd_tables(start, end):
             pmds = self.pool.rows[row, first:last]
             there = np.flatnonzero(pmds)
@@ -287,11 +321,13 @@ class PageTables:
                 self.tables[0] += len(missing)
                 self.pool.rows[row, missing] = np.array(below, dtype=np.uint64) | _TABLE
 
-    def free_range(self, floor: int, ceiling: int) -> None:
-        """Free the tables that lie wholly in the range (their entries have been emptied)."""
-        if (-(-floor >> self.pmd_shift)) >= ceiling >> self.pmd_shift:
-            return  # no table does
-        self._free_below(self.root, self._top, 0, floor, ceiling)
+    def free_range(self, start: int, end: int, floor: int, ceiling: int) -> None:
+        """Free the tables of a range that has been unmapped (their entries have been emptied).
+
+        `floor` and `ceiling`: how far nothing else is mapped; tables that reach beyond stay.
+        """
+        if max(-(-floor >> self.pmd_shift), start >> self.pmd_shift) < ceiling >> self.pmd_shift:
+            self._free_below(self.root, self._top, 0, start, end, floor, ceiling)
 
     def free_empty(self, start: int, end: int) -> None:
         """Free the tables of PTEs that lie wholly in the range and hold nothing."""
@@ -309,23 +345,25 @@ class PageTables:
                 self.tables[0] -= len(gone)
                 self.pool.give_back(gone)
 
-    def _free_below(self, row: int, level: int, base: int, floor: int, ceiling: int) -> None:
+    def _free_below(
+        self, row: int, level: int, base: int, start: int, end: int, floor: int, ceiling: int
+    ) -> None:
         shift = self.page_shift + self._order * level
-        first = max(floor - base, 0) >> shift
-        last = min((min(ceiling - base, self.pool.entries << shift) - 1 >> shift) + 1, self.pool.entries)
-        entries = self.pool.rows[row]
+        first, last = max(start - base, 0) >> shift, min((end - 1 - base >> shift) + 1, self.pool.entries)
         gone: list[int] = []
-        for index in (entries[first:last].nonzero()[0] + first).tolist():
-            entry = int(entries[index])
+        at, offset = self.pool.at, row << self._order
+        there: Iterable[int] = range(first, last)
+        if last - first > FEW:
+            there = (self.pool.rows[row, first:last].nonzero()[0] + first).tolist()
+        for index in there:
+            entry = at[offset + index]
             if not entry & TABLE:
                 continue
             low = base + (index << shift)
             if level > 1:
-                self._free_below(
-                    entry & FIELD, level - 1, low, max(floor, low), min(ceiling, low + (1 << shift))
-                )
+                self._free_below(entry & FIELD, level - 1, low, start, end, floor, ceiling)
             if floor <= low and low + (1 << shift) <= ceiling:
-                entries[index] = 0
+                at[offset + index] = 0
                 gone.append(entry & FIELD)
         if gone:
             self.tables[level - 1] -= len(gone)
@@ -333,6 +371,7 @@ class PageTables:
 
     def destroy(self) -> None:
         """Free the root as well, when nothing is mapped any more."""
-        self.free_range(0, 1 << self.page_shift + self._order * (self._top + 1))
+        every = 1 << self.page_shift + self._order * (self._top + 1)
+        self.free_range(0, every, 0, every)
         self.pool.give_back([self.root])
         self.tables = [0] * len(self.tables)

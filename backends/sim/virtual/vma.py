@@ -113,6 +113,21 @@ class VmArea:
     #: Of a hugetlb mapping: its file, and what was promised to it.
     huge: HugeMap | None = None
 
+    def copy(self, start: int, end: int, pgoff: int) -> VmArea:
+        """The same mapping at another place, or of another part."""
+        return VmArea(
+            start,
+            end,
+            self.flags,
+            pgoff,
+            self.anon_vma,
+            self.chain,
+            self.uffd,
+            self.name,
+            self.file,
+            self.huge,
+        )
+
     @property
     def length(self) -> int:
         """Bytes."""
@@ -215,7 +230,7 @@ class VmaList:
         if vma is None or vma.start == addr:
             return
         self._before_split(vma, addr)
-        upper = attrs.evolve(vma, start=addr, pgoff=vma.pgoff + (addr - vma.start >> self._page_shift))
+        upper = vma.copy(addr, vma.end, vma.pgoff + (addr - vma.start >> self._page_shift))
         vma.end = addr
         self.add(upper)
 

@@ -1,0 +1,139 @@
+"""A few pages are taken one by one, many as arrays: the state after either is the same."""
+
+from __future__ import annotations
+
+import random
+from unittest import mock
+
+import pytest
+
+import pmcore
+from pmcore import ScanRequest
+from pmcore.backends.sim.virtual import tables
+from pmcore.errors import AddressSpaceFault, NotModelled, SyscallError
+from pmcore.scan import engine
+from pmcore.uapi import Madvise, UffdFeature
+
+PAGE = 4096
+START = 1 << 40
+#: Pages of private memory, and of shared behind them.
+PAGES = 12
+ADVICE = tuple(Madvise)
+
+
+def one_by_one(few: bool):
+    """Whether few pages are taken one by one, or as arrays like all others."""
+    return [
+        mock.patch.object(room, name, number if few else 0)
+        for room, name, number in ((tables, "FEW", 4), (engine, "_FEW", 8))
+    ]
+
+
+class Side:
+    """One machine, which does what it is told with few pages in its way."""
+
+    def __init__(self, few: bool, kernel: str, **settings) -> None:
+        self.few = few
+        self.machine = pmcore.open("sim", memory="4 MiB", kernel=kernel, **settings)
+        self.tasks = [self.machine.spawn()]
+        task = self.tasks[0]
+        task.mmap(PAGES * PAGE, addr=START, flags=0x32)
+        task.mmap(PAGES * PAGE, addr=START + PAGES * PAGE, flags=0x31)
+        features = UffdFeature.WP_ASYNC if self.machine.core.caps.uffd_features & UffdFeature.WP_ASYNC else 0
+        self.fd = task.userfaultfd(features)
+
+    def do(self, step):
+        patches = one_by_one(self.few)
+        for patch in patches:
+            patch.start()
+        try:
+            return step(self)
+        except (SyscallError, AddressSpaceFault, NotModelled) as error:
+            return repr(error)
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def step_of(rng: random.Random):
+    """Something to do with few pages, the same on any side."""
+    who, page, count = rng.randrange(3), rng.randrange(2 * PAGES), rng.choice((1, 1, 1, 2, 3, 4, 5))
+    start, length = START + page * PAGE, count * PAGE
+    what = rng.randrange(19)
+    write, number = rng.random() < 0.7, rng.randrange(1 << 16)
+
+    def task(side):
+        return side.tasks[who % len(side.tasks)]
+
+    def fork(side):
+        if len(side.tasks) < 3:
+            side.tasks.append(task(side).fork())
+        else:
+            side.tasks.pop().exit()
+
+    def scan(side):
+        request = ScanRequest(
+            start=start,
+            end=start + length,
+            vec_len=number & 3,
+            max_pages=number >> 2 & 3,
+            flags=number >> 4 & 1,
+            category_mask=(0, 2, 8)[number % 3],
+            return_mask=number >> 6 & 0x4A,
+        )
+        result = task(side).process.pagemap_scan(request)
+        return result.regions.tolist(), result.walk_end
+
+    def move(side):
+        target = START + (number % (4 * PAGES)) * PAGE + (number >> 15) * (1 << 30)
+        return task(side).mremap(start, length, length, flags=3, new_addr=target)
+
+    def lock(side):
+        return (
+            task(side).mlock(start, length, onfault=not write)
+            if number & 1
+            else task(side).munlock(start, length)
+        )
+
+    return {
+        0: lambda side: task(side).touch(start, length, write=write),
+        1: lambda side: task(side).write(start + 5, bytes([number & 0xFF]) * 9),
+        2: lambda side: task(side).read(start, length),
+        3: lambda side: task(side).madvise(start, length, ADVICE[number % len(ADVICE)]),
+        4: lambda side: task(side).madvise(start, length, Madvise.PAGEOUT),
+        5: lambda side: task(side).madvise(start, length, Madvise.FREE),
+        6: lambda side: task(side).madvise(start, length, Madvise.COLD),
+        7: lambda side: task(side).mprotect(start, length, number % 4),
+        8: lambda side: task(side).mprotect(start, length, 3),
+        9: lock,
+        10: lambda side: task(side).mincore(start, length).tolist(),
+        11: move,
+        12: fork,
+        13: scan,
+        14: lambda side: task(side).uffd_writeprotect(side.fd, start, length, protect=write),
+        15: lambda side: task(side).uffd_register(side.fd, start, length, 2),
+        16: lambda side: task(side).process.clear_refs(1 + number % 5),
+        18: lambda side: (task(side).madvise(start, length, Madvise.MERGEABLE), side.machine.ksm_scan(2))[1],
+        17: lambda side: task(side).mmap(length, addr=start, prot=3, flags=(0x32, 0x8032, 0x31)[number % 3]),
+    }[what]
+
+
+@pytest.mark.parametrize("kernel", ["6.18", "6.12", "5.10"])
+@pytest.mark.parametrize("sort", ["compressed", "disk", "none", "large folios"])
+def test_few_pages_come_to_the_same(kernel, sort):
+    """Random steps on few pages, on two machines: answers and states are equal after each."""
+    settings = {
+        "swap": "0" if sort == "none" else "64 KiB",
+        "swap_kind": "disk" if sort == "disk" else "compressed",
+    }
+    if sort == "large folios" and kernel == "6.18":
+        settings["policy"] = {"pmd": "madvise", "thp_sizes": {"16kB": "always"}}
+    for seed in range(20):
+        rng = random.Random(f"{seed} {kernel} {sort}")
+        sides = [Side(few, kernel, **settings) for few in (True, False)]
+        for number in range(40):
+            step = step_of(rng)
+            answers = [side.do(step) for side in sides]
+            assert answers[0] == answers[1], (seed, number)
+            assert sides[0].machine.digest() == sides[1].machine.digest(), (seed, number)
+        sides[0].machine.check()
