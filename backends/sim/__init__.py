@@ -32,6 +32,7 @@ def open_machine(
     privileged: bool = True,
     geometry: Geometry | None = None,
     hugepages: Mapping[int | str, int | tuple[int, int]] | None = None,
+    block_size: int | str = "128 MiB",
 ) -> SimMachine:
     """A machine that has just booted.
 
@@ -39,6 +40,7 @@ def open_machine(
     what an area given by its size is: "compressed" (memory), "device" (writes complete at once), "disk". `kernel` is a
     version or a profile, `config` changes its configuration. `holes` are ranges of physical addresses with no memory.
     `hugepages` are hugetlb pages set aside, by size: {"2 MiB": 20}, or with surplus pages allowed (20, 4).
+    `block_size` is that of what can be taken offline at a time: 128 MiB on x86-64, less for a machine that is smaller.
     `policy` is what its administrator has set, as a `Policy` or by the names of its fields: which sizes of huge pages
     anonymous memory gets, for example `policy={"pmd": "madvise", "thp_sizes": {"64kB": "always", "16kB": "madvise"}}`
     (the kernel's .../transparent_hugepage/enabled and .../hugepages-64kB/enabled, .../hugepages-16kB/enabled).
@@ -59,4 +61,5 @@ def open_machine(
         privileged=privileged,
         geometry=geometry,
         hugepages=hugepages,
+        block_size=block_size,
     )

@@ -110,6 +110,10 @@ class Capabilities:
     zero_flags: int
     huge_zero_flags: int
     hole_flags: int
+    #: Whether memory that is offline reads like a hole.
+    offline_reads_as_hole: bool
+    #: Whether migration takes a large folio apart of which nobody maps some pages.
+    migrate_splits_partly_mapped: bool
     unknown_vm_flags: frozenset[str]
 
 
@@ -191,5 +195,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         zero_flags=int(zero),
         huge_zero_flags=int(PageFlag.ZERO_PAGE | PageFlag.THP),
         hole_flags=int(PageFlag.NOPAGE) if has("kpageflags.holes_show_nopage") else 0,
+        offline_reads_as_hole=has("kpageflags.offline_reads_as_hole"),
+        migrate_splits_partly_mapped=has("mm.migrate_splits_partly_mapped"),
         unknown_vm_flags=frozenset(() if has("smaps.lockonfault") else ("lf",)),
     )

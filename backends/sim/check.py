@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     yield from maps.findings()
     yield from _compound(core, maps)
     yield from _free(core)
+    yield from _offline(core)
     yield from _pools(core, spaces, maps)
     yield from _files(core, spaces)
     yield from _swap(core, maps)
@@ -296,6 +298,27 @@ def _free(core: Core) -> Iterator[Finding]:
             if len(wrong):
                 yield Finding("frames that were never used hold nothing", f"{name}: {_some(wrong)}")
         position = max(position, high)
+
+
+def _offline(core: Core) -> Iterator[Finding]:
+    """What is offline is nobody's, and what a balloon has is nothing else."""
+    memory, frames = core.memory, core.memory.frames
+    zones = sorted((zone.start, zone.end) for zone in memory.zones)
+    if any(low[1] > high[0] for low, high in itertools.pairwise(zones)):
+        yield Finding("zones do not overlap", f"{zones}")
+    for number in memory.offline:
+        first, end = number * memory.block_pages, (number + 1) * memory.block_pages
+        if end > frames.count or any(low < end and first < high for low, high in zones):
+            yield Finding("a block that is offline belongs to no zone", f"block {number}")
+        for name in ("flags", "mapcount", "content", "free_order", "swap"):
+            used = np.flatnonzero(getattr(frames, name)[first:end])
+            if len(used):
+                yield Finding("frames that are offline hold nothing", f"{name} of {_some(used + first)}")
+    flags = frames.flags
+    held = (flags & np.uint64(PageFlag.OFFLINE)) != 0
+    wrong = np.flatnonzero(held & ((flags != np.uint64(PageFlag.OFFLINE)) | (frames.mapcount != 0)))
+    if len(wrong):
+        yield Finding("a page of the balloon is nothing else, and nobody maps it", _some(wrong))
 
 
 def _pools(core: Core, spaces: list[AddressSpace], maps: _Mappings) -> Iterator[Finding]:

@@ -109,6 +109,8 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
     }
     if files.files or core.hugetlb.folios or any(pool.overcommit for pool in core.hugetlb.pools.values()):
         words["hugetlb"] = _hugetlb(core, files)
+    if memory.offline:
+        words["offline"] = [[number, *zone] for number, zone in sorted(memory.offline.items())]
     more, columns = ksm_state.capture(core)
     return State(words | more, arrays | columns)
 
@@ -223,6 +225,7 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     memory.zones[:] = [_rebuild_zone(core, *zone) for zone in words["zones"]]
     for name, value in words["memory"].items():
         setattr(memory, name, value)
+    memory.offline = {number: (name, node) for number, name, node in words.get("offline", [])}
     memory.kernel_folios = dict(map(tuple, words["kernel_folios"]))
     memory.large.restore(
         [

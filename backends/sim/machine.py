@@ -18,13 +18,14 @@ from pmcore.backends.sim.capabilities import Capabilities, capabilities
 from pmcore.backends.sim.check import check
 from pmcore.backends.sim.checkpoint import State, capture, load, rebuild, save
 from pmcore.backends.sim.events import Event, observing
+from pmcore.backends.sim.physical import blocks
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.frames import Frames
-from pmcore.backends.sim.physical.memory import Memory, NoMemory
+from pmcore.backends.sim.physical.memory import Memory, NoMemory, min_watermark
 from pmcore.backends.sim.policy import Policy, as_policy, check_sizes, thp_orders
 from pmcore.backends.sim.process import SimProcess
-from pmcore.backends.sim.services import shrink
+from pmcore.backends.sim.services import hotplug, shrink
 from pmcore.backends.sim.services import swapoff as swapping_areas
 from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.khugepaged import Khugepaged
@@ -137,15 +138,16 @@ class SimMachine(Kernel, Workbench):
         holes: Sequence[tuple[int, int]],
         privileged: bool,
         hugepages: Mapping[int | str, int | tuple[int, int]],
+        block_size: int,
     ) -> None:
         self.profile = profile
         self.pfn_visible = privileged
         size = profile.geometry.page_size
         frames = Frames(memory // size)
         zones = _zones(frames, memory, size, nodes, holes)
-        store = Memory(frames, zones, Contents(size))
+        store = Memory(frames, zones, Contents(size), block_pages=block_size // size)
         self.core = Core(profile, store, policy, privileged=privileged)
-        store.reserve = _min_watermark(memory) // size
+        store.reserve = min_watermark(memory) // size
         for area in swap:
             self.swapon(
                 area.length,
@@ -176,6 +178,7 @@ class SimMachine(Kernel, Workbench):
                 "geometry": attrs.asdict(profile.geometry),
             },
             "privileged": privileged,
+            "block_size": block_size,
         }
         self._closed = False
         #: What was set of huge pages before `set_thp` was first called.
@@ -341,13 +344,51 @@ class SimMachine(Kernel, Workbench):
 
         From the tails of the LRU lists, whoever maps what is there (rules RC-001 to RC-010). Raises ArgumentError.
         """
+        return shrink.reclaim(self.core, self._pages("reclaim", amount))
+
+    def _pages(self, call: str, amount: int | str) -> int:
+        """A number of pages, or of bytes in whole pages. Raises ArgumentError."""
         if isinstance(amount, bool) or not isinstance(amount, int | str):
-            raise ArgumentError(f"reclaim({amount!r})", remedy='a number of pages, or bytes as in "4 MiB"')
+            raise ArgumentError(f"{call}({amount!r})", remedy='a number of pages, or bytes as in "4 MiB"')
         size = self.profile.geometry.page_size
         pages = -(-parse_size(amount) // size) if isinstance(amount, str) else amount
         if pages < 0:
-            raise ArgumentError(f"reclaim({amount!r})", remedy="0 pages or more")
-        return shrink.reclaim(self.core, pages)
+            raise ArgumentError(f"{call}({amount!r})", remedy="0 pages or more")
+        return pages
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a memory block (/sys/devices/system/memory/block_size_bytes)."""
+        return self.core.memory.block_pages * self.profile.geometry.page_size
+
+    def memory_blocks(self) -> list[blocks.MemoryBlock]:
+        """The blocks that hold memory, by number: those that are online and those that are not."""
+        return blocks.blocks(self.core.memory, self.profile.geometry.page_size)
+
+    def offline_block(self, number: int) -> None:
+        """Write "offline" to /sys/devices/system/memory/memoryN/state (rules HP-001 to HP-007).
+
+        What processes have there is migrated away; free frames leave the buddy allocator. Refused with ENOENT where
+        there is no such block, EINVAL for one that is offline or not of one zone alone, EBUSY where the kernel uses
+        some of it; NotModelled where the kernel would try without end, or take large folios apart to have room for
+        them. Refused or not modelled: nothing has changed.
+        """
+        hotplug.offline(self.core, _number("offline_block", number))
+
+    def online_block(self, number: int) -> None:
+        """Write "online" to it: all its frames are free. Refused with ENOENT, or EINVAL for one that is online."""
+        hotplug.online(self.core, _number("online_block", number))
+
+    def balloon_inflate(self, amount: int | str) -> int:
+        """Give so many pages, or bytes ("4 MiB"), to a balloon that the hypervisor has instead; how many it got.
+
+        Only what is free above the watermark: for a balloon nothing is reclaimed (rule HP-008). Raises ArgumentError.
+        """
+        return hotplug.inflate(self.core, self._pages("balloon_inflate", amount))
+
+    def balloon_deflate(self, amount: int | str) -> int:
+        """Take so many pages, or bytes, back from the balloon; how many there were."""
+        return hotplug.deflate(self.core, self._pages("balloon_deflate", amount))
 
     @property
     def counters(self) -> Counter[str]:
@@ -450,10 +491,10 @@ _SWAP_KINDS: dict[str, dict[str, bool]] = {
 }
 
 
-def _min_watermark(memory: int) -> int:
-    """The kernel's min_free_kbytes for that much memory, in bytes."""
-    kilobytes = int((memory / 1024 * 16) ** 0.5)
-    return min(max(kilobytes, 128), 262144) * 1024
+def _number(call: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentError(f"{call}({value!r})", remedy="the number of a block, as in memory_blocks()")
+    return value
 
 
 def _boot(memory: Memory) -> None:
@@ -508,6 +549,7 @@ def make_machine(
     privileged: bool = True,
     geometry: Geometry | None = None,
     hugepages: Mapping[int | str, int | tuple[int, int]] | None = None,
+    block_size: int | str = "128 MiB",
 ) -> SimMachine:
     """Check the settings and build the machine. Raises ArgumentError, UnknownCapability."""
     profile = preset(kernel, config=config, geometry=geometry) if isinstance(kernel, str) else kernel
@@ -530,7 +572,15 @@ def make_machine(
         holes=[(parse_size(low), parse_size(high)) for low, high in holes],
         privileged=privileged,
         hugepages=hugepages or {},
+        block_size=_block_size(block_size, profile.geometry.page_size),
     )
+
+
+def _block_size(value: int | str, page_size: int) -> int:
+    size = parse_size(value)
+    if size & size - 1 or size < _BLOCK * page_size:
+        raise ArgumentError(f"block_size={value!r}", remedy=f"a power of two, {_BLOCK * page_size} or more")
+    return size
 
 
 def load_machine(path: str | Path) -> SimMachine:
@@ -546,7 +596,11 @@ def load_machine(path: str | Path) -> SimMachine:
             geometry=Geometry(**shape["geometry"]),
         )
         machine = make_machine(
-            memory=settings["memory"], swap=0, kernel=profile, privileged=settings["privileged"]
+            memory=settings["memory"],
+            swap=0,
+            kernel=profile,
+            privileged=settings["privileged"],
+            block_size=settings.get("block_size", 128 << 20),
         )
         machine.restore(state)
         machine.check()

@@ -182,6 +182,13 @@ class LargeFolios:
                 self._frames.whole_at[head] = whole_word(mm, folio.order)
                 self.words += 1
 
+    def move(self, head: int, target: int) -> None:
+        """The folio of `head`, if there is one, has moved to `target`, and its row of the frame table with it."""
+        folio = self._counted.pop(head, None)
+        if folio is not None:
+            folio.head = target
+            self._counted[target] = folio
+
     def capture(self) -> list[LargeFolio]:
         """Those that are no words, by head."""
         self.settle()

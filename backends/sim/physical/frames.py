@@ -104,6 +104,10 @@ class Frames:
                 column[first:end] = 0
         self.touched[first] = max(end, self.touched.get(first, 0))
 
+    def reach_again(self, first: int, end: int) -> None:
+        """Rows that are in use already are those of a zone that begins at `first` from here on."""
+        self.touched[first] = max(end, self.touched.get(first, 0))
+
     def _allocate(self, rows: int) -> None:
         """Have room for so many rows: one block, of which more than asked for costs addresses alone.
 

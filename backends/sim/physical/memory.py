@@ -11,11 +11,17 @@ from pmcore.backends.sim.physical.folios import LargeFolio, LargeFolios
 from pmcore.backends.sim.physical.frames import Frames
 from pmcore.uapi import PageFlag
 
-__all__ = ["LargeFolio", "Memory", "NoMemory"]
+__all__ = ["LargeFolio", "Memory", "NoMemory", "min_watermark"]
 
 HEAD, TAIL = int(PageFlag.COMPOUND_HEAD), int(PageFlag.COMPOUND_TAIL)
 COMPOUND = HEAD | TAIL
 _PGTABLE = int(PageFlag.PGTABLE)
+
+
+def min_watermark(memory: int) -> int:
+    """The kernel's min_free_kbytes for that much memory, in bytes."""
+    kilobytes = int((memory / 1024 * 16) ** 0.5)
+    return min(max(kilobytes, 128), 262144) * 1024
 
 
 class NoMemory(Exception):
@@ -25,7 +31,9 @@ class NoMemory(Exception):
 class Memory:
     """Frames, zones and contents together."""
 
-    def __init__(self, frames: Frames, zones: list[Zone], contents: Contents) -> None:
+    def __init__(
+        self, frames: Frames, zones: list[Zone], contents: Contents, *, block_pages: int = 1 << 15
+    ) -> None:
         self.frames = frames
         self.zones = zones
         self.contents = contents
@@ -41,6 +49,9 @@ class Memory:
         self.reserve = 0
         #: Counts evictions and activations: how far apart an eviction and a refault are.
         self.age = 0
+        #: Frames in a memory block; blocks that are offline, with name and node of the zone that they come from.
+        self.block_pages = block_pages
+        self.offline: dict[int, tuple[str, int]] = {}
 
     # -- taking ----------------------------------------------------------------------------------------
 

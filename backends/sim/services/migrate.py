@@ -1,0 +1,92 @@
+"""Migration: pages get other frames, and whoever knows them by the old ones knows them by the new ones from then on.
+
+Contents, counts, flags and entries stay what they were, but for what the kernel's way over migration entries leaves
+behind: a page whose entries were dirty is DIRTY itself, and comes to the head of its LRU list.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmcore.backends.sim.services import lru
+from pmcore.backends.sim.virtual import rmap
+from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT
+from pmcore.uapi import PageFlag
+
+if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.physical.buddy import Pfns
+
+__all__ = ["move"]
+
+_ALL = (1 << 64) - 1
+_DIRTY, _LRU = int(PageFlag.DIRTY), int(PageFlag.LRU)
+_COLUMNS = ("flags", "mapcount", "behind", "content", "swap", "whole", "owner", "index")
+
+
+def move(core: Core, old: Pfns, new: Pfns) -> None:
+    """Move the page of each frame of `old` to the frame of `new` at the same place, which was free (rule HP-004).
+
+    `old` ascends and holds folios whole, `new` the places of their pages in order. The old frames hold nothing after.
+    """
+    if not len(old):
+        return
+    frames = core.memory.frames
+    heads = old[frames.behind[old] == 0]
+    _mark_dirty(core, old)
+    for name in _COLUMNS:
+        column = getattr(frames, name)
+        column[new] = column[old]
+        column[old] = 0
+    frames.lru[old] = 0
+    place = np.full(frames.rows, -1, dtype=np.int64)
+    place[old] = new
+    _entries(core, place)
+    _caches(core, new)
+    for head in heads.tolist():
+        target = int(place[head])
+        core.memory.large.move(head, target)
+        if head in core.mlocks:
+            core.mlocks[target] = core.mlocks.pop(head)
+    moved = place[heads]
+    listed = moved[(frames.flags[moved] & np.uint64(_LRU)) != 0]
+    lru.to_head(core, listed)
+    core.count("migrate", len(old))
+
+
+def _mark_dirty(core: Core, pfns: Pfns) -> None:
+    """Folios are dirty from here on if an entry that maps them is: the entries come and go."""
+    frames, flat = core.memory.frames, core.pool.flat
+    chosen = np.zeros(frames.rows, dtype=np.bool_)
+    chosen[pfns] = True
+    maps = rmap.find(core, core.spaces.values(), chosen)
+    dirty = (flat[maps.slots] & np.uint64(DIRTY)) != 0
+    if core.caps.migration_makes_soft_dirty:
+        flat[maps.slots[dirty]] |= np.uint64(core.soft_dirty)
+    found = np.unique(maps.pfns[dirty] - frames.behind[maps.pfns[dirty]])
+    inside = np.isin(pfns - frames.behind[pfns], found)
+    frames.flags[pfns[inside]] |= np.uint64(_DIRTY)
+
+
+def _entries(core: Core, place: Pfns) -> None:
+    """Have all entries that name an old frame name the new one."""
+    chosen = place >= 0
+    flat = core.pool.flat
+    maps = rmap.find(core, core.spaces.values(), chosen)
+    flat[maps.slots] = flat[maps.slots] & np.uint64(~FIELD & _ALL) | place[maps.pfns].view(np.uint64)
+
+
+def _caches(core: Core, new: Pfns) -> None:
+    """Have swap cache and page caches name the new frames."""
+    frames = core.memory.frames
+    for area in core.swap.there:
+        fields = frames.swap[new] - 1
+        mine = (fields >= 0) & (fields & 0x1F == area.number)
+        area.cached[fields[mine] >> 5] = new[mine] + 1
+    owners = frames.owner[new]
+    for number in np.unique(owners[owners != 0]).tolist():
+        mine = new[owners == number]
+        mine = mine[np.argsort(frames.index[mine])]
+        core.inodes[number].index.put(frames.index[mine], mine.view(np.uint64) | np.uint64(PRESENT))
