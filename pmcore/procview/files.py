@@ -75,22 +75,22 @@ class PagemapFile(OpenFile):
 
     def __init__(self, path: str, process: Process, *, hidden: bool) -> None:
         super().__init__(path)
-        self._process, self._hidden = process, hidden
+        self.process, self._hidden = process, hidden
 
     def read(self, offset: int, size: int) -> bytes:
         """Words of pages (rule FS-002)."""
-        data = self._process.pread("pagemap", offset, size)
+        data = self.process.pread("pagemap", offset, size)
         if self._hidden:
             return (np.frombuffer(data, dtype=np.uint64) & _FLAGS).tobytes()
         return data
 
     def ioctl(self, command: int, argument: bytearray, memory: CallerMemory) -> int:
         """PAGEMAP_SCAN, where the kernel has it. The number of regions."""
-        if not self._process.kernel.profile.has("scan"):
+        if not self.process.kernel.profile.has("scan"):
             self._refuse(errno.ENOTTY, "ioctl")
         if command != PAGEMAP_SCAN:
             self._refuse(errno.EINVAL, f"ioctl {command:#x} ")
-        return pagemap_scan(self._process, argument, memory)
+        return pagemap_scan(self.process, argument, memory)
 
 
 class TextFile(OpenFile):

@@ -13,7 +13,7 @@ import pytest
 
 from pmcore import registry
 
-__all__ = ["sim_machine", "sim_task"]
+__all__ = ["sim_machine", "sim_proc", "sim_task"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,3 +36,12 @@ def sim_machine(request: pytest.FixtureRequest) -> Iterator[Any]:
 def sim_task(sim_machine: Any) -> Any:
     """A task on the machine, with nothing mapped."""
     return sim_machine.spawn()
+
+
+@pytest.fixture
+def sim_proc(sim_machine: Any, sim_task: Any) -> Iterator[Any]:
+    """While the test runs, /proc and /sys are the machine's, and this process is `sim_task` (`fake_proc`)."""
+    from pmcore.testing.fakeproc import fake_proc
+
+    with fake_proc(sim_machine, pid=sim_task.pid) as fake:
+        yield fake
