@@ -49,6 +49,8 @@ class Capabilities:
     mmap_exclusive: bool
     pagemap_uffd_wp: bool
     pagemap_file: bool
+    #: Bits 55 to 60 of pagemap are the page shift, up to the first clearing of soft-dirty bits if there is one.
+    page_shift: bool
     thp: bool
     mthp: bool
     folio_mm_ids: bool
@@ -140,6 +142,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mmap_exclusive=has("pagemap.mmap_exclusive"),
         pagemap_uffd_wp=has("pagemap.uffd_wp"),
         pagemap_file=has("pagemap.file"),
+        page_shift=has("pagemap.page_shift"),
         thp=has("mm.thp"),
         mthp=has("mm.mthp"),
         folio_mm_ids=has("mm.folio_mm_ids"),

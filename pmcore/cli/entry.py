@@ -32,6 +32,7 @@ COMMANDS = {
     "thp": "How transparent huge pages are mapped, as thpmaps does.",
     "record": "Record a machine or processes to a file, to be looked at anywhere.",
     "check": "Whether frames, page tables and counters agree with each other.",
+    "validate": "A tool against the truth, on machines made to show what tools get wrong.",
     "lockstep": "The same programs on a model and on a kernel, every difference shown.",
     "decode": "Explain raw pagemap, kpageflags or category words.",
     "spec": "Show rules, divergences, flags and capabilities.",

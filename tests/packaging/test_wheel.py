@@ -52,7 +52,7 @@ def test_every_file_is_installed():
     missing = []
     for folder, package in HOMES.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix not in {".py", ".toml", ".typed"}:
+            if path.suffix not in {".py", ".toml", ".typed", ".json"}:
                 continue
             inside = path.relative_to(ROOT / folder)
             target = installed.parent / package / inside

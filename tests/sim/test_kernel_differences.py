@@ -244,3 +244,29 @@ def test_a_page_table_moved_whole_stays_clean(held):
     ]
     assert words == [{False}, {True}]
     task.process.kernel.check()
+
+
+@pytest.mark.rule("PM-005")
+def test_page_shift_before_4_2(held):
+    """Bits 55 to 60 are 12, in empty entries and outside mappings too; clearing soft-dirty makes them flags."""
+    for kernel, flags_later in (
+        ("2.6.32", False),
+        ("3.10", False),
+        ("3.11", True),
+        ("4.1", True),
+        ("4.2", None),
+    ):
+        task = task_on(held, kernel)
+        task.touch(BASE, PAGE)
+        field = 0x3F << 55
+
+        def fields(task=task, field=field):
+            words = task.process.pagemap(BASE - PAGE, BASE + 2 * PAGE).values.tolist()
+            assert task.process.pread("pagemap", (BASE // PAGE - 1) * 8, 8) == words[0].to_bytes(8, "little")
+            return [(word & field) >> 55 for word in words]
+
+        assert fields() == ([0, 3, 1] if flags_later is None else [12, 12, 12])
+        with contextlib.suppress(SyscallError):
+            task.process.clear_refs(4)
+        task.touch(BASE, PAGE)
+        assert fields() == {None: [0, 3, 0], True: [0, 1, 0], False: [12, 12, 12]}[flags_later]

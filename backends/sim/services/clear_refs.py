@@ -39,6 +39,10 @@ def write(core: Core, mm: AddressSpace, what: int) -> None:
 
 def _soft_dirty(core: Core, mm: AddressSpace) -> None:
     mm.soft_dirty_cleared = True
+    if core.caps.page_shift:
+        core.numbers["soft_dirty_cleared"] = (
+            1  # of the whole machine: bits 55 to 60 are flags from here on (PM-005)
+        )
     for vma in mm.vmas:
         vma.flags &= ~VmFlag.SOFTDIRTY
         if vma.flags & VmFlag.HUGETLB:

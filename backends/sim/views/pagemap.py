@@ -23,6 +23,9 @@ _ALL = (1 << 64) - 1
 #: Where a PTE has no bit of its own for it: set on the way to the view.
 _FILE = PM_FILE
 _FIELD, _PRESENT, _SHOWN = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SHOWN)
+#: Where kernels before 4.2 have the page shift, in empty entries as well (rule PM-005).
+_PAGE_SHIFT_AT = 55
+_PAGE_SHIFT_FIELD = np.uint64(0x3F << _PAGE_SHIFT_AT)
 #: Entries converted at a time: as many as stay in a processor's cache.
 _PIECE = 1 << 15
 
@@ -75,6 +78,8 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
         if core.caps.soft_dirty and vma.flags & VmFlag.SOFTDIRTY:
             low, high = max(vma.start, start), min(vma.end, end)
             out[(low >> shift) - start_vpn : (high >> shift) - start_vpn] |= np.uint64(SOFT_DIRTY)
+    if core.caps.page_shift and not core.numbers.get("soft_dirty_cleared"):
+        out[:count] = out[:count] & ~_PAGE_SHIFT_FIELD | np.uint64(shift << _PAGE_SHIFT_AT)
     return count
 
 

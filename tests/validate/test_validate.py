@@ -1,0 +1,250 @@
+"""The validator itself: what tools may say, what is found, how it is reported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pmcore import spec
+from pmcore.errors import ArgumentError, FormatError
+from pmcore.validate import ADAPTERS, CommandTool, FunctionTool, Truth, cases, validate
+from pmcore.validate.case import load_case
+from pmcore.validate.says import read_says
+from pmcore.validate.truth import RULES
+
+from .careful import careful
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = 4096
+CASES = {case.name: case for case in cases()}
+
+
+def truthful(scene, **changed):
+    """Everything that is true of the scene, with `changed` put over it."""
+    truth = Truth.of(scene.shown, scene.pid)
+    pages = []
+    for index, start in enumerate(truth.addresses.tolist()):
+        page = {"start": start, "end": start + PAGE}
+        for key in RULES:
+            value = int(truth.values[key][index])
+            if truth.known[key][index]:
+                page[key] = value if key in ("pfn", "flags", "mapcount") else bool(value)
+        pages.append(page | changed)
+    return {"pages": pages}
+
+
+def test_cases_are_sound():
+    """Rules exist, programs name them, keys are known, and each kernel shows what the case asks for."""
+    for case in CASES.values():
+        assert case.mistake.endswith(".")
+        assert case.wrong.endswith(".")
+        assert case.right.endswith(".")
+        assert set(case.program.rules) == set(case.rules) <= spec.rules().keys()
+        assert set(case.rule_of) <= {*RULES, "thp"}
+        for key in (key for asked in case.asks for key in asked.split("|")):
+            assert key in RULES or key == "thp"
+        assert len(case.program.steps) <= 12
+
+
+def test_every_mistake_of_the_list_is_there():
+    """Whoever reported one finds it."""
+    seen = " ".join(case.seen for case in CASES.values())
+    for report in (
+        "wasmtime #14357",
+        "CRIU #2334",
+        "firecracker #8",
+        "#5274",
+        "#232",
+        "pagemap #1",
+        "pagemap #2",
+    ):
+        assert report in seen
+
+
+def test_the_document_tells_all_cases():
+    text = (DOCS / "mistakes.md").read_text(encoding="utf-8")
+    for case in CASES.values():
+        assert f"## {case.name}\n\n{case.mistake}" in text
+        assert f"- Wrong: {case.wrong}\n- Right: {case.right}\n" in text
+    table = (DOCS / "validate.md").read_text(encoding="utf-8")
+    for key in RULES:
+        assert f"`{key}`" in table
+    for adapter in ADAPTERS:
+        assert f"`{adapter}`" in table
+
+
+@pytest.mark.parametrize("key", RULES)
+def test_each_key_told_wrong_names_its_rule(key):
+    """The truth with one key turned round: exactly that is found."""
+    scene = CASES["not-empty-is-not-swapped"].scene("6.18")
+    told, findings = FunctionTool(lambda pid: truthful(scene)).ask(scene)
+    assert (findings, set(told)) == ((), set(RULES))
+
+    def turned(pid):
+        answer = truthful(scene)
+        known = [page for page in answer["pages"] if page.get(key) is not None]
+        page = next((page for page in known if page[key]), known[0])
+        page[key] = not page[key] if isinstance(page[key], bool) else page[key] ^ 8
+        return answer
+
+    [finding] = FunctionTool(turned).ask(scene)[1]
+    expected = {"flags": "KF-004", **scene.case.rule_of}.get(key, RULES[key])
+    assert (finding.rule, finding.key, finding.count) == (expected, key, 1)
+
+
+def test_what_cannot_be_known_is_not_to_be_said():
+    case = CASES["hidden-frame-numbers"]
+    scene = case.scene("6.12")
+    start = scene.run.area("a")[0]
+    for value, rules in ((None, []), (0, ["AC-003"]), (77, ["AC-003"])):
+        page = {"start": start, "end": start + PAGE, "present": True, "pfn": value}
+        found = FunctionTool(lambda pid, page=page: [page]).ask(scene)[1]
+        assert [finding.rule for finding in found if finding.key == "pfn"] == rules
+
+
+def test_what_lies_nowhere():
+    scene = CASES["the-zero-page"].scene("6.12")
+    found = FunctionTool(lambda pid: [{"start": 0x1000, "end": 0x3000, "present": True}]).ask(scene)[1]
+    assert found[0].rule == "PM-014"
+
+
+def test_flags_by_name_and_in_part():
+    scene = CASES["unknown-flag-bits"].scene("6.12")
+    start = scene.run.area("a")[0]
+    names = ["uptodate", "lru", "mmap", "anon", "swapbacked", "dirty"]
+    said = {"pages": [{"start": start, "end": start + PAGE, "flags": names}], "flag_bits": 0x1000 | 1 << 27}
+    [finding] = FunctionTool(lambda pid: said).ask(scene)[1]
+    assert finding.rule == "KF-046"
+    assert FunctionTool(lambda pid: said | {"flag_bits": 0x1000}).ask(scene)[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (3, "pages"),
+        ({"pages": 3}, "pages"),
+        ({"pages": [], "more": 1}, "unknown fields"),
+        ({"pages": [{"start": 0}]}, "'end'"),
+        ({"pages": [{"start": -1, "end": 1}]}, "unsigned"),
+        ({"pages": [{"start": 0, "end": 1, "colour": True}]}, "number"),
+        ({"pages": [{"start": 0, "end": 1, "colour": 1}]}, "unknown keys"),
+        ({"pages": [{"start": 0, "end": 1, "present": 1}]}, "true, false or null"),
+        ({"pages": [{"start": 0, "end": 1, "flags": ["no-such"]}]}, "no flag"),
+        ({"pages": [{"start": "zero", "end": 1}]}, "no number"),
+    ],
+)
+def test_what_is_not_the_protocol(said, words):
+    with pytest.raises(FormatError, match=words):
+        read_says(said)
+    result = validate(FunctionTool(lambda pid: said), [CASES["the-zero-page"]], kernels=["6.12"]).results[0]
+    assert result.verdict == "failed"
+    assert result.broken == result.rules[:1]
+
+
+def test_bad_cases():
+    good = (Path(sys.modules["pmcore.validate"].__file__).parent / "cases" / "the-zero-page.json").read_text()
+    for change in ({"pmcore_case": 2}, {"colour": 1}, {"program": {}}, {"rules": 3}, {"kernels": None}):
+        with pytest.raises(FormatError):
+            load_case(json.dumps(json.loads(good) | change))
+    with pytest.raises(FormatError):
+        load_case("{")
+    with pytest.raises(ArgumentError, match="no case"):
+        cases(["no-such"])
+
+
+SCRIPT = """#!/usr/bin/env python3
+import json, sys
+sys.path.insert(0, {folder!r})
+from careful import careful
+print(json.dumps(careful(int(sys.argv[1]))))
+"""
+
+
+def test_a_script_in_this_process(tmp_path):
+    """A Python script whose output is the protocol, without a mount."""
+    script = tmp_path / "reader"
+    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent)))
+    chosen = [CASES["one-frame-many-pages"], CASES["protected-pages"]]
+    argv = sys.argv
+    report = validate(CommandTool([str(script), "{pid}"], runner="python"), chosen)
+    assert sys.argv is argv
+    assert {result.verdict for result in report.results} == {"right"}
+    script.write_text("#!/usr/bin/python3\nimport sys\nsys.exit('no page tables for me')")
+    [result, *_] = validate(CommandTool([str(script)], runner="python"), chosen).results
+    assert (result.verdict, result.broken) == ("failed", ("PM-007",))
+    script.write_text("#!/usr/bin/python3\nprint('{')")
+    [result, *_] = validate(CommandTool([sys.executable, str(script)], runner="python"), chosen).results
+    assert "not JSON" in result.note
+    with pytest.raises(ArgumentError, match="no Python script"):
+        validate(CommandTool(["/bin/true"], runner="python"), chosen)
+    with pytest.raises(ArgumentError, match="no adapter"):
+        CommandTool(["x"], adapter="no-such")
+
+
+def test_page_types_lines():
+    """A row of letters is read by place; flags that page-types moved are put back."""
+    from pmcore.pagetypes import display_table
+
+    scene = CASES["the-zero-page"].scene("6.12")
+    truth = Truth.of(scene.shown, scene.pid)
+    bits = sorted(display_table())
+    lines = ["voffset\tmap-cnt\toffset\tflags"]
+    for index, address in enumerate(truth.addresses.tolist()):
+        if not truth.values["present"][index]:
+            continue
+        word = int(truth.values["flags"][index])
+        for bit, key in ((40, "soft_dirty"), (61, "file"), (63, "exclusive")):
+            word |= int(truth.values[key][index]) << bit
+        letters = "".join("x" if word >> bit & 1 else "_" for bit in bits)
+        figures = f"{int(truth.values['mapcount'][index])}\t{int(truth.values['pfn'][index]):x}"
+        lines.append(f"{address // PAGE:x}\t{figures}\t{letters}")
+    told, findings = ADAPTERS["page-types"].judge(scene, "\n".join(lines))
+    assert "flags" in told
+    assert findings == ()
+    findings = ADAPTERS["page-types"].judge(scene, "\n".join(lines[:-1]))[1]
+    assert {finding.key for finding in findings} >= {"present", "exclusive"} - {
+        finding.rule for finding in findings
+    }
+    with pytest.raises(FormatError):
+        ADAPTERS["page-types"].judge(scene, "unknown flag bit 27")
+
+
+def run_cli(*arguments):
+    command = [sys.executable, "-P", "-m", "pmcore.cli", "validate", "--no-progress", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+
+
+def test_the_command():
+    shown = run_cli("--list")
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in CASES)
+    done = run_cli(
+        "--function", "json:dumps", "--case", "the-zero-page", "--kernel", "6.12", "--format", "json"
+    )
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["broken"] == {"PM-020": ["the-zero-page"]}
+    assert report["results"][0]["verdict"] == "failed"
+    for wrong in (
+        [],
+        ["--function", "json:dumps", "--", "x"],
+        ["--function", "no:such"],
+        ["--case", "x", "--list"],
+    ):
+        assert run_cli(*wrong).returncode == 2
+
+
+def test_text_names_the_rules():
+    done = run_cli("--function", "json:dumps", "--case", "swap-field-is-no-frame", "--kernel", "6.12")
+    assert "failed  swap-field-is-no-frame on 6.12 PM-003" in done.stdout
+    assert "breaks PM-003 (Swap type): swap-field-is-no-frame" in done.stdout
+
+
+def test_the_careful_reader_on_a_fresh_process():
+    """And on the machine as such: all that it says is so."""
+    for case in (CASES["huge-pages-of-many-sizes"], CASES["dirty-and-swapped"]):
+        assert validate(FunctionTool(careful), [case]).well
