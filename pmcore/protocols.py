@@ -348,8 +348,12 @@ class Task(Protocol):
         """memfd_create(2); the descriptor."""
         ...
 
-    def open_file(self, name: str) -> int:
-        """Open (create) the regular file `name` in the workbench's own directory, readable and writable."""
+    def open_file(self, name: str, *, pages: int | None = None) -> int:
+        """Open (create) the regular file `name` in the workbench's own directory, readable and writable.
+
+        With `pages` it is made anew, so many pages long and not cached: each begins with "NAME:NUMBER" and a newline,
+        the rest of it are zeros.
+        """
         ...
 
     def ftruncate(self, fd: int, length: int) -> None:
@@ -374,6 +378,14 @@ class Task(Protocol):
 
     def fsync(self, fd: int) -> None:
         """fsync(2)."""
+        ...
+
+    def sync(self) -> None:
+        """syncfs(2) of the file system that the workbench's directory lies on."""
+        ...
+
+    def fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        """posix_fadvise(2): 3 POSIX_FADV_WILLNEED, 4 POSIX_FADV_DONTNEED."""
         ...
 
     def close(self, fd: int) -> None:
@@ -457,6 +469,10 @@ class Workbench(Protocol):
         Raises NotModelled where there is no ksmd.
         """
         raise NotModelled("ksmd on this workbench")
+
+    def drop_caches(self) -> object:
+        """To provide where that can be done: write 1 to drop_caches. Raises BackendUnavailable elsewhere."""
+        raise BackendUnavailable("this workbench drops no caches", remedy="leave that out of the program")
 
     def close(self) -> None:
         """To provide: end all tasks and remove what they left. Closing twice is allowed."""

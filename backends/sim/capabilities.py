@@ -99,6 +99,10 @@ class Capabilities:
     hugetlb_dontneed: bool
     hugetlb_promises_again: bool
     uffd_unregister_own: bool
+    #: Whether a page with buffers of which a part is cut off shows OWNER_2 (mapped to disk) no more.
+    partial_invalidate_unmaps: bool
+    #: Whether fault-around makes no page table for the last page of a file on a disk.
+    around_last_page_no_table: bool
     uffd_features: int
     folio_flags: bool
     buddy_first_only: bool
@@ -189,6 +193,8 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         hugetlb_promises_again=has("mm.hugetlb_promises_again"),
         uffd_unregister_own=has("mm.mremap_checks_early"),
         uffd_features=int(features),
+        partial_invalidate_unmaps=has("disk.partial_invalidate_unmaps"),
+        around_last_page_no_table=has("disk.around_last_page_no_table"),
         folio_flags=has("kpageflags.folio_flags"),
         buddy_first_only=not has("kpageflags.buddy_all_pages"),
         advice=frozenset(int(a) for a in Madvise if a not in _ADVICE or has(_ADVICE[a])),

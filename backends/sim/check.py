@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import attrs
 import numpy as np
 
+from pmcore.backends.sim.check_disk import Finding, disk_findings
+from pmcore.backends.sim.check_disk import some as _some
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
-from pmcore.backends.sim.services import ksm_state
+from pmcore.backends.sim.services import blocks, ksm_state
 from pmcore.backends.sim.services.pagecache import OpenFile
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE
@@ -32,17 +33,6 @@ _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 _BUDDY, _PGTABLE, _LRU = int(PageFlag.BUDDY), int(PageFlag.PGTABLE), int(PageFlag.LRU)
 _SWAPCACHE = int(PageFlag.SWAPCACHE)
 _KERNEL = int(PageFlag.RESERVED | PageFlag.SLAB | PageFlag.ZERO_PAGE | PageFlag.OFFLINE | PageFlag.HWPOISON)
-
-
-@attrs.frozen
-class Finding:
-    """An invariant that does not hold: its name, and where."""
-
-    invariant: str
-    where: str
-
-    def __str__(self) -> str:
-        return f"{self.invariant}: {self.where}"
 
 
 class BrokenInvariant(PmcoreError, AssertionError):
@@ -67,6 +57,7 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     yield from _offline(core)
     yield from _pools(core, spaces, maps)
     yield from _files(core, spaces)
+    yield from disk_findings(core, spaces)
     yield from _swap(core, maps)
     yield from _owners(core, maps)
     yield from _contents(core)
@@ -75,11 +66,6 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
         yield Finding("khugepaged goes on at the start of a block", f"{place:#x}")
     for name, where in ksm_state.findings(core, spaces):
         yield Finding(name, where)
-
-
-def _some(index: np.ndarray[tuple[int], np.dtype[np.intp]]) -> str:
-    shown = ", ".join(f"{value:#x}" for value in index[:4].tolist())
-    return f"{shown}{'...' if len(index) > 4 else ''}"
 
 
 def _vmas(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
@@ -406,6 +392,7 @@ def _files(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
                 )
                 if bad.any():
                     yield Finding("a mapping of a file maps its pages, each at its place", _some(pfns[bad]))
+    used |= set(core.names.values())
     if used != core.inodes.keys():
         yield Finding("a file is there while something refers to it", f"{used ^ core.inodes.keys()}")
 
@@ -467,6 +454,7 @@ def _owners(core: Core, maps: _Mappings) -> Iterator[Finding]:
 
 def _contents(core: Core) -> Iterator[Finding]:
     rows = [core.memory.frames.content, *(area.content for area in core.swap.areas if area is not None)]
+    rows += [blocks.rows(inode.blocks.used()[1]) for inode in core.inodes.values()]
     held = np.concatenate([column[column != 0] for column in rows])
     if len(np.unique(held)) != len(held) or len(held) != core.memory.contents.in_use:
         yield Finding("contents have one owner", f"{core.memory.contents.in_use} pages, {len(held)} owners")

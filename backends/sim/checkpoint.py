@@ -32,6 +32,8 @@ __all__ = ["State", "capture", "load", "rebuild", "save"]
 _VERSION = 1
 _FRAMES = ("flags", "mapcount", "behind", "content", "swap", "lru", "whole", "owner", "index", "free_order")
 _AREA = ("counts", "cached", "content", "shadow")
+#: Of a file on a disk.
+_DISK = ("blocks", "shadows")
 _SCALARS = ("zero_pfn", "huge_zero_pfn", "mmap_min", "mmap_base", "stack_limit")
 
 
@@ -79,6 +81,9 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
     spaces = [_space(mm, uffd, descriptor, files) for mm in tasks.values()]
     for inode in core.inodes.values():
         arrays[f"inode.{inode.number}.pages"], arrays[f"inode.{inode.number}.words"] = inode.index.used()
+        for name in _DISK if inode.on_disk else ():
+            pages, held = getattr(inode, name).used()
+            arrays[f"inode.{inode.number}.{name}.pages"], arrays[f"inode.{inode.number}.{name}"] = pages, held
     for area in core.swap.areas:
         if area is not None:
             arrays |= {f"swap.{area.number}.{name}": getattr(area, name).copy() for name in _AREA}
@@ -102,7 +107,10 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         "spaces": spaces,
         "pids": list(tasks),
         "inodes": [[i.number, str(i.kind), i.name, i.size] for i in core.inodes.values()],
-        "opened": [file.inode.number for _, file in sorted(opened.values(), key=lambda o: o[0])],
+        "names": sorted(core.names.items()),
+        "opened": [
+            [file.inode.number, file.position] for _, file in sorted(opened.values(), key=lambda o: o[0])
+        ],
         "uffds": [
             [context.mm.number, context.features] for _, context in sorted(uffds.values(), key=lambda u: u[0])
         ],
@@ -258,7 +266,10 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     for number, kind, name, size in words["inodes"]:
         inode = core.inodes[number] = Inode(number, FileSystem(kind), name, size)
         inode.index.put(arrays[f"inode.{number}.pages"], arrays[f"inode.{number}.words"])
-    opened = [OpenFile(core.inodes[number]) for number in words["opened"]]
+        for part in _DISK if inode.on_disk else ():
+            getattr(inode, part).put(arrays[f"inode.{number}.{part}.pages"], arrays[f"inode.{number}.{part}"])
+    core.names = dict(map(tuple, words["names"]))
+    opened = [OpenFile(core.inodes[number], position) for number, position in words["opened"]]
     spaces = {space["number"]: AddressSpace.bare(core, space["number"]) for space in words["spaces"]}
     contexts = [
         Userfaultfd(spaces.get(number) or AddressSpace.gone(core, number), f) for number, f in words["uffds"]

@@ -25,7 +25,7 @@ from pmcore.backends.sim.physical.frames import Frames
 from pmcore.backends.sim.physical.memory import Memory, NoMemory, min_watermark
 from pmcore.backends.sim.policy import Policy, as_policy, check_sizes, thp_orders
 from pmcore.backends.sim.process import SimProcess
-from pmcore.backends.sim.services import hotplug, shrink
+from pmcore.backends.sim.services import hotplug, shrink, writeback
 from pmcore.backends.sim.services import swapoff as swapping_areas
 from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.khugepaged import Khugepaged
@@ -74,6 +74,8 @@ class Core:
         self.spaces: dict[int, AddressSpace] = {}
         #: Files that anything still refers to, by inode number.
         self.inodes: dict[int, Inode] = {}
+        #: Files of the disk: inode numbers by name.
+        self.names: dict[str, int] = {}
         self.khugepaged = Khugepaged(self)
         self.ksm = Ksm(self)
         #: The last number given, by what was numbered.
@@ -211,6 +213,10 @@ class SimMachine(Kernel, Workbench):
 
     def settle(self) -> None:
         """Nothing is put off here."""
+
+    def drop_caches(self) -> int:
+        """Write 1 to drop_caches: what files on the disk have clean and unmapped in the cache goes; how many pages."""
+        return writeback.drop_caches(self.core)
 
     def set_thp(self, settings: Mapping[str, str]) -> None:
         """Sizes of huge pages from here on, as `Policy` names them; "enabled" is its `pmd`. Raises ArgumentError."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.arrays import U64Array
-from pmcore.backends.sim.calls.files import data_pages
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import clear_refs
+from pmcore.backends.sim.services.filesystem import data_pages
 from pmcore.backends.sim.services.mincore import in_core
 from pmcore.backends.sim.views import maps as maps_view
 from pmcore.backends.sim.views import pagemap as pagemap_view
@@ -120,5 +120,6 @@ class SimProcess(Process):
         core, shift = self._machine.core, self._machine.geometry.page_shift
         first, count = area.pgoff + (start - area.start >> shift), end - start >> shift
         return FileResidency(
-            data=data_pages(core, area.file, first, count), in_core=in_core(core, area.file, first, count)
+            data=data_pages(core, area.file, np.arange(first, first + count, dtype=np.int64)),
+            in_core=in_core(core, area.file, first, count),
         )

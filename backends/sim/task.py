@@ -17,7 +17,7 @@ from pmcore.backends.sim.services import mincore
 from pmcore.backends.sim.virtual import fault, touch
 from pmcore.backends.sim.virtual import fork as forking
 from pmcore.backends.sim.virtual.space import AddressSpace
-from pmcore.errors import ArgumentError, NotModelled, syscall_error
+from pmcore.errors import ArgumentError, syscall_error
 from pmcore.protocols import Task
 from pmcore.uapi import Errno, Madvise, MapFlag, MremapFlag, Prot, UffdFeature
 
@@ -179,9 +179,11 @@ class SimTask(Task):
         """memfd_create(2)."""
         return int(self._call(file_calls.memfd_create, name, flags))
 
-    def open_file(self, name: str) -> int:
-        """Not modelled."""
-        raise NotModelled("open: files")
+    def open_file(self, name: str, *, pages: int | None = None) -> int:
+        """open(2) of a file of the machine's disk."""
+        if "/" in name or name in {"", ".", ".."}:
+            raise ArgumentError(f"{name!r} is no plain file name")
+        return int(self._call(file_calls.open_file, name, pages))
 
     def ftruncate(self, fd: int, length: int) -> None:
         """ftruncate(2)."""
@@ -207,6 +209,14 @@ class SimTask(Task):
     def fsync(self, fd: int) -> None:
         """fsync(2)."""
         self._call(file_calls.fsync, fd)
+
+    def sync(self) -> None:
+        """sync(2)."""
+        self._call(file_calls.sync)
+
+    def fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        """posix_fadvise(2)."""
+        self._call(file_calls.fadvise, fd, offset, length, advice)
 
     def close(self, fd: int) -> None:
         """close(2): what nothing refers to any more is gone; see `uffd.close` for userfaultfds."""

@@ -282,7 +282,7 @@ def _bound(method: str, *extra: str) -> Callable[[Run, Any], Any]:
 
 
 def _open_file(state: Run, step: s.OpenFile) -> None:
-    state.fds[step.fd] = state.task(step.task).open_file(step.file)
+    state.fds[step.fd] = state.task(step.task).open_file(step.file, pages=step.pages if step.new else None)
 
 
 def _open_uffd(state: Run, step: s.UffdOpen) -> None:
@@ -318,6 +318,9 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Pread: lambda r, st: r.task(st.task).pread(r.fd(st.fd), st.length, st.offset),
     s.Lseek: lambda r, st: r.task(st.task).lseek(r.fd(st.fd), st.offset, st.whence),
     s.Fsync: lambda r, st: r.task(st.task).fsync(r.fd(st.fd)),
+    s.Sync: lambda r, st: r.task(st.task).sync(),
+    s.Fadvise: lambda r, st: r.task(st.task).fadvise(r.fd(st.fd), st.offset, st.length, st.advice),
+    s.DropCaches: lambda r, st: r.workbench.drop_caches() and None,
     s.CloseFd: _close,
     s.UffdOpen: _open_uffd,
     s.UffdRegister: lambda r, st: (

@@ -19,7 +19,9 @@ __all__ = [
     "Brk",
     "ClearRefs",
     "CloseFd",
+    "DropCaches",
     "Exit",
+    "Fadvise",
     "Fallocate",
     "Fork",
     "Fsync",
@@ -42,6 +44,7 @@ __all__ = [
     "Read",
     "Scan",
     "Step",
+    "Sync",
     "Touch",
     "UffdOpen",
     "UffdProtect",
@@ -220,10 +223,12 @@ class MemfdCreate(Step):
 
 @attrs.frozen(kw_only=True)
 class OpenFile(Step):
-    """A regular file of the workbench's."""
+    """A regular file of the workbench's; `new`: made anew, with `pages` of contents, none of them cached."""
 
     fd: str = name()
     file: str = name()
+    pages: int = number(0)
+    new: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -276,6 +281,26 @@ class Fsync(Step):
     """fsync."""
 
     fd: str = name()
+
+
+@attrs.frozen(kw_only=True)
+class Sync(Step):
+    """sync of the file system that regular files lie on."""
+
+
+@attrs.frozen(kw_only=True)
+class Fadvise(Step):
+    """posix_fadvise; advice 3 reads ahead, 4 drops what is clean and unmapped."""
+
+    fd: str = name()
+    offset: int = number(0)
+    length: int = number(0)
+    advice: int = number(4)
+
+
+@attrs.frozen(kw_only=True)
+class DropCaches(Step):
+    """A write of 1 to drop_caches: the page cache, of the whole machine."""
 
 
 @attrs.frozen(kw_only=True)
@@ -404,6 +429,9 @@ STEPS: dict[str, type[Step]] = {
         Pread,
         Lseek,
         Fsync,
+        Sync,
+        Fadvise,
+        DropCaches,
         CloseFd,
         UffdOpen,
         UffdRegister,

@@ -215,8 +215,37 @@ class Task:
     def do_memfd(self, *, name: str, flags: int, payload: bytes) -> tuple[int, bytes]:
         return os.memfd_create(name, flags), b""
 
-    def do_open(self, *, path: str, payload: bytes) -> tuple[int, bytes]:
+    def do_open(self, *, path: str, pages: int, payload: bytes) -> tuple[int, bytes]:
+        if pages >= 0:
+            self._make(path, pages)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), b""
+
+    def _make(self, path: str, pages: int) -> None:
+        """A new file, written to its disk and dropped from the cache."""
+        if os.path.lexists(path):
+            os.unlink(path)  # noqa: PTH108
+        size, name = os.sysconf("SC_PAGE_SIZE"), path.rpartition("/")[2]
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            for page in range(pages):
+                os.pwrite(fd, f"{name}:{page}\n".encode().ljust(size, b"\0"), page * size)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+    def do_sync(self, *, directory: str, payload: bytes) -> tuple[int, bytes]:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return call("syncfs", fd), b""
+        finally:
+            os.close(fd)
+
+    def do_fadvise(
+        self, *, fd: int, offset: int, length: int, advice: int, payload: bytes
+    ) -> tuple[int, bytes]:
+        os.posix_fadvise(fd, offset, length, advice)
+        return 0, b""
 
     def do_ftruncate(self, *, fd: int, length: int, payload: bytes) -> tuple[int, bytes]:
         os.ftruncate(fd, length)
@@ -239,8 +268,7 @@ class Task:
         return os.lseek(fd, offset, whence), b""
 
     def do_fsync(self, *, fd: int, payload: bytes) -> tuple[int, bytes]:
-        os.fsync(fd)
-        return 0, b""
+        return call("fsync", fd), b""  # os.fsync makes no call for what is no descriptor
 
     def do_close(self, *, fd: int, payload: bytes) -> tuple[int, bytes]:
         if fd == self.channel.fileno():

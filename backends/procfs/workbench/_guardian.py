@@ -1,7 +1,7 @@
 """Puts the machine back when its parent is done with it, or dead: its end of the pipe closes in any case.
 
 Run as `python -I -S -B _guardian.py JSON` with a pipe as standard input; JSON names the swap files to switch off, the
-knobs with the values that they had, and the files to remove.
+file systems to unmount, the knobs with the values that they had, and the files to remove.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ def main() -> None:
     libc = ctypes.CDLL(None)
     for path in todo["swapoff"]:
         libc.swapoff(path.encode())
+    for path in todo["umount"]:
+        libc.umount2(path.encode(), 2)  # MNT_DETACH: whoever still has a file open keeps it until then
+        try:
+            os.rmdir(path)  # noqa: PTH106
+        except OSError:
+            continue
     for path, value in todo["knobs"]:
         try:
             with open(path) as knob:  # noqa: PTH123

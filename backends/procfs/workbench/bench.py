@@ -26,6 +26,7 @@ from pmcore.arrays import BoolArray
 from pmcore.backends.procfs import open_kernel
 from pmcore.backends.procfs.kernel import ProcfsKernel
 from pmcore.backends.procfs.process import ProcfsProcess
+from pmcore.backends.procfs.workbench.disk import Disk
 from pmcore.backends.procfs.workbench.ksm import Ksmd
 from pmcore.backends.procfs.workbench.steady import drain_lru, steady, turn_thp
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
@@ -223,12 +224,12 @@ class ProcfsTask(Task):
         """memfd_create(2)."""
         return int(self._ask("memfd", f"memfd_create({name!r}, {flags:#x})", name=name, flags=flags)[0])
 
-    def open_file(self, name: str) -> int:
+    def open_file(self, name: str, *, pages: int | None = None) -> int:
         """A regular file in the workbench's directory."""
         if "/" in name or name in {"", ".", ".."}:
             raise ArgumentError(f"{name!r} is no plain file name")
         path = str(self._bench.directory / name)
-        return int(self._ask("open", f"open({name!r})", path=path)[0])
+        return int(self._ask("open", f"open({name!r})", path=path, pages=-1 if pages is None else pages)[0])
 
     def ftruncate(self, fd: int, length: int) -> None:
         """ftruncate(2)."""
@@ -255,6 +256,17 @@ class ProcfsTask(Task):
     def fsync(self, fd: int) -> None:
         """fsync(2)."""
         self._ask("fsync", f"fsync({fd})", fd=fd)
+
+    def sync(self) -> None:
+        """syncfs(2) of the workbench's directory."""
+        self._ask("sync", "syncfs()", directory=str(self._bench.directory))
+
+    def fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        """posix_fadvise(2)."""
+        call = f"posix_fadvise({fd}, {offset}, {length}, {advice})"
+        self._ask("fadvise", call, fd=fd, offset=offset, length=length, advice=advice)
+        if self._bench.disk is not None:
+            self._bench.disk.settle()
 
     def close(self, fd: int) -> None:
         """close(2)."""
@@ -309,8 +321,11 @@ class ProcfsWorkbench(Workbench):
         directory: str | None = None,
         held: ExitStack | None = None,
         pools: Mapping[str, str] | None = None,
+        disk: Disk | None = None,
     ) -> None:
         self._kernel = kernel
+        #: What regular files lie on, if that was made for this workbench.
+        self.disk = disk
         #: Knobs of hugetlb pools, and how many pages are set aside by them.
         self._pools = dict(pools or {})
         #: Whether the machine is kept still for us; whether sizes of huge pages have been set.
@@ -365,8 +380,18 @@ class ProcfsWorkbench(Workbench):
         return tuple(task for task in self._tasks if task.alive)
 
     def settle(self) -> None:
-        """Have all processors drain their LRU batches."""
+        """Have all processors drain their LRU batches, and the disk finish what it was asked for."""
+        if self.disk is not None:
+            self.disk.settle()
         drain_lru()
+
+    def drop_caches(self) -> None:
+        """Write 1 to /proc/sys/vm/drop_caches; only where the machine holds still."""
+        if not self._still:
+            raise BackendUnavailable(
+                "the page cache of the whole machine goes", remedy="open the workbench with still=True"
+            )
+        Path("/proc/sys/vm/drop_caches").write_text("1")
 
     def renew(self) -> None:
         """Pages of hugetlb pools are made anew: flags that their last users left would show on them."""
@@ -457,6 +482,7 @@ def open_workbench(
     swap: int | str = 0,
     knobs: Mapping[str, str] | None = None,
     hugepages: Mapping[int | str, int | tuple[int, int]] | None = None,
+    disk: int | str = 0,
 ) -> ProcfsWorkbench:
     """A workbench of real processes; regular files lie in a new directory below `directory` (default: TMPDIR).
 
@@ -464,26 +490,31 @@ def open_workbench(
     path of a block device that holds a swap area) switches swap on, `knobs` are files of /proc and /sys with what to
     write to them meanwhile; both imply `still`.
     `hugepages` are hugetlb pages set aside meanwhile, by size: {"2 MiB": 20}, or with surplus pages allowed (20, 4).
+    `disk` ("64 MiB", or bytes) is the size of a file system of its own that regular files lie on instead, see `Disk`.
     Raises BackendUnavailable off Linux, or where swap cannot be switched on, or huge pages cannot be had.
     """
     if not sys.platform.startswith("linux"):
         raise BackendUnavailable("real processes need Linux", remedy="use a simulated machine")
     held = ExitStack()
     pools, allowed = _pools(hugepages or {})
+    place = Disk(parse_size(disk)) if disk else None
     with held:
-        if still or swap or knobs or pools:
-            held.enter_context(steady(swap=_area(swap), knobs={**(knobs or {}), **allowed, **pools}))
+        if still or swap or knobs or pools or place:
+            held.enter_context(
+                steady(swap=_area(swap), knobs={**(knobs or {}), **allowed, **pools}, disk=place)
+            )
         for path, count in pools.items():
             if _number(path) != count:
                 raise BackendUnavailable(
                     f"not {count} huge pages by {path}", remedy="run as root, with more free memory"
                 )
-        still = still or bool(swap) or bool(knobs) or bool(pools)
+        still = still or bool(swap) or bool(knobs) or bool(pools) or place is not None
         return ProcfsWorkbench(
             kernel or open_kernel(),
-            directory=directory,
+            directory=str(place.directory) if place else directory,
             held=held.pop_all() if still else None,
             pools=pools,
+            disk=place,
         )
     raise AssertionError("unreachable")
 

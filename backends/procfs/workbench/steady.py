@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pmcore.backends.procfs.workbench import ksm
+from pmcore.backends.procfs.workbench.disk import Disk
 from pmcore.errors import BackendUnavailable, syscall_error
 
 __all__ = ["drain_lru", "steady", "turn_thp"]
@@ -38,6 +39,8 @@ _KNOBS = {
     f"{_THP}/khugepaged/alloc_sleep_millisecs": "3600000",
     **ksm.KNOBS,
 }
+#: With a disk: nothing is written back because time has passed.
+_DISK_KNOBS = {"/proc/sys/vm/dirty_writeback_centisecs": "0"}
 #: With a swap area: compressed in memory, so that a page that is paged out is gone at once.
 _SWAP_KNOBS = {"/sys/module/zswap/parameters/enabled": "Y"}
 
@@ -68,19 +71,29 @@ def drain_lru() -> bool:
 
 @contextmanager
 def steady(
-    cpu: int | None = None, *, swap: int | str = 0, knobs: Mapping[str, str] | None = None
+    cpu: int | None = None,
+    *,
+    swap: int | str = 0,
+    knobs: Mapping[str, str] | None = None,
+    disk: Disk | None = None,
 ) -> Iterator[None]:
     """Pin this process to one processor, quieten khugepaged, ksmd and swap readahead; all is put back on leaving.
 
     `swap` bytes of compressed swap, or the swap area on the block device of that path, are switched on
     (BackendUnavailable where that cannot be), `knobs` are further files of /proc and /sys with what to write. Knobs
-    that cannot be turned (no root, not there) are left alone.
+    that cannot be turned (no root, not there) are left alone. `disk` is mounted meanwhile, and written to only by
+    whoever asks.
     """
     lock = _lock()
     watched = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     allowed = os.sched_getaffinity(0)
     compressed = swap if isinstance(swap, int) else 0
-    wanted = {**_KNOBS, **(_SWAP_KNOBS if compressed else {}), **(knobs or {})}
+    wanted = {
+        **_KNOBS,
+        **(_SWAP_KNOBS if compressed else {}),
+        **(_DISK_KNOBS if disk else {}),
+        **(knobs or {}),
+    }
     before = [
         (path, value)
         for path in dict.fromkeys((*wanted, *ksm.TURNED))
@@ -91,7 +104,12 @@ def steady(
         area = swap if isinstance(swap, str) else _swap_file(swap) if swap else None
         areas = [area] if area else []
         guardian = _guard(
-            {"swapoff": areas, "knobs": [*before, *sizes], "remove": areas if compressed else []},
+            {
+                "swapoff": areas,
+                "umount": [str(disk.directory)] if disk else [],
+                "knobs": [*before, *sizes],
+                "remove": [*(areas if compressed else []), *([str(disk.image)] if disk else [])],
+            },
             lock,
         )
         _opened_thp.update(sizes)
@@ -105,6 +123,8 @@ def steady(
                     Path(path).write_text(wanted[path])
         if area:
             _swapon(area)
+        if disk:
+            disk.mount()
         # khugepaged sleeps without end while it has nothing to look at, and begins at once with the first mapping that
         # asks for huge pages. Ours comes first; then it sleeps for the hour that the knob says.
         watched[0] = 1  # a mapping that never held a page is not looked at

@@ -1,4 +1,4 @@
-"""System calls on descriptors of files: memfd_create, ftruncate, fallocate, pread, pwrite, lseek, fsync, close."""
+"""System calls on descriptors of files: open, ftruncate, fallocate, pread, pwrite, lseek, fsync, close, ...."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ import numpy as np
 
 from pmcore.backends.sim.calls import uffd
 from pmcore.backends.sim.calls.refuse import refuse
-from pmcore.backends.sim.services import pagecache, shmem
+from pmcore.backends.sim.services import diskfile, filesystem, pagecache, readahead, writeback
 from pmcore.backends.sim.services.pagecache import FileSystem, Inode, OpenFile
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.errors import NotModelled
-from pmcore.uapi import Errno, PageFlag
+from pmcore.uapi import Errno
 
 if TYPE_CHECKING:
-    from pmcore.arrays import BoolArray, U64Array
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.task import SimTask
     from pmcore.backends.sim.virtual.space import AddressSpace
 
 __all__ = [
     "close",
-    "data_pages",
+    "fadvise",
     "fallocate",
     "fsync",
     "ftruncate",
     "install",
     "lseek",
     "memfd_create",
+    "open_file",
     "opened",
     "pread",
     "pwrite",
+    "sync",
 ]
 
 _MFD_CLOEXEC, _MFD_SEALING, _MFD_HUGETLB, _MFD_NOEXEC, _MFD_EXEC = 1, 2, 4, 8, 16
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
+#: posix_fadvise's advice.
+_RANDOM, _SEQUENTIAL, _WILLNEED, _DONTNEED = 1, 2, 3, 4
 _SEEK_SET, _SEEK_CUR, _SEEK_END, _SEEK_DATA, _SEEK_HOLE = range(5)
 #: The greatest size of a file.
 _MAX = (1 << 63) - 1
@@ -80,7 +82,9 @@ def ftruncate(core: Core, mm: AddressSpace, fd: int, length: int) -> None:
     if length < 0 or length > _MAX:
         refuse(Errno.EINVAL, call)
     inode = opened(mm, fd, call, Errno.EINVAL).inode
-    shmem.truncate(core, inode, length)
+    if inode.on_disk and length > diskfile.MAX_SIZE:
+        refuse(Errno.EFBIG, call)
+    filesystem.truncate(core, inode, length)
 
 
 def fallocate(core: Core, mm: AddressSpace, fd: int, mode: int, offset: int, length: int) -> None:
@@ -95,16 +99,18 @@ def fallocate(core: Core, mm: AddressSpace, fd: int, mode: int, offset: int, len
     if mode & _PUNCH_HOLE and mode & ~(_PUNCH_HOLE | _KEEP_SIZE):
         refuse(Errno.EOPNOTSUPP, call)
     inode = opened(mm, fd, call, Errno.ENODEV).inode
-    if offset + length > _MAX:
+    if offset + length > (diskfile.MAX_SIZE if inode.on_disk else _MAX):
         refuse(Errno.EFBIG, call)
+    if inode.on_disk and mode & ~(_PUNCH_HOLE | _KEEP_SIZE) in (8, 16, 32):
+        raise NotModelled("fallocate that moves or zeroes blocks", remedy="punch a hole instead")
     if mode & ~(_PUNCH_HOLE | _KEEP_SIZE):
         refuse(Errno.EOPNOTSUPP, call)
     if mode & _PUNCH_HOLE:
-        shmem.punch_hole(core, inode, offset, length)
+        filesystem.punch_hole(core, inode, offset, length)
         return
-    if core.memory.managed < -(-length // core.geometry.page_size):
+    if not inode.on_disk and core.memory.managed < -(-length // core.geometry.page_size):
         refuse(Errno.ENOSPC, call, "more than all of memory")
-    shmem.fallocate(core, inode, offset, length, keep_size=bool(mode & _KEEP_SIZE))
+    filesystem.fallocate(core, inode, offset, length, keep_size=bool(mode & _KEEP_SIZE))
 
 
 def pread(core: Core, mm: AddressSpace, fd: int, length: int, offset: int) -> bytes:
@@ -115,7 +121,7 @@ def pread(core: Core, mm: AddressSpace, fd: int, length: int, offset: int) -> by
     file = mm.files.get(fd)
     if file is not None and not isinstance(file, OpenFile):
         raise NotModelled("reading a userfaultfd")
-    return shmem.pread(core, opened(mm, fd, call, Errno.EINVAL).inode, length, offset)
+    return filesystem.pread(core, opened(mm, fd, call, Errno.EINVAL), length, offset)
 
 
 def pwrite(core: Core, mm: AddressSpace, fd: int, data: bytes, offset: int) -> int:
@@ -126,22 +132,12 @@ def pwrite(core: Core, mm: AddressSpace, fd: int, data: bytes, offset: int) -> i
     inode = opened(mm, fd, call, Errno.EINVAL).inode
     if data and offset + len(data) > _MAX:
         refuse(Errno.EFBIG, call)
-    shmem.pwrite(core, inode, data, offset)
+    if inode.on_disk and data and offset + len(data) > diskfile.MAX_SIZE:
+        if offset >= diskfile.MAX_SIZE:
+            refuse(Errno.EFBIG, call)
+        data = data[: diskfile.MAX_SIZE - offset]
+    filesystem.pwrite(core, inode, data, offset)
     return len(data)
-
-
-def data_pages(core: Core, inode: Inode, first: int, count: int) -> BoolArray:
-    """Which pages of a file hold data, in memory or in swap; those that fallocate only set aside do not."""
-    return _data(core, inode.index.load(first, count))
-
-
-def _data(core: Core, words: U64Array) -> BoolArray:
-    """Which words of an index stand for data."""
-    found: BoolArray = words != 0
-    present = (words & np.uint64(PRESENT)) != 0
-    pfns = (words[present] & np.uint64(FIELD)).view(np.int64)
-    found[present] = (core.memory.frames.flags[pfns] & np.uint64(PageFlag.UPTODATE)) != 0
-    return found
 
 
 def lseek(core: Core, mm: AddressSpace, fd: int, offset: int, whence: int) -> int:
@@ -166,8 +162,8 @@ def lseek(core: Core, mm: AddressSpace, fd: int, offset: int, whence: int) -> in
         refuse(Errno.EINVAL if offset < 0 else Errno.ENXIO, call, "behind the end of the file")
     size = core.geometry.page_size
     first, end = offset // size, -(-inode.size // size)
-    pages, words = inode.index.used(first, end)
-    pages = pages[_data(core, words)]
+    pages = (inode.blocks if inode.on_disk else inode.index).used(first, end)[0]
+    pages = pages[filesystem.data_pages(core, inode, pages)]
     if whence == _SEEK_DATA:
         if not len(pages):
             refuse(Errno.ENXIO, call, "no data from there on")
@@ -179,8 +175,68 @@ def lseek(core: Core, mm: AddressSpace, fd: int, offset: int, whence: int) -> in
 
 
 def fsync(core: Core, mm: AddressSpace, fd: int) -> None:
-    """fsync(2): shmem has nowhere to write to."""
-    opened(mm, fd, f"fsync({fd})", Errno.EINVAL)
+    """fsync(2): write out what is dirty; shmem has nowhere to write to."""
+    writeback.write_out(core, opened(mm, fd, f"fsync({fd})", Errno.EINVAL).inode)
+
+
+def sync(core: Core, mm: AddressSpace) -> None:
+    """sync(2)."""
+    writeback.sync(core)
+
+
+def fadvise(core: Core, mm: AddressSpace, fd: int, offset: int, length: int, advice: int) -> None:
+    """posix_fadvise(2): 3 reads a range ahead, 4 drops what of it is clean and unmapped."""
+    call, size = f"posix_fadvise({fd}, {offset}, {length}, {advice})", core.geometry.page_size
+    file = mm.files.get(fd)
+    if file is not None and not isinstance(file, OpenFile):
+        raise NotModelled("posix_fadvise of a userfaultfd")
+    inode = opened(mm, fd, call, Errno.EINVAL).inode
+    if length < 0 or not 0 <= advice <= 5:
+        refuse(Errno.EINVAL, call)
+    if not inode.on_disk:
+        return
+    if offset < 0:
+        raise NotModelled("posix_fadvise before the start of a file")
+    last = offset + length - 1 if length else _MAX
+    if advice == _WILLNEED:
+        readahead.force(core, inode, offset // size, min(last, inode.size) // size + 1)
+    elif advice == _DONTNEED:
+        _dontneed(core, inode, offset, last)
+    elif advice in (_RANDOM, _SEQUENTIAL):
+        raise NotModelled("posix_fadvise that sets how far is read ahead")
+
+
+def _dontneed(core: Core, inode: Inode, offset: int, last: int) -> None:
+    """What is dirty is written, and stays; the rest goes, the last page only if the range or the file ends with it."""
+    size = core.geometry.page_size
+    first, end = -(-offset // size), last // size
+    written = writeback.dirty_pages(core, inode, offset // size, end + 1)
+    writeback.write_out(core, inode, offset // size, end + 1)
+    if (last + 1) % size and last not in (inode.size - 1, _MAX):
+        end -= 1
+    if first <= end:
+        writeback.invalidate(core, inode, first, end + 1, keep=written)
+
+
+def open_file(core: Core, mm: AddressSpace, name: str, pages: int | None) -> int:
+    """open(2) of a file of the disk, which is made if it is not there; with `pages` made anew, so many pages long.
+
+    Page i of a new file begins with "NAME:i" and a newline, the rest are zeros; nothing of it is cached.
+    """
+    size = core.geometry.page_size
+    inode = core.inodes[core.names[name]] if name in core.names and pages is None else None
+    if inode is None:
+        old = core.inodes.get(core.names.pop(name, 0))
+        if old is not None:
+            pagecache.put(core, old)
+        inode = pagecache.make(core, FileSystem.EXT4, f"/disk/{name}", (pages or 0) * size)
+        core.names[name] = inode.number
+        contents = core.memory.contents
+        rows = contents.take(pages or 0)
+        for page, row in enumerate(rows.tolist()):
+            contents.write(row, 0, f"{name}:{page}\n".encode()[:size])
+        diskfile.fill(core, inode, 0, rows)
+    return install(mm, OpenFile(inode))
 
 
 def close(core: Core, mm: AddressSpace, fd: int, tasks: Iterable[SimTask]) -> None:

@@ -11,7 +11,14 @@ import numpy as np
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import collapse, ksm_merge, reclaim, shmem, swapping
+from pmcore.backends.sim.services import (
+    collapse,
+    filesystem,
+    ksm_merge,
+    readahead,
+    reclaim,
+    swapping,
+)
 from pmcore.backends.sim.virtual import zap
 from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.pte import FIELD, GUARD, GUARD_MARKER, UFFD_WP
@@ -173,12 +180,16 @@ def _pageout(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hig
 def _willneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         return
+    # In a mapping of a file only the file's pages are read, not private copies that lie in swap.
     wanted = [
         extent.entries[zap.swap_entries(extent.entries)]
-        for extent in mm.tables.extents(low, high)
+        for extent in (mm.tables.extents(low, high) if vma.file is None else ())
         if not extent.huge
     ]
-    if vma.file is not None:
+    if vma.file is not None and vma.file.on_disk:
+        first = vma.pgoff + (low - vma.start >> core.geometry.page_shift)
+        readahead.force(core, vma.file, first, first + (high - low >> core.geometry.page_shift))
+    elif vma.file is not None:
         first = vma.pgoff + (low - vma.start >> core.geometry.page_shift)
         words = vma.file.index.load(first, high - low >> core.geometry.page_shift)
         wanted.append(words[zap.swap_entries(words)])
@@ -215,12 +226,14 @@ def _remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high
     if vma.flags & needed != needed:
         refuse(Errno.EACCES, call, "only what is shared and may be written can be removed")
     first = vma.pgoff + (low - vma.start >> core.geometry.page_shift) << core.geometry.page_shift
-    shmem.punch_hole(core, vma.file, first, high - low)
+    filesystem.punch_hole(core, vma.file, first, high - low)
 
 
 def _collapse(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         refuse(Errno.EINVAL, call, "hugetlb")
+    if vma.file is not None and vma.file.on_disk:
+        refuse(Errno.EINVAL, call, "pages of that file system are single pages")
     if vma.file is not None:
         raise NotModelled("MADV_COLLAPSE of a file's pages")
     errno = collapse.collapse_range(core, mm, vma, low, high)

@@ -71,13 +71,15 @@ def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mod
     flags = (VmFlag.UFFD_MISSING if mode & _MISSING else 0) | (VmFlag.UFFD_WP if mode & _WP else 0)
     flags |= VmFlag.UFFD_MINOR if mode & _MINOR else 0
     _check_huge_start(call, first, start)
-    basic = False
+    basic, asynchronous = False, bool(context.features & UffdFeature.WP_ASYNC)
     for vma in mm.vmas.within(start, end):
         huge = bool(vma.flags & VmFlag.HUGETLB)
         if not huge and (mode & _MINOR or vma.flags & (VmFlag.IO | VmFlag.PFNMAP)):
             refuse(Errno.EINVAL, call, "a mapping in the range cannot be registered so")
         if vma.file is not None and not _WP_FEATURES_FILES & core.caps.uffd_features:
             refuse(Errno.EINVAL, call, "this kernel protects anonymous memory only")
+        if vma.file is not None and vma.file.on_disk and not (flags == VmFlag.UFFD_WP and asynchronous):
+            refuse(Errno.EINVAL, call, "a file on a disk is protected by WP_ASYNC alone")
         if not vma.flags & VmFlag.MAYWRITE:
             refuse(Errno.EPERM, call)
         if huge and end <= vma.end and end & hugetlb.page_size(vma) - 1:
@@ -121,6 +123,11 @@ def unregister(core: Core, mm: AddressSpace, fd: int, start: int, length: int) -
         v.uffd not in (None, context) for v in mm.vmas.within(start, end)
     ):
         refuse(Errno.EINVAL, call, "another userfaultfd has it")
+    asynchronous = bool(context.features & UffdFeature.WP_ASYNC)
+    for vma in mm.vmas.within(start, end):
+        wp_alone = vma.flags & VmFlag.UFFD == VmFlag.UFFD_WP
+        if vma.file is not None and vma.file.on_disk and not (wp_alone and asynchronous):
+            refuse(Errno.EINVAL, call, "a file on a disk is protected by WP_ASYNC alone")
     for vma in mm.vmas.within(start, end):
         if vma.uffd is None:
             continue

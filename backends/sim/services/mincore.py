@@ -8,6 +8,7 @@ import numpy as np
 
 from pmcore.arrays import BoolArray
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.services import writeback
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -74,7 +75,7 @@ def in_core(core: Core, inode: Inode, first: int, count: int) -> BoolArray:
 
 
 def msync(core: Core, mm: AddressSpace, start: int, length: int, flags: int) -> None:
-    """msync(2): nothing to write for anonymous memory, but the checks are the same."""
+    """msync(2): MS_SYNC writes out what shared mappings of the range map of files; a later refusal undoes nothing."""
     size, call = core.geometry.page_size, f"msync({start:#x}, {length:#x}, {flags:#x})"
     if flags & ~7 or start & size - 1 or flags & 5 == 5:
         refuse(Errno.EINVAL, call)
@@ -84,5 +85,9 @@ def msync(core: Core, mm: AddressSpace, start: int, length: int, flags: int) -> 
     for vma in mm.vmas.within(start, end):
         if flags & 2 and vma.flags & VmFlag.LOCKED:
             refuse(Errno.EBUSY, call)
+        if flags & 4 and vma.file is not None and vma.flags & VmFlag.SHARED:
+            low, high = max(start, vma.start), min(end, vma.end)
+            first = vma.pgoff + (low - vma.start >> core.geometry.page_shift)
+            writeback.write_out(core, vma.file, first, first + (high - low >> core.geometry.page_shift))
     if not mm.vmas.covers(start, end):
         refuse(Errno.ENOMEM, call, "part of the range is not mapped")

@@ -17,6 +17,7 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.services import blocks
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP
 from pmcore.uapi import PageFlag
 
@@ -48,6 +49,8 @@ class FileSystem(enum.StrEnum):
     """What an inode lies on."""
 
     SHMEM = "shmem"
+    #: On a disk, with buffer heads (ext4).
+    EXT4 = "ext4"
 
 
 class Index:
@@ -60,6 +63,19 @@ class Index:
         """The word of one page."""
         piece = self.pieces.get(page >> _SHIFT)
         return 0 if piece is None else piece.item(page & _PIECE - 1)
+
+    def at(self, pages: Pfns) -> U64Array:
+        """The words of pages, ascending, that need not be neighbours."""
+        if len(pages) and int(pages[-1]) - int(pages[0]) == len(pages) - 1:
+            return self.load(int(pages[0]), len(pages))
+        words = np.zeros(len(pages), dtype=np.uint64)
+        numbers = pages >> _SHIFT
+        for number in np.unique(numbers).tolist():
+            piece = self.pieces.get(number)
+            if piece is not None:
+                low, high = np.searchsorted(numbers, (number, number + 1)).tolist()
+                words[low:high] = piece[pages[low:high] & (_PIECE - 1)]
+        return words
 
     def set(self, page: int, word: int) -> None:
         """Store the word of one page."""
@@ -137,6 +153,14 @@ class Inode:
     name: str
     size: int = 0
     index: Index = attrs.field(factory=Index)
+    #: Of a file on a disk: what lies in its blocks, see `blocks.py`, and when pages were reclaimed (plus 1).
+    blocks: Index = attrs.field(factory=Index)
+    shadows: Index = attrs.field(factory=Index)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether its pages have a home besides memory and swap."""
+        return self.kind is not FileSystem.SHMEM
 
 
 @attrs.define(slots=True, eq=False)
@@ -144,6 +168,8 @@ class OpenFile:
     """What a descriptor stands for; shared by the tasks that inherited it."""
 
     inode: Inode
+    #: Where the last read(2) ended: the page before it is not noted as accessed again. -1: nothing was read.
+    position: int = -1
 
 
 def make(core: Core, kind: FileSystem, name: str, size: int) -> Inode:
@@ -160,7 +186,11 @@ def put(core: Core, inode: Inode) -> None:
             return
         if any(isinstance(file, OpenFile) and file.inode is inode for file in mm.files.values()):
             return
+    if inode.number in core.names.values():
+        return  # it has a name on the disk
     remove(core, inode, 0, 1 << 62)
+    if inode.on_disk:
+        blocks.clear(core, inode, 0, 1 << 62)
     core.inodes.pop(inode.number, None)
 
 

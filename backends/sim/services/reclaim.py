@@ -11,7 +11,7 @@ from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.folios import LargeFolio
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND
-from pmcore.backends.sim.services import evict, pagecache, thp
+from pmcore.backends.sim.services import evict, filereclaim, pagecache, thp
 from pmcore.backends.sim.services.batches import Runs, large_runs
 from pmcore.backends.sim.services.pagecache import Inode
 from pmcore.backends.sim.virtual.filemap import cached_only
@@ -297,7 +297,9 @@ def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
         chosen = _own_pages(core, extent.start, extent.entries)
         if vma.file is not None:
             cached = chosen & cached_only(core, extent.entries)
-            if cached.any():
+            if cached.any() and vma.file.on_disk:
+                filereclaim.page_out(core, vma, vma.file, extent.entries, np.flatnonzero(cached))
+            elif cached.any():
                 _shmem_out(core, mm, vma, vma.file, extent.entries, np.flatnonzero(cached))
             chosen &= ~cached
         if chosen.any():

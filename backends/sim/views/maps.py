@@ -26,6 +26,8 @@ _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 _PSS_SHIFT = 12
 #: Device number of the mount that shmem files lie on.
 _SHMEM_MINOR = 1
+#: Device number of the disk.
+_DISK_MAJOR = 7
 
 
 def _vma(mm: AddressSpace, vma: VmArea, page_shift: int) -> Vma:
@@ -41,7 +43,8 @@ def _vma(mm: AddressSpace, vma: VmArea, page_shift: int) -> Vma:
         offset=vma.pgoff << page_shift if vma.huge or vma.file else 0,
         inode=vma.huge.file.inode if vma.huge else vma.file.number if vma.file else 0,
         name=vma.name or ("[heap]" if heap else ""),
-        dev_minor=_SHMEM_MINOR if vma.file is not None else 0,
+        dev_major=_DISK_MAJOR if vma.file is not None and vma.file.on_disk else 0,
+        dev_minor=_SHMEM_MINOR if vma.file is not None and not vma.file.on_disk else 0,
     )
 
 

@@ -157,6 +157,8 @@ def _write_protected(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot:
     frames = core.memory.frames
     if vma.flags & VmFlag.SHARED:
         core.pool.at[slot] = pte | WRITE | DIRTY | YOUNG | core.soft_dirty
+        if vma.file is not None and vma.file.on_disk:
+            filemap.told(core, vma, addr, pfn)
         frames.flags_at[pfn] |= int(PageFlag.DIRTY)
         return
     if pfn != core.zero_pfn and (frames.flags_at[pfn] & ANON_EXCLUSIVE or _reusable(core, mm, pfn)):

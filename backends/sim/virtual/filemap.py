@@ -12,7 +12,7 @@ import numpy as np
 from pmcore.arrays import BoolArray
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import shmem, userfaultfd
+from pmcore.backends.sim.services import filesystem, userfaultfd
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["cached_only", "end_address", "fault", "inside", "touch", "window"]
+__all__ = ["cached_only", "end_address", "fault", "inside", "told", "touch", "unprotect", "window"]
 
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
-_UPTODATE = np.uint64(PageFlag.UPTODATE)
+#: RECLAIM and the mark of readahead are one bit: fault-around leaves such pages alone.
+_UPTODATE, _READAHEAD = np.uint64(PageFlag.UPTODATE), np.uint64(PageFlag.RECLAIM)
 #: fault_around_bytes.
 _AROUND = 1 << 16
 #: Where nothing is mapped around a fault: who watches accesses is told of each.
@@ -51,6 +52,8 @@ def _may_write(core: Core, vma: VmArea) -> bool:
     """Whether a page that is mapped without having been written may be written without a fault."""
     if not vma.flags & VmFlag.WRITE or not vma.flags & VmFlag.SHARED:
         return False
+    if vma.file is not None and vma.file.on_disk:
+        return False  # the file system is told of the first write
     return not vma.flags & VmFlag.UFFD_WP and (not core.soft_dirty or bool(vma.flags & VmFlag.SOFTDIRTY))
 
 
@@ -71,7 +74,7 @@ def fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: 
     shared = vma.flags & VmFlag.SHARED
     if write and not shared:
         mm.prepare_anon(vma)
-    pfn = shmem.get_page(core, inode, page)
+    pfn = filesystem.get_page(core, inode, page)
     frames = core.memory.frames
     if write and not shared:
         copy = mapping.take_page(core, vma)
@@ -88,10 +91,19 @@ def fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: 
     entry = pfn | PRESENT | YOUNG | protected
     if write:
         entry |= DIRTY | core.soft_dirty | (0 if protected else WRITE)
+        if inode.on_disk:
+            told(core, vma, addr, pfn)
         frames.flags_at[pfn] |= int(PageFlag.DIRTY)
     elif not protected and _may_write(core, vma):
         entry |= WRITE
     core.pool.at[slot] = entry
+
+
+def told(core: Core, vma: VmArea, addr: int, pfn: int) -> None:
+    """Tell the file system that a page of its disk is written through the shared mapping (page_mkwrite)."""
+    assert vma.file is not None
+    page, frame = _page(core, vma, addr), np.array([pfn], dtype=np.int64)
+    filesystem.written(core, vma.file, np.array([page], dtype=np.int64), frame)
 
 
 def _behind(addr: int) -> AddressSpaceFault:
@@ -137,9 +149,13 @@ def _map_cached(core: Core, mm: AddressSpace, vma: VmArea, low: int, high: int) 
     slot = mm.tables.pte_slot(low)
     pfns = (words & _FIELD).view(np.int64)
     ready = (words & _PRESENT) != 0
+    ready[ready] = (core.memory.frames.flags[pfns[ready]] & (_UPTODATE | _READAHEAD)) == _UPTODATE
+    if slot < 0 and vma.file.on_disk and core.caps.around_last_page_no_table:
+        # The page table comes with a page that could be part of a larger folio: not with the last of the file.
+        if not ready[: _end(core, vma) - first - 1].any():
+            return
     if slot >= 0:
         ready &= core.pool.flat[slot : slot + count] == 0
-    ready[ready] = (core.memory.frames.flags[pfns[ready]] & _UPTODATE) != 0
     if ready.any():
         slot = mm.tables.make_pte_slot(low)
         core.pool.flat[slot : slot + count][ready] = _map(core, vma, pfns[ready])
@@ -188,7 +204,7 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
     short = False
     if not present.all():
         holes = np.flatnonzero(~present)
-        made = shmem.fill_holes(core, inode, holes + first)
+        made = filesystem.fill_holes(core, inode, holes + first)
         pfns[holes[: len(made)]] = made
         if len(made) < len(holes):
             count, short = int(holes[len(made)]), True
@@ -198,12 +214,21 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
     entries[:] = _map(core, vma, pfns)
     if write:
         entries |= np.uint64(DIRTY | WRITE | core.soft_dirty)
-        core.memory.frames.flags[pfns] |= np.uint64(PageFlag.DIRTY)
+        filesystem.written(core, inode, np.arange(first, first + count, dtype=np.int64), pfns)
     elif not vma.flags & VmFlag.UFFD_WP:
         _map_outside(core, mm, vma, start, present[:count])
     if short:
         raise NoMemory
     return count
+
+
+def unprotect(core: Core, vma: VmArea, start: int, entries: U64Array) -> None:
+    """First writes through a shared mapping to neighbouring pages that are there, and that no userfaultfd protects."""
+    assert vma.file is not None
+    entries |= np.uint64(DIRTY | WRITE | YOUNG | core.soft_dirty)
+    first = _page(core, vma, start)
+    pages = np.arange(first, first + len(entries), dtype=np.int64)
+    filesystem.written(core, vma.file, pages, (entries & _FIELD).view(np.int64))
 
 
 def _map_outside(core: Core, mm: AddressSpace, vma: VmArea, start: int, cached: BoolArray) -> None:

@@ -41,7 +41,8 @@ def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
     """Which present entries may be written at once, without a fault (can_change_pte_writable)."""
     may: BoolArray = (entries & np.uint64(DIRTY)) != 0
     if vma.flags & VmFlag.SHARED:
-        if not vma.flags & VmFlag.UFFD_WP:
+        told = vma.file is not None and vma.file.on_disk
+        if not vma.flags & VmFlag.UFFD_WP and not told:
             may[:] = True  # nobody has to be told of the first write
     elif core.caps.mprotect_makes_clean_writable:
         may[:] = True

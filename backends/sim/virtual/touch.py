@@ -12,7 +12,7 @@ from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import mthp, swapping, thp
 from pmcore.backends.sim.virtual import fault, filemap, hugetlb, mapping, zap
-from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, WRITE, YOUNG
+from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 
 if TYPE_CHECKING:
@@ -199,6 +199,8 @@ def _file(
     size = core.geometry.page_size
     wanted = _PRESENT | (_WRITE if write else np.uint64(0))
     sort = np.where(fresh, np.int8(1), ((entries & wanted) == wanted).astype(np.int8) * np.int8(2))
+    if write and vma.flags & VmFlag.SHARED:
+        sort[(entries & (wanted | np.uint64(UFFD_WP))) == _PRESENT] = 3
     bounds = [0, *(np.flatnonzero(np.diff(sort)) + 1).tolist(), len(entries)]
     for low, high in itertools.pairwise(bounds):
         place = low
@@ -208,6 +210,11 @@ def _file(
         elif sort[low] == 2:
             slot = mm.tables.pte_slot(start)
             core.pool.flat[slot + low : slot + high] |= np.uint64(YOUNG | DIRTY if write else YOUNG)
+            continue
+        elif sort[low] == 3:
+            slot = mm.tables.pte_slot(start)
+            _tell(core, mm, start + low * size, np.ones(high - low, dtype=np.bool_), write=True)
+            filemap.unprotect(core, vma, start + low * size, core.pool.flat[slot + low : slot + high])
             continue
         for index in range(place, high):
             fault.access(core, mm, start + index * size + lead, write=write)

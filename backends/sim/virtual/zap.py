@@ -25,6 +25,7 @@ __all__ = ["swap_entries", "unmap_file", "zap"]
 
 _FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
 _STATE = _PRESENT | _SWAP
+_NOT_RECLAIM = np.uint64(~int(PageFlag.RECLAIM) & (1 << 64) - 1)
 
 
 def swap_entries(entries: U64Array) -> BoolArray:
@@ -124,7 +125,7 @@ def _zap_file(
         entries[gone & ((old & np.uint64(UFFD_WP)) != 0)] = UFFD_MARKER
     # What the entries knew of the pages of the file goes over to them.
     dirty = cached & ((old & np.uint64(DIRTY)) != 0)
-    frames.flags[pfns[dirty]] |= np.uint64(PageFlag.DIRTY)
+    frames.flags[pfns[dirty]] = frames.flags[pfns[dirty]] & _NOT_RECLAIM | np.uint64(PageFlag.DIRTY)
     if not vma.flags & (VmFlag.SEQ_READ | VmFlag.RAND_READ):
         accessed.mark(core, pfns[cached & ((old & np.uint64(YOUNG)) != 0)])
     mapped = pfns[gone & present]

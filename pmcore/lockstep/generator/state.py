@@ -55,6 +55,9 @@ class State:
     fds: dict[str, str] = attrs.field(factory=dict)
     #: Descriptors of files: how many pages the file was made with, and the tasks that have it.
     files: dict[str, tuple[int, list[str]]] = attrs.field(factory=dict)
+    #: Descriptors of files on the disk, with their names; areas that map such, with a descriptor that did it.
+    disk: dict[str, str] = attrs.field(factory=dict)
+    mapped: dict[str, str] = attrs.field(factory=dict)
     #: Areas that map files.
     shared: set[str] = attrs.field(factory=set)
     #: Areas of hugetlb, and the flags that they were mapped with.
