@@ -20,7 +20,7 @@ from pmcore.lockstep import Result, lockstep
 from pmcore.lockstep.generator import FOCUSES
 from pmcore.lockstep.session import session
 from pmcore.program import Program, load_program, save_program
-from pmcore.program.steps import Advise, Step
+from pmcore.program.steps import Advise, OpenFile, Step
 from pmcore.protocols import Workbench
 from pmcore.uapi import Madvise
 
@@ -43,6 +43,16 @@ _RULES = {
     "fork": ("VM-005",),
     "uffdprotect": ("VM-019", "VM-020"),
     "scan": ("SC-001",),
+    "openfile": ("DF-001",),
+    "pread": ("FM-013", "DF-006"),
+    "pwrite": ("FM-013", "DF-005"),
+    "fsync": ("DF-004",),
+    "sync": ("DF-004",),
+    "fadvise": ("DF-009",),
+    "dropcaches": ("DF-009",),
+    "ftruncate": ("FM-007", "DF-008"),
+    "fallocate": ("FM-006", "DF-007", "DF-008"),
+    "lseek": ("FM-012", "DF-007"),
 }
 _ADVICE_RULES = {
     Madvise.DONTNEED: ("VM-007", "VM-013", "KX-013"),
@@ -55,6 +65,8 @@ _ADVICE_RULES = {
 }
 #: Lines of a side's tables that a report shows.
 _TABLE_LINES = 60
+#: Size of the disk that files of random programs lie on.
+_DISK = "256 MiB"
 EXIT_DIFFERS, EXIT_CANNOT = 1, 2
 
 
@@ -81,7 +93,10 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
     help="End after so many programs that differ.",
 )
 @click.option(
-    "--focus", type=click.Choice(FOCUSES), metavar="SUBJECT", help="What programs are biased to: ksm."
+    "--focus",
+    type=click.Choice(FOCUSES),
+    metavar="SUBJECT",
+    help="What programs are biased to: ksm, or disk.",
 )
 @click.option(
     "--replay", type=click.Path(dir_okay=False), metavar="FILE", help="Run this one program instead."
@@ -171,7 +186,14 @@ def _sides(options: dict[str, Any], held: contextlib.ExitStack) -> tuple[Callabl
 
             sides[side] = fresh
         else:
-            bench = held.enter_context(_open(name, options["swap_device"] or options["swap"], hugepages))
+            bench = held.enter_context(
+                _open(
+                    name,
+                    swap=options["swap_device"] or options["swap"],
+                    hugepages=hugepages,
+                    **({"disk": _DISK} if _needs_disk(options) else {}),
+                )
+            )
             if not bench.kernel.pfn_visible:
                 raise BackendUnavailable("frame numbers are hidden", remedy="run as root")
             profile = profile or bench.kernel.profile
@@ -187,15 +209,22 @@ def _hugepages(text: str) -> dict[int | str, tuple[int, int]]:
     return {"2 MiB": (int(number), int(surplus or 0))} if int(number) or int(surplus or 0) else {}
 
 
+def _needs_disk(options: dict[str, Any]) -> bool:
+    """Whether programs use files on a disk: a workbench of real processes then makes one."""
+    if options["replay"]:
+        return any(isinstance(step, OpenFile) for step in _program(options["replay"]).steps)
+    return bool(options["focus"] == "disk")
+
+
 def _renewed(bench: Workbench) -> Workbench:
     bench.renew()
     return bench
 
 
 @contextlib.contextmanager
-def _open(name: str, swap: str, hugepages: dict[int | str, tuple[int, int]]) -> Iterator[Workbench]:
+def _open(name: str, **settings: Any) -> Iterator[Workbench]:
     try:
-        bench = registry.open_workbench(name, still=True, swap=swap, hugepages=hugepages)
+        bench = registry.open_workbench(name, still=True, **settings)
     except TypeError as error:
         raise ArgumentError(f"workbench {name!r} refuses its options: {error}") from None
     with bench:
@@ -276,10 +305,7 @@ def _replay(
     right: Callable[[], Workbench],
     thp: dict[str, str],
 ) -> int:
-    try:
-        program = load_program(Path(options["replay"]))
-    except OSError as error:
-        raise ArgumentError(f"{options['replay']}: {error.strerror}") from None
+    program = _program(options["replay"])
     program = attrs.evolve(program, thp={**dict(program.thp), **thp})
     result = lockstep(program, left(), right())
     if options["form"] == "json":
@@ -290,6 +316,13 @@ def _replay(
     else:
         _show(result, left())
     return 0 if result.agrees else EXIT_DIFFERS
+
+
+def _program(path: str) -> Program:
+    try:
+        return load_program(Path(path))
+    except OSError as error:
+        raise ArgumentError(f"{path}: {error.strerror}") from None
 
 
 def _as_dict(result: Result) -> dict[str, Any]:

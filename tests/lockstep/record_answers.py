@@ -2,7 +2,8 @@
 
     sudo .venv/bin/python tests/lockstep/record_answers.py [PROGRAM.json]...
 
-Answers are written to tests/lockstep/answers/RELEASE/. A file whose answers are the same is left as it is.
+Answers are written to tests/lockstep/answers/RELEASE/, those to programs of kept/disk to its folder disk. A file whose
+answers are the same is left as it is.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from pmcore.lockstep.answers import answers_from_json, answers_to_json, ask, cha
 from pmcore.program import load_program
 from pmcore.registry import open_workbench
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 
 
 def main(paths: list[Path]) -> int:
     changed = 0
-    with open_workbench("procfs", still=True, swap="256 MiB") as bench:
+    with open_workbench("procfs", still=True, swap="256 MiB", disk="64 MiB") as bench:
         version = bench.kernel.pread("version", 0, 4096).decode().strip()
         release = re.match(r"Linux version (\d+\.\d+)", version)
         folder = HERE / "answers" / (release[1] if release else "unknown")
-        folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
-            place = folder / path.name
+            place = (
+                folder / path.relative_to(HERE / "kept") if path.is_relative_to(HERE) else folder / path.name
+            )
+            place.parent.mkdir(parents=True, exist_ok=True)
             new = answers_from_json(answers_to_json(ask(load_program(path), bench, version=version)))
             if place.is_file():
                 old = answers_from_json(place.read_text(encoding="utf-8"), source=str(place))
@@ -46,5 +49,5 @@ def main(paths: list[Path]) -> int:
 
 
 if __name__ == "__main__":
-    named = [Path(argument) for argument in sys.argv[1:]]
-    sys.exit(main(named or sorted((HERE / "kept").glob("*.json"))))
+    named = [Path(argument).resolve() for argument in sys.argv[1:]]
+    sys.exit(main(named or sorted((HERE / "kept").rglob("*.json"))))

@@ -183,7 +183,7 @@ def test_the_mask_of_sampled_accesses_is_a_files():
 
 def test_what_a_side_does_not_model_is_counted_apart():
     with pytest.raises(NotModelled):
-        lockstep(Program(name="x", steps=(s.OpenFile(fd="f", file="f"),)), sim(), sim())
+        lockstep(Program(name="x", steps=(s.MemfdCreate(fd="f", flags=4),)), sim(), sim())
 
 
 def test_workbenches_have_names():

@@ -38,7 +38,7 @@ __all__ = [
 _MFD_CLOEXEC, _MFD_SEALING, _MFD_HUGETLB, _MFD_NOEXEC, _MFD_EXEC = 1, 2, 4, 8, 16
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 #: posix_fadvise's advice.
-_RANDOM, _SEQUENTIAL, _WILLNEED, _DONTNEED = 1, 2, 3, 4
+_RANDOM, _SEQUENTIAL, _WILLNEED, _DONTNEED, _NOREUSE = 1, 2, 3, 4, 5
 _SEEK_SET, _SEEK_CUR, _SEEK_END, _SEEK_DATA, _SEEK_HOLE = range(5)
 #: The greatest size of a file.
 _MAX = (1 << 63) - 1
@@ -202,8 +202,8 @@ def fadvise(core: Core, mm: AddressSpace, fd: int, offset: int, length: int, adv
         readahead.force(core, inode, offset // size, min(last, inode.size) // size + 1)
     elif advice == _DONTNEED:
         _dontneed(core, inode, offset, last)
-    elif advice in (_RANDOM, _SEQUENTIAL):
-        raise NotModelled("posix_fadvise that sets how far is read ahead")
+    elif advice in (_RANDOM, _SEQUENTIAL, _NOREUSE):
+        raise NotModelled("posix_fadvise that changes what an open file does from then on")
 
 
 def _dontneed(core: Core, inode: Inode, offset: int, last: int) -> None:

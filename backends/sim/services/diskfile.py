@@ -193,15 +193,25 @@ def pread(core: Core, file: OpenFile, length: int, offset: int) -> bytes:
 
 
 def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: bool) -> None:
-    """Set blocks aside for the range; nothing of it is read or cached."""
-    size = core.geometry.page_size
+    """Set blocks aside for the range, one run of blocks of a sort after the other.
+
+    Where the file grows, with each run the rest of the block where it ended is zeroed, and the start of its last one.
+    """
+    size, old = core.geometry.page_size, inode.size
     first, end = offset // size, -(-(offset + length) // size)
     words = inode.blocks.load(first, end - first)
     kinds = words & _KIND
-    words[(kinds == 0) | (kinds == np.uint64(DELAYED))] = UNWRITTEN
+    missing = (kinds == 0) | (kinds == np.uint64(DELAYED))
+    words[missing] = UNWRITTEN
     inode.blocks.store(first, words)
-    if not keep_size:
-        inode.size = max(inode.size, offset + length)
+    if keep_size or offset + length <= old:
+        return
+    kinds[missing] = 0
+    for stop in (*(np.flatnonzero(np.diff(kinds)) + first + 1).tolist(), end):
+        reached = min(stop * size, offset + length)
+        inode.size = max(inode.size, reached)
+        if reached > old:
+            _zero_parts(core, inode, old, reached)
 
 
 def truncate(core: Core, inode: Inode, length: int) -> None:
@@ -233,6 +243,8 @@ def punch_hole(core: Core, inode: Inode, offset: int, length: int) -> None:
     if first < last:
         zap.unmap_file(core, inode, first, last, even_cows=False)
         pagecache.remove(core, inode, first, last)
+    if end < size:
+        zap.unmap_file(core, inode, first, 1 << 51, even_cows=False)  # DV-029
     if first > last:
         _cut(core, inode, last, offset % size, end % size)
     else:

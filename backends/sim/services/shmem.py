@@ -148,6 +148,8 @@ def punch_hole(core: Core, inode: Inode, offset: int, length: int) -> None:
     if first < last:
         zap.unmap_file(core, inode, first, last, even_cows=False)
         pagecache.remove(core, inode, first, last)
+    if end < size:
+        zap.unmap_file(core, inode, first, 1 << 51, even_cows=False)  # DV-029
     if first > last:
         _zero(core, inode, last, offset % size, end % size)
         return

@@ -150,10 +150,13 @@ def _map_cached(core: Core, mm: AddressSpace, vma: VmArea, low: int, high: int) 
     pfns = (words & _FIELD).view(np.int64)
     ready = (words & _PRESENT) != 0
     ready[ready] = (core.memory.frames.flags[pfns[ready]] & (_UPTODATE | _READAHEAD)) == _UPTODATE
-    if slot < 0 and vma.file.on_disk and core.caps.around_last_page_no_table:
-        # The page table comes with a page that could be part of a larger folio: not with the last of the file.
-        if not ready[: _end(core, vma) - first - 1].any():
-            return
+    if (
+        slot < 0
+        and vma.file.on_disk
+        and core.caps.around_last_page_no_table
+        and not ready[: _end(core, vma) - first - 1].any()
+    ):
+        return  # a page table comes with what could be part of a larger folio: not with the last page of the file
     if slot >= 0:
         ready &= core.pool.flat[slot : slot + count] == 0
     if ready.any():

@@ -37,13 +37,17 @@ _ALL = (1 << 64) - 1
 _WP_UNPOPULATED = int(UffdFeature.WP_UNPOPULATED)
 
 
+def _told(vma: VmArea) -> bool:
+    """Whether somebody has to be told of the first write to a page of a shared mapping."""
+    return bool(vma.flags & VmFlag.UFFD_WP) or (vma.file is not None and vma.file.on_disk)
+
+
 def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
     """Which present entries may be written at once, without a fault (can_change_pte_writable)."""
     may: BoolArray = (entries & np.uint64(DIRTY)) != 0
     if vma.flags & VmFlag.SHARED:
-        told = vma.file is not None and vma.file.on_disk
-        if not vma.flags & VmFlag.UFFD_WP and not told:
-            may[:] = True  # nobody has to be told of the first write
+        if not _told(vma):
+            may[:] = True
     elif core.caps.mprotect_makes_clean_writable:
         may[:] = True
     if core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY:
@@ -60,7 +64,7 @@ def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
 def _may_write_one(core: Core, vma: VmArea, pte: int) -> bool:
     """`_may_write` for one entry."""
     flags = vma.flags
-    clean = not flags & VmFlag.UFFD_WP if flags & VmFlag.SHARED else core.caps.mprotect_makes_clean_writable
+    clean = not _told(vma) if flags & VmFlag.SHARED else core.caps.mprotect_makes_clean_writable
     if not pte & DIRTY and not clean:
         return False
     if core.soft_dirty and not flags & VmFlag.SOFTDIRTY and not pte & SOFT_DIRTY:

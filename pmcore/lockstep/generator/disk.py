@@ -136,9 +136,7 @@ def _drop(draw: Draw, state: State, task: str, fd: str, offset: int, length: int
     """The cache dropped, after all was written: what is being written at that moment stays or goes."""
     if draw.flip():
         offset = length = 0
-    state.next = [
-        s.Fadvise(task=task, fd=fd, offset=offset, length=length, advice=draw.of((4, 4, 4, 0, 5, 9)))
-    ]
+    state.next = [s.Fadvise(task=task, fd=fd, offset=offset, length=length, advice=draw.of((4, 4, 4, 0, 9)))]
     return s.Fsync(task=task, fd=fd)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pmcore.errors import ArgumentError
 from pmcore.lockstep.generator.accesses import exit_task, fork, huge_page, lock_all, sequence, write
+from pmcore.lockstep.generator.disk import DISK, disk_compared
 from pmcore.lockstep.generator.draw import Draw
 from pmcore.lockstep.generator.files import file
 from pmcore.lockstep.generator.hugetlb import map_huge, touch_huge, track_huge
@@ -29,7 +30,7 @@ from pmcore.uapi import Madvise
 __all__ = ["FOCUSES", "random_program", "random_thp"]
 
 #: Subjects that programs may be biased to.
-FOCUSES = ("ksm",)
+FOCUSES = ("disk", "ksm")
 
 _EITHER = (False, True)
 #: PROT_GROWSDOWN, PROT_GROWSUP.
@@ -139,6 +140,8 @@ def random_program(
     merging = focus == "ksm"
     if merging:
         kinds = (*kinds, *KSM)
+    elif focus == "disk":
+        kinds = (*kinds, *DISK)
     steps: list[s.Step] = [first, *(ask(draw, first) if merging else ())]
     if first.pages >= HUGE and draw.flip():
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
@@ -153,7 +156,7 @@ def random_program(
         state.next.clear()
         if merging and isinstance(step, s.Map):
             steps += ask(draw, step)
-        if isinstance(step, s.Map) and step.pages >= HUGE and draw.integer(0, 2):
+        if isinstance(step, s.Map) and step.pages >= HUGE and not state.disk and draw.integer(0, 2):
             steps.append(s.Advise(area=step.area, pages=step.pages, advice=int(Madvise.HUGEPAGE)))
     return Program(name="random", steps=tuple(steps[:max_steps]), thp=settings)
 
@@ -163,6 +166,8 @@ def _compared(step: s.Step, state: State) -> bool:
 
     Nor is shared memory locked: the locks of a page are counted no better than in batches (DV-027).
     """
+    if state.disk and not disk_compared(step, state):
+        return False
     if isinstance(step, s.LockAll):
         return not state.shared
     if isinstance(step, s.Map) and (step.within or step.anywhere):
