@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pmcore.arrays import U64Array
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.physical.buddy import Pfns
+    from pmcore.backends.sim.physical.contents import Rows
     from pmcore.backends.sim.services.pagecache import Inode
 
 __all__ = ["DELAYED", "KIND", "ROW", "UNWRITTEN", "WRITTEN", "clear", "rows", "store"]
@@ -23,10 +24,9 @@ WRITTEN, UNWRITTEN, DELAYED = 1 << 32, 2 << 32, 3 << 32
 KIND, ROW = 3 << 32, (1 << 32) - 1
 
 
-def rows(words: U64Array) -> Pfns:
+def rows(words: U64Array) -> Rows:
     """Rows of contents that the words name, 0 for zeros."""
-    found: Pfns = (words & np.uint64(ROW)).view(np.int64)
-    return found
+    return (words & np.uint64(ROW)).astype(np.int32)
 
 
 def clear(core: Core, inode: Inode, first: int, end: int) -> None:
@@ -34,12 +34,12 @@ def clear(core: Core, inode: Inode, first: int, end: int) -> None:
     words = inode.blocks.used(first, end)[1]
     inode.blocks.clear(first, end)
     inode.shadows.clear(first, end)
-    core.memory.contents.give_back(rows(words).astype(np.int32))
+    core.memory.contents.give_back(rows(words))
 
 
 def store(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> None:
     """Write pages of the cache (ascending) to their blocks."""
     contents = core.memory.contents
-    contents.give_back(rows(inode.blocks.at(pages)).astype(np.int32))
+    contents.give_back(rows(inode.blocks.at(pages)))
     copies = contents.copies(core.memory.frames.content[pfns])
     inode.blocks.put(pages, copies.astype(np.uint64) | np.uint64(WRITTEN))

@@ -85,7 +85,7 @@ def read_in(core: Core, inode: Inode, pages: Pfns) -> Pfns:
     frames = memory.frames
     if there.any():
         frames.flags[pfns[there]] |= np.uint64(_ON_DISK)
-        rows = blocks.rows(words[there]).astype(np.int32)
+        rows = blocks.rows(words[there])
         if rows.any():
             frames.content[pfns[there]] = memory.contents.copies(rows)
     shadows = inode.shadows.at(pages) if inode.shadows.pieces else None
