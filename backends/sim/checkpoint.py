@@ -107,14 +107,14 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         "spaces": spaces,
         "pids": list(tasks),
         "inodes": [[i.number, str(i.kind), i.name, i.size] for i in core.inodes.values()],
-        "names": sorted(core.names.items()),
-        "opened": [
-            [file.inode.number, file.position] for _, file in sorted(opened.values(), key=lambda o: o[0])
-        ],
+        "opened": [file.inode.number for _, file in sorted(opened.values(), key=lambda o: o[0])],
         "uffds": [
             [context.mm.number, context.features] for _, context in sorted(uffds.values(), key=lambda u: u[0])
         ],
     }
+    if any(inode.on_disk for inode in core.inodes.values()):
+        places = [file.position for _, file in sorted(opened.values(), key=lambda o: o[0])]
+        words["disk"] = {"names": sorted(core.names.items()), "positions": places}
     if files.files or core.hugetlb.folios or any(pool.overcommit for pool in core.hugetlb.pools.values()):
         words["hugetlb"] = _hugetlb(core, files)
     if memory.offline:
@@ -268,8 +268,12 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
         inode.index.put(arrays[f"inode.{number}.pages"], arrays[f"inode.{number}.words"])
         for part in _DISK if inode.on_disk else ():
             getattr(inode, part).put(arrays[f"inode.{number}.{part}.pages"], arrays[f"inode.{number}.{part}"])
-    core.names = dict(map(tuple, words["names"]))
-    opened = [OpenFile(core.inodes[number], position) for number, position in words["opened"]]
+    disk = words.get("disk", {"names": [], "positions": [-1] * len(words["opened"])})
+    core.names = dict(map(tuple, disk["names"]))
+    opened = [
+        OpenFile(core.inodes[number], position)
+        for number, position in zip(words["opened"], disk["positions"], strict=True)
+    ]
     spaces = {space["number"]: AddressSpace.bare(core, space["number"]) for space in words["spaces"]}
     contexts = [
         Userfaultfd(spaces.get(number) or AddressSpace.gone(core, number), f) for number, f in words["uffds"]
