@@ -30,6 +30,8 @@ COMMANDS = {
     "scan": "PAGEMAP_SCAN: regions of a process whose pages match.",
     "dirty": "Which pages a process writes, interval by interval.",
     "thp": "How transparent huge pages are mapped, as thpmaps does.",
+    "exec": "Run a command where /proc is a simulated machine's, or a recording's.",
+    "mount": "Mount a simulated machine's /proc and /sys, or a recording's.",
     "record": "Record a machine or processes to a file, to be looked at anywhere.",
     "check": "Whether frames, page tables and counters agree with each other.",
     "validate": "A tool against the truth, on machines made to show what tools get wrong.",
@@ -38,7 +40,7 @@ COMMANDS = {
     "spec": "Show rules, divergences, flags and capabilities.",
     "completion": "Print the completion script for a shell.",
 }
-_MODULES = {"map": "map_", "types": "types_"}
+_MODULES = {"exec": "exec_", "map": "map_", "types": "types_"}
 
 EXIT_USAGE, EXIT_KERNEL, EXIT_BACKEND, EXIT_INPUT, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 
