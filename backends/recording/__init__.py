@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pmcore.backends.recording.kernel import RecordedKernel
+    from pmcore.protocols import Kernel
 
 __all__ = ["open_recording"]
 
 
-def open_recording(path: str | Path) -> RecordedKernel:
-    """The recorded kernel of the file `path`. Raises FormatError for a file that is none, SyscallError for no file."""
+def open_recording(path: str | Path) -> Kernel:
+    """The recorded kernel of the file `path`, or of the directory that `pmcore dump` wrote.
+
+    Raises FormatError for what is neither, SyscallError where there is nothing.
+    """
+    if Path(path).is_dir():
+        from pmcore.backends.recording.directory import DumpedKernel
+
+        return DumpedKernel(Path(path))
     from pmcore.backends.recording.kernel import RecordedKernel
 
     return RecordedKernel(path)

@@ -32,6 +32,7 @@ COMMANDS = {
     "thp": "How transparent huge pages are mapped, as thpmaps does.",
     "exec": "Run a command where /proc is a simulated machine's, or a recording's.",
     "mount": "Mount a simulated machine's /proc and /sys, or a recording's.",
+    "dump": "Write a machine's /proc and /sys as plain files.",
     "record": "Record a machine or processes to a file, to be looked at anywhere.",
     "check": "Whether frames, page tables and counters agree with each other.",
     "validate": "A tool against the truth, on machines made to show what tools get wrong.",

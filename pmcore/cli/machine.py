@@ -31,7 +31,7 @@ def machine_options(function: _F) -> _F:
             click.option(
                 "--machine",
                 metavar="FILE",
-                help="A program (JSON), which is run on a fresh machine, or a recording. [default: a fresh machine]",
+                help="A program (JSON), run on a fresh machine, or a recording, or a dump. [default: a fresh machine]",
             ),
             click.option("--memory", metavar="SIZE", help=f"Memory of the machine. [default: {_MEMORY}]"),
             click.option("--swap", metavar="SIZE", help=f"Swap, 0 for none. [default: {_SWAP}]"),
@@ -66,8 +66,7 @@ def open_machine(options: dict[str, Any], *, run: bool = True) -> tuple[Kernel, 
     program = Program(name="a fresh machine", steps=())
     if path is not None:
         try:
-            with Path(path).open("rb") as file:
-                head = file.read(64)
+            head = b"" if Path(path).is_dir() else _head(path)
         except OSError as error:
             raise syscall_error(error.errno or 5, f"open({path})") from None
         if not head.lstrip().startswith(b"{"):
@@ -85,6 +84,11 @@ def open_machine(options: dict[str, Any], *, run: bool = True) -> tuple[Kernel, 
         for step in program.steps:
             state.advance(step)
     return machine.kernel, state
+
+
+def _head(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(64)
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:

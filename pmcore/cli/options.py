@@ -40,8 +40,24 @@ class Address(click.ParamType[int]):
         return self.fail(f"{value!r} is no unsigned 64-bit number", param, ctx)
 
 
+_ROOT = "pmcore.proc_root"
+
+
+def _note_root(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """--proc-root is another word for a backend: noted here, and looked up when the backend is opened."""
+    if value is not None:
+        ctx.meta[_ROOT] = value
+
+
 def backend_options(function: _F) -> _F:
-    """--backend, --backend-option."""
+    """--backend, --backend-option, --proc-root."""
+    function = click.option(
+        "--proc-root",
+        metavar="DIR",
+        expose_value=False,
+        callback=_note_root,
+        help="Look at a directory that pmcore dump wrote.",
+    )(function)
     function = click.option(
         "--backend",
         default="procfs",
@@ -75,6 +91,12 @@ def open_backend(backend: str, settings: tuple[str, ...], *, all_frames: bool = 
 
     `all_frames`: the command is going to read all of kpageflags; a backend that can begin at once may.
     """
+    context = click.get_current_context(silent=True)
+    root = context.meta.get(_ROOT) if context is not None else None
+    if root is not None:
+        if backend != "procfs" or settings:
+            raise ArgumentError("--proc-root and --backend are different places to look at: give one")
+        return registry.open("recording", root)
     options = {}
     for setting in settings:
         key, found, value = setting.partition("=")

@@ -73,3 +73,25 @@ def test_where_it_cannot_run():
     done = pmcore("lockstep", "--right", "nothing", "--programs", "1")
     assert done.returncode == 2
     assert "no backend 'nothing'" in done.stderr
+
+
+def test_dump_and_proc_root(tmp_path):
+    """A machine as files, and the commands that look at it there; contradictions are told."""
+    program = tmp_path / "p.json"
+    save_program(Program(name="p", steps=(s.Map(area="a", pages=4), s.Touch(area="a", pages=3))), program)
+    place = str(tmp_path / "dump")
+    done = pmcore("dump", place, "--machine", str(program), "--format", "json")
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads(done.stdout)
+    assert (row["path"], row["refused"]) == (place, 0)
+    mapped = json.loads(pmcore("map", "1", "--proc-root", place, "--format", "json").stdout)
+    assert mapped[0]["rss"] == 3 * 4096
+    again = pmcore("types", "--backend", f"recording:{place}", "--format", "json")
+    assert again.stdout == pmcore("types", "--proc-root", place, "--format", "json").stdout
+    for arguments, code in (
+        (("dump", place), 2),
+        (("dump", f"{place}2", "--machine", str(program), "--backend", "procfs"), 2),
+        (("types", "--proc-root", place, "--backend", "recording:x"), 2),
+        (("types", "--proc-root", str(tmp_path / "none")), 3),
+    ):
+        assert pmcore(*arguments).returncode == code, arguments
