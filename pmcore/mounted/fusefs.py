@@ -16,7 +16,8 @@ from typing import Any
 from pmcore.errors import BackendUnavailable, Missing, NotPermitted, PmcoreError, syscall_error
 from pmcore.mounted.stepping import StepFile, Stepper
 from pmcore.mounted.syscalls import CallersMemory
-from pmcore.procview import ROOT, Node, Opener, OpenFile, ProcView
+from pmcore.procview import ROOT, CallerMemory, Node, Opener, OpenFile, ProcView
+from pmcore.procview.files import PagemapFile, WordsFile
 
 __all__ = ["KERNEL_PROC", "Tree", "mfusepy", "serve"]
 
@@ -38,6 +39,8 @@ _PASSED = frozenset(
     }
     | {"tty", "sys", "net", "cmdline", "cgroups", "interrupts", "partitions", "modules"}
 )
+#: Bytes up to which a read of words is short, and how many are read around it.
+_SHORT, _NEAR = 64, 4096
 _STEP = "/proc/pmcore/step"
 #: Directories that there are without anything in them, to hide the real machine's.
 _ALWAYS: dict[str, tuple[str, ...]] = {"/sys": ("kernel",), "/sys/kernel": ("mm",), "/sys/kernel/mm": ()}
@@ -66,7 +69,7 @@ class Tree:
     """Paths and open files, without FUSE: what can be asked, by path or by handle.
 
     `opener` says for a caller's user who that is on the machine. `passed` is where the real /proc is for what is not
-    the machine's; without it there is nothing else.
+    the machine's; without it there is nothing else. While it is mounted nothing but this tree may change the machine.
     """
 
     def __init__(
@@ -81,6 +84,10 @@ class Tree:
         #: What is open, with the node that it was opened by: a directory has no file.
         self._open: dict[int, tuple[Node, OpenFile | None]] = {}
         self._last = 0
+        #: Words around the last short read of a file, by handle: (first byte, bytes, `_changes` then).
+        self._near: dict[int, tuple[int, bytes, int]] = {}
+        #: How often anything was written to, or asked by an ioctl: only that changes a machine while it is mounted.
+        self._changes = 0
         #: When it was mounted: the time of everything in it.
         self.time = time.time_ns()
 
@@ -170,8 +177,31 @@ class Tree:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         return file
 
+    def read(self, handle: int, offset: int, size: int) -> bytes:
+        """read(2) at `offset`. A tool that reads a word at a time is answered from what was read around it."""
+        file = self.file(handle)
+        if size > _SHORT or not isinstance(file, WordsFile | PagemapFile) or offset % 8 or size % 8:
+            return file.read(offset, size)
+        first, data, changes = self._near.get(handle, (0, b"", -1))
+        if changes != self._changes or not first <= offset <= offset + size <= first + len(data):
+            first, changes = offset & -_NEAR, self._changes
+            data = file.read(first, _NEAR)
+            self._near[handle] = first, data, changes
+        return data[offset - first : offset - first + size]
+
+    def write(self, handle: int, offset: int, data: bytes) -> int:
+        """write(2)."""
+        self._changes += 1
+        return self.file(handle).write(offset, data)
+
+    def ioctl(self, handle: int, command: int, argument: bytearray, memory: CallerMemory) -> int:
+        """ioctl(2); `argument` is changed in place."""
+        self._changes += 1
+        return self.file(handle).ioctl(command, argument, memory)
+
     def release(self, handle: int) -> None:
         """Close it."""
+        self._near.pop(handle, None)
         _, file = self._open.pop(handle)
         if file is not None:
             file.close()
@@ -229,10 +259,10 @@ def operations(tree: Tree, ready: Callable[[], object] = lambda: None) -> Any:
             return tree.open(path, flags, context()[0])
 
         def read(self, path: str | None, size: int, offset: int, fh: int) -> bytes:
-            return tree.file(fh).read(offset, size)
+            return tree.read(fh, offset, size)
 
         def write(self, path: str | None, data: bytes, offset: int, fh: int) -> int:
-            return tree.file(fh).write(offset, data)
+            return tree.write(fh, offset, data)
 
         def truncate(self, path: str, length: int, fh: Any = None) -> int:
             return 0  # a shell opens what it writes to with O_TRUNC, and /proc takes no notice
@@ -249,7 +279,7 @@ def operations(tree: Tree, ready: Callable[[], object] = lambda: None) -> Any:
             size = _bytes_of(command)
             argument = bytearray(ctypes.string_at(data, size) if data and size else b"")
             before = bytes(argument)
-            done = tree.file(fh).ioctl(command, argument, CallersMemory(context()[2]))
+            done = tree.ioctl(fh, command, argument, CallersMemory(context()[2]))
             if data and argument != before:
                 ctypes.memmove(data, bytes(argument), size)
             return done

@@ -114,6 +114,35 @@ def test_steps_and_self(mounted):
     assert (place / "proc/2/smaps").read_text() != before
 
 
+def test_a_word_at_a_time_shows_every_change(mounted):
+    """Short reads are answered from what was read around them, until something is written."""
+    place, _ = mounted("--step")
+    take = place / "proc/pmcore/step"
+    take.write_text("2\n")
+    names = ("1/pagemap", "kpageflags", "kpagecount")
+    words, flags, counts = (os.open(place / "proc" / name, os.O_RDONLY) for name in names)
+    area = 0x1000_0000_0000 // 512
+
+    def word(page):
+        return int.from_bytes(os.pread(words, 8, area + page * 8), "little")
+
+    assert [bool(word(page) >> 63) for page in (0, 19, 20, 63)] == [True, True, False, False]
+    assert [word(page) >> 56 & 1 for page in range(3)] == [1, 1, 1]
+    take.write_text("1\n")  # fork: nothing is exclusive any more
+    assert [word(page) >> 56 & 1 for page in range(3)] == [0, 0, 0]
+    assert word(0) >> 55 & 1
+    (place / "proc/1/clear_refs").write_text("4")
+    assert not word(0) >> 55 & 1
+    pfn = word(0) & (1 << 55) - 1
+    assert os.pread(counts, 8, pfn * 8)[0] == 2
+    take.write_text("1\n")  # the child writes to it, and has a copy
+    assert os.pread(counts, 8, pfn * 8)[0] == 1
+    assert os.pread(flags, 64, 16384 * 8 - 24) == os.pread(flags, 4096, 16384 * 8 - 24)
+    assert len(os.pread(flags, 64, 16384 * 8 - 24)) == 24
+    for fd in (words, flags, counts):
+        os.close(fd)
+
+
 def test_where_it_cannot_be(started, program, tmp_path):
     """A place that is no directory: one line, exit code 3."""
     (tmp_path / "file").touch()
