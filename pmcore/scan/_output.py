@@ -17,6 +17,7 @@ __all__ = ["Output"]
 
 #: Rows to begin with, where there is room for so many: memory that is not written costs nothing.
 _FIRST_ROWS = 1 << 18
+_NO_ROWS = np.empty((0, 3), dtype="<u8")
 #: What `max_pages` 0 means.
 _NO_LIMIT = (1 << 64) - 1
 
@@ -31,7 +32,7 @@ class Output:
         self._max_pages = request.max_pages or _NO_LIMIT
         self._pages = 0
         #: Rows of start, end, categories: plain words are joined faster than records.
-        self._rows = np.empty((min(request.vec_len, _FIRST_ROWS), 3), dtype="<u8")
+        self._rows = _NO_ROWS
         self._count = 0
         #: Regions before the current slot, all buffers together.
         self._slot = 0
@@ -125,10 +126,11 @@ class Output:
 
     def regions(self) -> RegionArray:
         """All regions collected, as one array."""
+        if not self._count:
+            slot = (self._start, self._end, self._categories)
+            return np.array([slot], dtype=REGION_DTYPE) if self._end else empty_regions()
         if self._end:
             self._flush_slot()
-        if not self._count:
-            return empty_regions()
         return self._rows[: self._count].view(REGION_DTYPE).reshape(-1)
 
     # -- inside ----------------------------------------------------------------------------------------
@@ -146,7 +148,8 @@ class Output:
         """Rows for so many regions more."""
         need = self._count + count
         if need > len(self._rows):
-            grown = np.empty((max(need, 2 * len(self._rows)), 3), dtype="<u8")
+            room = max(need, 2 * len(self._rows), min(self._limit, _FIRST_ROWS))
+            grown = np.empty((room, 3), dtype="<u8")
             grown[: self._count] = self._rows[: self._count]
             self._rows = grown
         self._count = need

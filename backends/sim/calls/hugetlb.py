@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.calls.refuse import Call, refuse
 from pmcore.backends.sim.services.hugetlb import HugeFile, HugeMap, Pool, Promise
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
@@ -46,7 +46,7 @@ def mmap(core: Core, mm: AddressSpace, addr: int, length: int, prot: int, flags:
 def map_file(
     core: Core,
     mm: AddressSpace,
-    call: str,
+    call: Call,
     file: HugeFile,
     addr: int,
     length: int,
@@ -138,7 +138,7 @@ def _reserve(core: Core, file: HugeFile, first: int, last: int, flags: int) -> b
     return core.hugetlb.reserve(file.pool, last - first)
 
 
-def dontneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def dontneed(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     """MADV_DONTNEED: from the start of a huge page; a part at the end is left alone."""
     size = hugetlb.page_size(vma)
     if low & size - 1 or not core.caps.hugetlb_dontneed:
@@ -148,7 +148,7 @@ def dontneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hig
     hugetlb.release(core, gone)
 
 
-def remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def remove(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     """MADV_REMOVE: a hole in the file; pages in part are filled with zeros."""
     wanted = VmFlag.SHARED | VmFlag.MAYWRITE
     if vma.flags & wanted != wanted:
@@ -187,7 +187,7 @@ def _zero(core: Core, file: HugeFile, start: int, end: int) -> None:
             frames.content_at[pfn] = 0
 
 
-def align_mremap(call: str, vma: VmArea, addr: int, old: int, new: int, new_addr: int) -> tuple[int, int]:
+def align_mremap(call: Call, vma: VmArea, addr: int, old: int, new: int, new_addr: int) -> tuple[int, int]:
     """Lengths rounded to huge pages. Refuses addresses inside one, and growing."""
     size = hugetlb.page_size(vma)
     old, new = align_up(old, size), align_up(new, size)
@@ -203,7 +203,7 @@ def check_move(core: Core, vma: VmArea, addr: int, length: int) -> None:
         raise NotModelled("moving a part of a private hugetlb mapping: its promises are lost for good")
 
 
-def check_advice(call: str, vma: VmArea, *, wipe: bool) -> None:
+def check_advice(call: Call, vma: VmArea, *, wipe: bool) -> None:
     """Advice that only changes flags: what a mapping of a file refuses."""
     if wipe and vma.flags & VmFlag.HUGETLB:
         refuse(Errno.EINVAL, call, "WIPEONFORK is for private anonymous memory")

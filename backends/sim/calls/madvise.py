@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
-from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.calls.refuse import Call, refuse
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import (
     collapse,
@@ -21,7 +21,7 @@ from pmcore.backends.sim.services import (
 )
 from pmcore.backends.sim.virtual import zap
 from pmcore.backends.sim.virtual.populate import fault_in
-from pmcore.backends.sim.virtual.pte import FIELD, GUARD, GUARD_MARKER, UFFD_WP
+from pmcore.backends.sim.virtual.pte import FIELD, GUARD, GUARD_MARKER, PRESENT, SWAP, UFFD_WP, is_marker
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.errors import AddressSpaceFault, NotModelled
 from pmcore.geometry import align_up
@@ -36,28 +36,30 @@ __all__ = ["madvise"]
 _SPECIAL = VmFlag.IO | VmFlag.DONTEXPAND | VmFlag.PFNMAP
 #: Advice that only changes flags of the VMA: (set, clear).
 _FLAGS = {
-    Madvise.NORMAL: (0, VmFlag.RAND_READ | VmFlag.SEQ_READ),
-    Madvise.SEQUENTIAL: (VmFlag.SEQ_READ, VmFlag.RAND_READ),
-    Madvise.RANDOM: (VmFlag.RAND_READ, VmFlag.SEQ_READ),
-    Madvise.DONTFORK: (VmFlag.DONTCOPY, 0),
-    Madvise.DOFORK: (0, VmFlag.DONTCOPY),
-    Madvise.WIPEONFORK: (VmFlag.WIPEONFORK, 0),
-    Madvise.KEEPONFORK: (0, VmFlag.WIPEONFORK),
-    Madvise.DONTDUMP: (VmFlag.DONTDUMP, 0),
-    Madvise.DODUMP: (0, VmFlag.DONTDUMP),
-    Madvise.HUGEPAGE: (VmFlag.HUGEPAGE, VmFlag.NOHUGEPAGE),
-    Madvise.NOHUGEPAGE: (VmFlag.NOHUGEPAGE, VmFlag.HUGEPAGE),
+    int(Madvise.NORMAL): (0, VmFlag.RAND_READ | VmFlag.SEQ_READ),
+    int(Madvise.SEQUENTIAL): (VmFlag.SEQ_READ, VmFlag.RAND_READ),
+    int(Madvise.RANDOM): (VmFlag.RAND_READ, VmFlag.SEQ_READ),
+    int(Madvise.DONTFORK): (VmFlag.DONTCOPY, 0),
+    int(Madvise.DOFORK): (0, VmFlag.DONTCOPY),
+    int(Madvise.WIPEONFORK): (VmFlag.WIPEONFORK, 0),
+    int(Madvise.KEEPONFORK): (0, VmFlag.WIPEONFORK),
+    int(Madvise.DONTDUMP): (VmFlag.DONTDUMP, 0),
+    int(Madvise.DODUMP): (0, VmFlag.DONTDUMP),
+    int(Madvise.HUGEPAGE): (VmFlag.HUGEPAGE, VmFlag.NOHUGEPAGE),
+    int(Madvise.NOHUGEPAGE): (VmFlag.NOHUGEPAGE, VmFlag.HUGEPAGE),
 }
+#: Faulting in: whether for writing.
+_POPULATE = {int(Madvise.POPULATE_READ): False, int(Madvise.POPULATE_WRITE): True}
 _NOT_MODELLED = {
-    Madvise.HWPOISON: "memory failure",
-    Madvise.SOFT_OFFLINE: "memory failure",
+    int(Madvise.HWPOISON): "memory failure",
+    int(Madvise.SOFT_OFFLINE): "memory failure",
 }
 
 
 def madvise(core: Core, mm: AddressSpace, start: int, length: int, advice: int) -> None:
     """madvise(2)."""
     size = core.geometry.page_size
-    call = f"madvise({start:#x}, {length:#x}, {advice})"
+    call = ("madvise({:#x}, {:#x}, {})", start, length, advice)
     if not core.knows_advice(advice):
         refuse(Errno.EINVAL, call, "this kernel does not know the advice")
     if start & size - 1 or align_up(length, size) >= 1 << 64:
@@ -67,27 +69,26 @@ def madvise(core: Core, mm: AddressSpace, start: int, length: int, advice: int) 
         refuse(Errno.EINVAL, call)
     if end == start:
         return
-    known = Madvise(advice)
-    if known in _NOT_MODELLED:
-        raise NotModelled(f"madvise({known.name}): {_NOT_MODELLED[known]}")
-    if known in (Madvise.POPULATE_READ, Madvise.POPULATE_WRITE):
-        _populate(core, mm, call, start, end, write=known == Madvise.POPULATE_WRITE)
+    do = _DO.get(advice)
+    if do is not None:
+        _walk(mm, call, start, end, lambda vma, low, high: do(core, mm, call, vma, low, high))
         return
-    if known in _FLAGS:
-        wipe = known == Madvise.WIPEONFORK
-
-        def set_flags(vma: VmArea, low: int, high: int) -> None:
-            hugetlb_call.check_advice(call, vma, wipe=wipe)
-            _set_flags(mm, call, vma, low, high, *_FLAGS[known])
-
-        _walk(mm, call, start, end, set_flags)
+    if advice in _NOT_MODELLED:
+        raise NotModelled(f"madvise({Madvise(advice).name}): {_NOT_MODELLED[advice]}")
+    if advice in _POPULATE:
+        _populate(core, mm, call, start, end, write=_POPULATE[advice])
         return
-    do = _DO[known]
-    _walk(mm, call, start, end, lambda vma, low, high: do(core, mm, call, vma, low, high))
+    wipe = advice == Madvise.WIPEONFORK
+
+    def set_flags(vma: VmArea, low: int, high: int) -> None:
+        hugetlb_call.check_advice(call, vma, wipe=wipe)
+        _set_flags(mm, call, vma, low, high, *_FLAGS[advice])
+
+    _walk(mm, call, start, end, set_flags)
 
 
 def _walk(
-    mm: AddressSpace, call: str, start: int, end: int, do: Callable[[VmArea, int, int], object]
+    mm: AddressSpace, call: Call, start: int, end: int, do: Callable[[VmArea, int, int], object]
 ) -> None:
     """Apply to all that is mapped in the range; holes are ENOMEM in the end."""
     position, holes = start, False
@@ -100,7 +101,7 @@ def _walk(
         refuse(Errno.ENOMEM, call, "part of the range is not mapped")
 
 
-def _set_flags(mm: AddressSpace, call: str, vma: VmArea, low: int, high: int, add: int, remove: int) -> None:
+def _set_flags(mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int, add: int, remove: int) -> None:
     if add & VmFlag.WIPEONFORK and (vma.file is not None or vma.flags & VmFlag.SHARED):
         refuse(Errno.EINVAL, call, "only private anonymous memory can be wiped")
     if vma.flags & ~remove | add == vma.flags:
@@ -109,7 +110,7 @@ def _set_flags(mm: AddressSpace, call: str, vma: VmArea, low: int, high: int, ad
     mm.vmas.merge(low, high)
 
 
-def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int, *, write: bool) -> None:
+def _populate(core: Core, mm: AddressSpace, call: Call, start: int, end: int, *, write: bool) -> None:
     position, holes = start, False
     while position < end:
         vma = mm.vmas.at(position)
@@ -135,7 +136,7 @@ def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int, *, 
         refuse(Errno.ENOMEM, call, "part of the range is not mapped")
 
 
-def _dontneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _dontneed(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         hugetlb_call.dontneed(core, mm, call, vma, low, high)
         return
@@ -146,7 +147,7 @@ def _dontneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hi
         mm.tables.free_empty(low, high)
 
 
-def _dontneed_locked(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _dontneed_locked(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         hugetlb_call.dontneed(core, mm, call, vma, low, high)
         return
@@ -157,7 +158,7 @@ def _dontneed_locked(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: 
         mm.tables.free_empty(low, high)
 
 
-def _free(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _free(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP | VmFlag.HUGETLB):
         refuse(Errno.EINVAL, call, "the range is locked")
     if vma.file is not None:
@@ -165,20 +166,28 @@ def _free(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: 
     reclaim.lazy_free(core, mm, vma, low, high)
 
 
-def _cold(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _cold(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP | VmFlag.HUGETLB):
         refuse(Errno.EINVAL, call, "the range is locked")
     reclaim.cold(core, mm, vma, low, high)
 
 
-def _pageout(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _pageout(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & (VmFlag.LOCKED | VmFlag.PFNMAP | VmFlag.HUGETLB):
         refuse(Errno.EINVAL, call, "the range is locked")
     reclaim.pageout(core, mm, vma, low, high)
 
 
-def _willneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _willneed(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
+        return
+    few = mm.tables.few(low, high) if vma.file is None else None
+    if few is not None:
+        with contextlib.suppress(NoMemory):
+            for slot in few:
+                pte = core.pool.at[slot]
+                if pte & (PRESENT | SWAP) == SWAP and not is_marker(pte):
+                    swapping.bring_in(core, pte & FIELD)
         return
     # In a mapping of a file only the file's pages are read, not private copies that lie in swap.
     wanted = [
@@ -199,13 +208,13 @@ def _willneed(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hi
                 swapping.bring_in(core, field)
 
 
-def _mergeable(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _mergeable(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if not vma.flags & VmFlag.MERGEABLE and ksm_merge.compatible(vma):
         core.ksm.enter(mm)
         _set_flags(mm, call, vma, low, high, VmFlag.MERGEABLE, 0)
 
 
-def _unmergeable(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _unmergeable(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.MERGEABLE:
         try:
             ksm_merge.unmerge(core, mm, vma, low, high)
@@ -214,7 +223,7 @@ def _unmergeable(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int,
         _set_flags(mm, call, vma, low, high, 0, VmFlag.MERGEABLE)
 
 
-def _remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _remove(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         hugetlb_call.remove(core, mm, call, vma, low, high)
         return
@@ -229,7 +238,7 @@ def _remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high
     filesystem.punch_hole(core, vma.file, first, high - low)
 
 
-def _collapse(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _collapse(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     if vma.flags & VmFlag.HUGETLB:
         refuse(Errno.EINVAL, call, "hugetlb")
     if vma.file is not None and vma.file.on_disk:
@@ -241,7 +250,7 @@ def _collapse(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, hi
         refuse(errno, call)
 
 
-def _guardable(core: Core, call: str, vma: VmArea, *, locked: bool) -> None:
+def _guardable(core: Core, call: Call, vma: VmArea, *, locked: bool) -> None:
     forbidden = VmFlag.HUGETLB | _SPECIAL | (0 if locked else VmFlag.LOCKED)
     if vma.file is not None and not core.caps.guard_files:
         refuse(Errno.EINVAL, call, "this kernel guards private anonymous memory only")
@@ -249,7 +258,7 @@ def _guardable(core: Core, call: str, vma: VmArea, *, locked: bool) -> None:
         refuse(Errno.EINVAL, call, "no guard region may be there")
 
 
-def _guard_install(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _guard_install(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     _guardable(core, call, vma, locked=False)
     if core.caps.maybe_guard:
         vma.flags |= VmFlag.MAYBE_GUARD
@@ -270,7 +279,7 @@ def _guard_install(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: in
         extent.entries[:] = GUARD_MARKER
 
 
-def _guard_remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int, high: int) -> None:
+def _guard_remove(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:
     _guardable(core, call, vma, locked=True)
     for extent in mm.tables.extents(low, high):
         if not extent.huge:
@@ -278,16 +287,16 @@ def _guard_remove(core: Core, mm: AddressSpace, call: str, vma: VmArea, low: int
 
 
 _DO = {
-    Madvise.DONTNEED: _dontneed,
-    Madvise.DONTNEED_LOCKED: _dontneed_locked,
-    Madvise.FREE: _free,
-    Madvise.COLD: _cold,
-    Madvise.PAGEOUT: _pageout,
-    Madvise.WILLNEED: _willneed,
-    Madvise.REMOVE: _remove,
-    Madvise.COLLAPSE: _collapse,
-    Madvise.MERGEABLE: _mergeable,
-    Madvise.UNMERGEABLE: _unmergeable,
-    Madvise.GUARD_INSTALL: _guard_install,
-    Madvise.GUARD_REMOVE: _guard_remove,
+    int(Madvise.DONTNEED): _dontneed,
+    int(Madvise.DONTNEED_LOCKED): _dontneed_locked,
+    int(Madvise.FREE): _free,
+    int(Madvise.COLD): _cold,
+    int(Madvise.PAGEOUT): _pageout,
+    int(Madvise.WILLNEED): _willneed,
+    int(Madvise.REMOVE): _remove,
+    int(Madvise.COLLAPSE): _collapse,
+    int(Madvise.MERGEABLE): _mergeable,
+    int(Madvise.UNMERGEABLE): _unmergeable,
+    int(Madvise.GUARD_INSTALL): _guard_install,
+    int(Madvise.GUARD_REMOVE): _guard_remove,
 }

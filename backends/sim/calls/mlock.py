@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.calls.mmap import breaks_cow, populate
-from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.calls.refuse import Call, refuse
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.services.batches import large_runs
 from pmcore.backends.sim.virtual import mapping
@@ -27,7 +27,7 @@ __all__ = ["mlock", "mlockall", "munlock", "munlockall"]
 
 def mlock(core: Core, mm: AddressSpace, start: int, length: int, *, onfault: bool) -> None:
     """mlock(2), mlock2(2)."""
-    call, size = f"mlock({start:#x}, {length:#x}, onfault={onfault})", core.geometry.page_size
+    call, size = ("mlock({:#x}, {:#x}, onfault={})", start, length, onfault), core.geometry.page_size
     length = align_up(length + (start & size - 1), size)
     start &= -size
     if not core.may_lock(mm, length):
@@ -44,7 +44,7 @@ def munlock(core: Core, mm: AddressSpace, start: int, length: int) -> None:
     _apply(core, mm, f"munlock({start:#x}, {length:#x})", start & -size, length, 0)
 
 
-def _apply(core: Core, mm: AddressSpace, call: str, start: int, length: int, flags: int) -> None:
+def _apply(core: Core, mm: AddressSpace, call: Call, start: int, length: int, flags: int) -> None:
     end = start + length
     if end < start or end > 1 << 64:
         refuse(Errno.EINVAL, call)
@@ -100,7 +100,7 @@ def set_lock(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, fl
             change(core, head, 1 << order)
 
 
-def _populate(core: Core, mm: AddressSpace, call: str, start: int, end: int) -> None:
+def _populate(core: Core, mm: AddressSpace, call: Call, start: int, end: int) -> None:
     for vma in mm.vmas.within(start, end):
         if vma.flags & VmFlag.LOCKONFAULT:
             continue

@@ -33,6 +33,7 @@ _FIXED, _NOREPLACE = int(MapFlag.FIXED), int(MapFlag.FIXED_NOREPLACE)
 _LOCKED, _POPULATE, _NORESERVE = int(MapFlag.LOCKED), int(MapFlag.POPULATE), int(MapFlag.NORESERVE)
 _KNOWN = _SHARED | _PRIVATE | _FIXED | _ANONYMOUS | _DOWN | _LOCKED | _NORESERVE | _POPULATE | _NOREPLACE
 _KNOWN |= int(MapFlag.STACK)
+_MMAP = "mmap({:#x}, {:#x}, {:#x}, {:#x}, {}, {:#x})"
 _IGNORED = 0x0800 | 0x1000 | 0x10000  # MAP_DENYWRITE, MAP_EXECUTABLE, MAP_NONBLOCK
 
 
@@ -41,7 +42,7 @@ def mmap(
 ) -> int:
     """mmap(2); the address."""
     geometry = core.geometry
-    size, call = geometry.page_size, f"mmap({addr:#x}, {length:#x}, {prot:#x}, {flags:#x}, {fd}, {offset:#x})"
+    size, call = geometry.page_size, (_MMAP, addr, length, prot, flags, fd, offset)
     if offset & size - 1:
         refuse(Errno.EINVAL, call, "the offset is not page-aligned")
     if not flags & _ANONYMOUS and fd not in mm.files:
@@ -158,7 +159,7 @@ def breaks_cow(vma: VmArea) -> bool:
 
 def munmap(core: Core, mm: AddressSpace, start: int, length: int) -> None:
     """munmap(2)."""
-    call, size = f"munmap({start:#x}, {length:#x})", core.geometry.page_size
+    call, size = ("munmap({:#x}, {:#x})", start, length), core.geometry.page_size
     task_size = core.geometry.task_size
     if start & size - 1 or start > task_size or length > task_size - start:
         refuse(Errno.EINVAL, call)
@@ -170,12 +171,14 @@ def munmap(core: Core, mm: AddressSpace, start: int, length: int) -> None:
 
 def _unmap(core: Core, mm: AddressSpace, start: int, end: int) -> None:
     """Take away whatever is mapped in the range."""
-    if not mm.vmas.within(start, end):
-        return
-    mm.vmas.split(start)
-    mm.vmas.split(end)
     gone = mm.vmas.within(start, end)
-    floor, ceiling = mm.boundaries(gone[0])[0], mm.boundaries(gone[-1])[1]
+    if not gone:
+        return
+    if gone[0].start < start or gone[-1].end > end:
+        mm.vmas.split(start)
+        mm.vmas.split(end)
+        gone = mm.vmas.within(start, end)
+    floor, ceiling = mm.boundaries(gone[0], gone[-1])
     huge = []
     for vma in gone:
         if vma.huge is not None:
@@ -196,7 +199,7 @@ __all__ += ["unmap"]
 
 def mprotect(core: Core, mm: AddressSpace, start: int, length: int, prot: int) -> None:
     """mprotect(2)."""
-    call, size = f"mprotect({start:#x}, {length:#x}, {prot:#x})", core.geometry.page_size
+    call, size = ("mprotect({:#x}, {:#x}, {:#x})", start, length, prot), core.geometry.page_size
     grows = prot & (_GROWSDOWN | _GROWSUP)
     if grows == _GROWSDOWN | _GROWSUP or start & size - 1:
         refuse(Errno.EINVAL, call)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.mmap import populate, unmap
-from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.calls.refuse import Call, refuse
 from pmcore.backends.sim.services import ksm_merge
 from pmcore.backends.sim.virtual import hugetlb, remap
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
@@ -28,7 +28,7 @@ def mremap(
 ) -> int:
     """mremap(2); the new address."""
     size, task_size = core.geometry.page_size, core.geometry.task_size
-    call = f"mremap({addr:#x}, {old_length:#x}, {new_length:#x}, {flags:#x}, {new_addr:#x})"
+    call = ("mremap({:#x}, {:#x}, {:#x}, {:#x}, {:#x})", addr, old_length, new_length, flags, new_addr)
     known = _MAYMOVE | _FIXED | (_DONTUNMAP if core.caps.mremap_dontunmap else 0)
     if flags & ~known or (flags & _FIXED and not flags & _MAYMOVE):
         refuse(Errno.EINVAL, call)
@@ -83,7 +83,7 @@ def mremap(
 
 
 def _check_target(
-    core: Core, call: str, addr: int, old_length: int, new_addr: int, new_length: int, flags: int
+    core: Core, call: Call, addr: int, old_length: int, new_addr: int, new_length: int, flags: int
 ) -> None:
     task_size = core.geometry.task_size
     if flags & _FIXED or not core.caps.mremap_checks_early:
@@ -98,7 +98,7 @@ def _check_target(
 
 
 def _resizable(
-    core: Core, mm: AddressSpace, call: str, vma: VmArea, addr: int, old_length: int, new_length: int
+    core: Core, mm: AddressSpace, call: Call, vma: VmArea, addr: int, old_length: int, new_length: int
 ) -> None:
     """The checks of vma_to_resize."""
     if not old_length and not vma.flags & VmFlag.MAYSHARE:
@@ -113,7 +113,7 @@ def _resizable(
         refuse(Errno.EAGAIN, call)
 
 
-def _many(core: Core, mm: AddressSpace, call: str, addr: int, length: int, new_addr: int, flags: int) -> int:
+def _many(core: Core, mm: AddressSpace, call: Call, addr: int, length: int, new_addr: int, flags: int) -> int:
     """Move all mappings of the range, one after the other (remap_move)."""
     end, target, result, behind = addr + length, new_addr, -1, -1
     for vma in mm.vmas.within(addr, end):
@@ -136,7 +136,7 @@ def _many(core: Core, mm: AddressSpace, call: str, addr: int, length: int, new_a
 def _to(
     core: Core,
     mm: AddressSpace,
-    call: str,
+    call: Call,
     addr: int,
     old_length: int,
     new_addr: int,
@@ -182,7 +182,7 @@ def _to(
 def _move(
     core: Core,
     mm: AddressSpace,
-    call: str,
+    call: Call,
     addr: int,
     old_length: int,
     new_addr: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -331,10 +333,14 @@ class Memory:
             for _ in range(count):
                 pfns.append(self.table_page())
         except NoMemory:
-            for pfn in pfns:
-                self.free(pfn)
+            self.free_tables(pfns)
             raise
         return pfns
+
+    def free_tables(self, pfns: Iterable[int]) -> None:
+        """Free frames of page tables."""
+        for pfn in pfns:
+            self.zone_of(pfn).give(pfn, 0)
 
     def fits(self, order: int) -> bool:
         """Whether a block of that order exists in the buddy allocator."""

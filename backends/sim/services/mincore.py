@@ -10,7 +10,7 @@ from pmcore.arrays import BoolArray
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.services import writeback
 from pmcore.backends.sim.virtual import hugetlb
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP, is_marker
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import swap_entries
 from pmcore.geometry import align_up
@@ -43,7 +43,14 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
             found[low - start >> shift : high - start >> shift] = in_core(
                 core, vma.file, first, high - low >> shift
             )
-    for extent in mm.tables.extents(start, end):
+    few = mm.tables.few(start, end)
+    for index, slot in enumerate(few or ()):
+        pte = core.pool.at[slot]
+        if pte & PRESENT:
+            found[index] = True
+        elif pte & SWAP and not is_marker(pte):
+            found[index] |= core.swap.cached(pte & FIELD) >= 0
+    for extent in mm.tables.extents(start, end) if few is None else ():
         low, high = max(extent.start, start), min(extent.end, end)
         part = found[low - start >> shift : high - start >> shift]
         if extent.huge:

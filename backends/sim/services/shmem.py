@@ -109,6 +109,7 @@ def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: 
     """Have pages for the range. Raises NoMemory with those that were made taken away again."""
     size = core.geometry.page_size
     made: list[int] = []
+    clock = core.memory.lru_clock
     for page in range(offset // size, -(-(offset + length) // size)):
         word = inode.index.get(page)
         if word & PRESENT:
@@ -121,6 +122,8 @@ def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: 
         except core.NoMemory:
             for done in made:
                 pagecache.remove(core, inode, done, done + 1)
+            if core.memory.lru_clock == clock + len(made):
+                core.memory.lru_clock = clock  # nothing else has gone on a list meanwhile
             raise
         made.append(page)
     if not keep_size:

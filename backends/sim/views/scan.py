@@ -94,6 +94,10 @@ class SimTables:
         area = self._mm.vmas.at(start)
         file = area is not None and area.file is not None
         core, shift = self._core, self._core.geometry.page_shift
+        few = self._mm.tables.few(start, end)
+        if few:
+            yield self._ptes(start, core.pool.flat[few.start : few.stop], file=file)
+            return
         for extent in list(self._mm.tables.extents(start, end)):
             low, high = max(extent.start, start), min(extent.end, end)
             if low > position:
@@ -154,8 +158,8 @@ class SimTables:
             for start, end in zip(leaves.start.tolist(), leaves.end.tolist(), strict=True):
                 hugetlb.uffd_wp(self._core, self._mm, area, start, end, protect=True)
             return
-        if len(leaves) == 1 and leaves.kind[0] in _SMALL:
-            slot = tables.pte_slot(int(leaves.start[0]))
+        if len(leaves.kind) == 1 and leaves.kind.item() in _SMALL:
+            slot = tables.pte_slot(leaves.start.item())
             pte = pool.at[slot]
             pool.at[slot] = (
                 ((pte | UFFD_WP) & ~WRITE if pte & PRESENT else pte | UFFD_WP) if pte else UFFD_MARKER

@@ -18,6 +18,7 @@ from pmcore.backends.sim.virtual.pte import (
     LEAF,
     PRESENT,
     SPECIAL,
+    TABLE,
     UFFD_WP,
     WRITE,
     YOUNG,
@@ -57,21 +58,21 @@ def find(mm: AddressSpace, addr: int, *, write: bool) -> VmArea:
     return vma
 
 
-def access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
+def access(core: Core, mm: AddressSpace, addr: int, *, write: bool, vma: VmArea | None = None) -> int:
     """One access; the PFN that it reached. Where memory runs out, some is reclaimed and the access tried again.
 
+    `vma`: the one that allows it, if that is known.
     Raises AddressSpaceFault, with everything before it done; NoMemory if nothing could be reclaimed.
     """
     while True:
         try:
-            return _access(core, mm, addr, write=write)
+            return _access(core, mm, vma or find(mm, addr, write=write), addr, write=write)
         except NoMemory:
             if not core.relieve(1):
                 raise
 
 
-def _access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
-    vma = find(mm, addr, write=write)
+def _access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool) -> int:
     if vma.flags & VmFlag.HUGETLB:
         return hugetlb.access(core, mm, vma, addr, write=write)
     at = core.pool.at
@@ -101,8 +102,11 @@ def _access(core: Core, mm: AddressSpace, addr: int, *, write: bool) -> int:
                 continue
         if vma.file is not None and not pmd:
             filemap.inside(core, mm, vma, addr, write=write)
-        slot = mm.tables.make_pte_slot(addr)
-        at = core.pool.at
+        if pmd & TABLE:
+            slot = mm.tables.slot_in(pmd, addr)
+        else:
+            slot = mm.tables.make_pte_slot(addr)
+            at = core.pool.at
         pte = at[slot]
         if pte & PRESENT and (not write or pte & WRITE):
             at[slot] = pte | (YOUNG | DIRTY if write else YOUNG)

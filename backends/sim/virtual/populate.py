@@ -37,7 +37,7 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
         mm.tables.few(start, end) if vma is not None and vma.file is None and not core.memory.large else None
     )
     if few is not None:
-        _few_in(core, mm, start, end, [core.pool.at[slot] for slot in few], write=write)
+        _few_in(core, mm, start, end, few, write=write)
         return
     before = [
         (extent.start, extent.huge, extent.size, extent.entries.copy())
@@ -59,8 +59,9 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
             _mark(core, mm, start, end)
 
 
-def _few_in(core: Core, mm: AddressSpace, start: int, end: int, before: list[int], *, write: bool) -> None:
-    """`fault_in` for few pages where there are no large folios; `before`: their entries, where they had a table."""
+def _few_in(core: Core, mm: AddressSpace, start: int, end: int, few: range, *, write: bool) -> None:
+    """`fault_in` for few pages, where there are no large folios; `few`: their entries' places, if they have a table."""
+    before = [core.pool.at[slot] for slot in few]
     try:
         touch.touch(core, mm, start, end, write=write)
     except AddressSpaceFault as fault:
@@ -69,15 +70,20 @@ def _few_in(core: Core, mm: AddressSpace, start: int, end: int, before: list[int
     finally:
         at, flags, wanted = core.pool.at, core.memory.frames.flags_at, PRESENT | WRITE if write else PRESENT
         # A huge page's entry, if there is one now, is marked as accessed like any other.
-        few = mm.tables.few(start, end) or () if end > start else ()
+        few = (
+            few[: end - start >> core.geometry.page_shift]
+            if few
+            else mm.tables.few(start, max(start, end)) or few
+        )
         for slot, old in zip(few, before, strict=False):
             if old & wanted == wanted and at[slot] & PRESENT:
                 at[slot] = at[slot] & ~(YOUNG | DIRTY) | old & (YOUNG | DIRTY)
                 if write and not old & DIRTY:
                     flags[at[slot] & FIELD] |= _DIRTY
         for slot in few:
-            if at[slot] & PRESENT and at[slot] & FIELD != core.zero_pfn:
-                accessed.mark_one(core, at[slot] & FIELD)
+            pte = at[slot]
+            if pte & PRESENT and pte & FIELD != core.zero_pfn:
+                accessed.mark_one(core, pte & FIELD)
 
 
 def _put_back(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pmcore.backends.sim.services import pagecache, thp
+from pmcore.backends.sim.services.pagecache import OpenFile
+from pmcore.backends.sim.virtual import hugetlb, zap
 from pmcore.backends.sim.virtual.tables import PageTables
 from pmcore.backends.sim.virtual.vma import AnonVma, VmaList, VmArea, VmFlag
 
@@ -60,10 +63,6 @@ class AddressSpace:
 
     def tear_down(self) -> None:
         """What exit does: nothing is mapped any more, descriptors are closed."""
-        from pmcore.backends.sim.services import pagecache
-        from pmcore.backends.sim.services.pagecache import OpenFile
-        from pmcore.backends.sim.virtual import hugetlb, zap
-
         if self.core.ksm.by_mm:
             self.core.ksm.exited(self)
         vmas = list(self.vmas)
@@ -76,7 +75,7 @@ class AddressSpace:
         for vma in vmas:
             zap.zap(self.core, self, vma, vma.start, vma.end, drop_markers=True)
             self.vmas.remove(vma)
-        self.tables.destroy()
+        self.tables.destroy(vmas[0].start if vmas else 0, vmas[-1].end if vmas else 0)
         self.core.spaces.pop(self.number, None)
         self.alive = False
         self.files.clear()
@@ -84,9 +83,6 @@ class AddressSpace:
             pagecache.put(self.core, inode)
 
     def _cut(self, vma: VmArea, addr: int) -> None:
-        from pmcore.backends.sim.services import thp
-        from pmcore.backends.sim.virtual import hugetlb
-
         if vma.flags & VmFlag.HUGETLB:
             hugetlb.cut(self, vma, addr)
             return
@@ -135,7 +131,7 @@ class AddressSpace:
             return False
         return right.pgoff == left.pgoff + (left.length >> self.core.geometry.page_shift)
 
-    def boundaries(self, vma: VmArea) -> tuple[int, int]:
-        """How far page tables may be freed when the VMA goes: up to its neighbours."""
-        before, after = self.vmas.before(vma), self.vmas.after(vma)
+    def boundaries(self, first: VmArea, last: VmArea) -> tuple[int, int]:
+        """How far page tables may be freed when VMAs go: up to the neighbours of the first and the last."""
+        before, after = self.vmas.before(first), self.vmas.after(last)
         return before.end if before else 0, after.start if after else self.core.geometry.task_size

@@ -92,15 +92,17 @@ class TablePool:
         return rows
 
     def give_back(self, rows: list[int]) -> None:
-        """Free tables; what they held is forgotten."""
+        """Free tables, to be used again from the last on; what they held is forgotten."""
         if len(rows) > FEW:
             self.rows[rows] = 0
-        for row in rows:
-            if len(rows) <= FEW:
+            self.memory.free_tables(self.pfns[rows].tolist())
+            self.pfns[rows] = 0
+        else:
+            for row in rows:
                 self.rows[row] = 0
-            self.memory.free(int(self.pfns[row]))
-            self.pfns[row] = 0
-        self._free += reversed(rows)
+                self.memory.free_tables((self.pfns.item(row),))
+                self.pfns[row] = 0
+        self._free += rows
 
 
 class Extent(NamedTuple):
@@ -152,12 +154,12 @@ class PageTables:
     def pte_slot(self, addr: int) -> int:
         """Place in `pool.at` of the PTE for `addr`; -1 where there is none (no table, or a huge page)."""
         slot = self.pmd_slot(addr)
-        if slot < 0:
-            return -1
-        entry = self.pool.at[slot]
-        if not entry & TABLE:
-            return -1
-        return ((entry & FIELD) << self._order) + (addr >> self.page_shift & self._mask)
+        entry = self.pool.at[slot] if slot >= 0 else 0
+        return self.slot_in(entry, addr) if entry & TABLE else -1
+
+    def slot_in(self, pmd: int, addr: int) -> int:
+        """Place in `pool.at` of the PTE for `addr` in the table that a PMD names."""
+        return ((pmd & FIELD) << self._order) + (addr >> self.page_shift & self._mask)
 
     def make_pmd_slot(self, addr: int) -> int:
         """The same as `pmd_slot`; tables are made where they are missing. Raises NoMemory."""
@@ -254,7 +256,7 @@ class PageTables:
         slot = self.pmd_slot(start)
         entry = self.pool.at[slot] if slot >= 0 else 0
         if entry & TABLE:
-            first = ((entry & FIELD) << self._order) + (start >> self.page_shift & self._mask)
+            first = self.slot_in(entry, start)
             return range(first, first + (end - start >> self.page_shift))
         return None if entry else _NO_PLACES
 
@@ -305,7 +307,7 @@ class PageTables:
             return ()
         if entry & LEAF:
             return (Extent(start & -self.pmd_size, self.pool.flat[slot : slot + 1], True, self.pmd_size),)
-        first = ((entry & FIELD) << self._order) + (start >> self.page_shift & self._mask)
+        first = self.slot_in(entry, start)
         pages = end - start >> self.page_shift
         return (Extent(start, self.pool.flat[first : first + pages], False, 1 << self.page_shift),)
 
@@ -327,7 +329,10 @@ class PageTables:
         `floor` and `ceiling`: how far nothing else is mapped; tables that reach beyond stay.
         """
         if max(-(-floor >> self.pmd_shift), start >> self.pmd_shift) < ceiling >> self.pmd_shift:
-            self._free_below(self.root, self._top, 0, start, end, floor, ceiling)
+            gone: list[int] = []
+            self._free_below(self.root, self._top, 0, start, end, floor, ceiling, gone)
+            if gone:
+                self.pool.give_back(gone)
 
     def free_empty(self, start: int, end: int) -> None:
         """Free the tables of PTEs that lie wholly in the range and hold nothing."""
@@ -343,35 +348,50 @@ class PageTables:
             gone = below[empty].tolist()
             if gone:
                 self.tables[0] -= len(gone)
-                self.pool.give_back(gone)
+                self.pool.give_back(gone[::-1])
 
     def _free_below(
-        self, row: int, level: int, base: int, start: int, end: int, floor: int, ceiling: int
+        self,
+        row: int,
+        level: int,
+        base: int,
+        start: int,
+        end: int,
+        floor: int,
+        ceiling: int,
+        gone: list[int],
     ) -> None:
+        """Take the tables below one out of the tree: the lowest first, those of one table from the last on."""
         shift = self.page_shift + self._order * level
-        first, last = max(start - base, 0) >> shift, min((end - 1 - base >> shift) + 1, self.pool.entries)
-        gone: list[int] = []
-        at, offset = self.pool.at, row << self._order
+        first = start - base >> shift if start > base else 0
+        last = (end - 1 - base >> shift) + 1
+        if last > self.pool.entries:
+            last = self.pool.entries
+        at, offset, mine = self.pool.at, row << self._order, []
         there: Iterable[int] = range(first, last)
         if last - first > FEW:
-            there = (self.pool.rows[row, first:last].nonzero()[0] + first).tolist()
+            there = self.pool.rows[row, first:last].nonzero()[0].tolist()
+            offset, base = offset + first, base + (first << shift)
         for index in there:
             entry = at[offset + index]
             if not entry & TABLE:
                 continue
             low = base + (index << shift)
             if level > 1:
-                self._free_below(entry & FIELD, level - 1, low, start, end, floor, ceiling)
+                self._free_below(entry & FIELD, level - 1, low, start, end, floor, ceiling, gone)
             if floor <= low and low + (1 << shift) <= ceiling:
                 at[offset + index] = 0
-                gone.append(entry & FIELD)
-        if gone:
-            self.tables[level - 1] -= len(gone)
-            self.pool.give_back(gone)
+                mine.append(entry & FIELD)
+        if mine:
+            self.tables[level - 1] -= len(mine)
+            gone += reversed(mine)
 
-    def destroy(self) -> None:
-        """Free the root as well, when nothing is mapped any more."""
+    def destroy(self, start: int, end: int) -> None:
+        """Free the root as well, when nothing is mapped any more; from `start` to `end` something was."""
         every = 1 << self.page_shift + self._order * (self._top + 1)
-        self.free_range(0, every, 0, every)
+        if start < end:
+            self.free_range(start, end, 0, every)
+        if any(self.tables[: self._top]):
+            self.free_range(0, every, 0, every)
         self.pool.give_back([self.root])
         self.tables = [0] * len(self.tables)

@@ -37,7 +37,7 @@ def touch(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) ->
             hugetlb.touch(core, mm, vma, start, stop, write=write)
         elif stop - start <= _FEW * size:
             for addr in range(start, stop, size):
-                fault.access(core, mm, addr, write=write)
+                fault.access(core, mm, addr, write=write, vma=vma)
         else:
             _reclaiming(core, mm, vma, start & -size, -(-stop // size) * size, start & size - 1, write=write)
         start = (stop + size - 1 & -size) + (start & size - 1)

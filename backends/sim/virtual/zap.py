@@ -53,6 +53,11 @@ def zap(
     of a file protected entries leave a uffd-wp marker behind, unless `drop_markers`; without `copies` private copies
     stay.
     """
+    few = mm.tables.few(start, end) if vma.file is None else None
+    if few is not None and (len(few) <= 1 or not core.memory.large):
+        for slot in few:
+            _zap_one(core, mm, vma, slot, keep_guards)
+        return
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
     for extent in mm.tables.extents(start, end):
@@ -64,9 +69,6 @@ def zap(
             continue
         if vma.file is not None:
             _zap_file(core, mm, vma, entries, keep_guards, drop_markers, copies)
-            continue
-        if len(entries) == 1:
-            _zap_one(core, mm, vma, entries, keep_guards)
             continue
         present = (entries & _PRESENT) != 0
         pfns = (entries[present] & _FIELD).view(np.int64)
@@ -87,11 +89,11 @@ def zap(
             core.swap.release(fields)
 
 
-def _zap_one(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, keep_guards: bool) -> None:
-    entry = int(entries[0])
+def _zap_one(core: Core, mm: AddressSpace, vma: VmArea, slot: int, keep_guards: bool) -> None:
+    entry = core.pool.at[slot]
     if not entry or (keep_guards and entry & GUARD):
         return
-    entries[0] = 0
+    core.pool.at[slot] = 0
     if entry & PRESENT:
         if entry & FIELD != core.zero_pfn:
             remove_page(core, mm, vma, entry & FIELD)
