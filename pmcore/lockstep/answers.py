@@ -1,5 +1,7 @@
 """What a kernel answered to a program, step by step, as a value and as compact JSON: lockstep without the kernel.
 
+What the program and the kernel's profile do not say of the machine (the kind of its swap area) is `swap_kind`.
+
 Frames and swap slots are numbered anew in the order in which they appear, so that the same behaviour is the same text:
 single frames one after the other, frames of compound pages by aligned blocks of 512 that keep their order.
 """
@@ -19,10 +21,10 @@ from pmcore.arrays import BoolArray, U64Array
 from pmcore.errors import FormatError
 from pmcore.lockstep.compare import Comparer, Difference
 from pmcore.lockstep.look import Look, TaskLook, take
-from pmcore.lockstep.run import Result
+from pmcore.lockstep.run import Result, renewed
 from pmcore.profile import KernelProfile, profile_from_row, profile_row
 from pmcore.program import Outcome, Program, Run, program_from_json, program_to_json
-from pmcore.program.steps import Scan
+from pmcore.program.steps import Map, Scan
 from pmcore.protocols import Workbench
 from pmcore.smaps import SmapsEntry
 from pmcore.uapi import MAX_SWAPFILES, PM_PFRAME_MASK, PM_PRESENT, PM_SWAP, PM_SWAP_TYPE_MASK, PageFlag
@@ -30,7 +32,7 @@ from pmcore.vma import format_maps_line, parse_maps_line
 
 __all__ = ["Answers", "answers_from_json", "answers_to_json", "ask", "changes", "replay"]
 
-_VERSION = 1
+_VERSION = 2
 _FIELD = np.uint64(PM_PFRAME_MASK)
 _COMPOUND = int(PageFlag.COMPOUND_HEAD | PageFlag.COMPOUND_TAIL)
 _BLOCK = 512
@@ -48,9 +50,13 @@ class Answers:
     pfn_visible: bool
     outcomes: tuple[str, ...]
     looks: tuple[Look, ...]
+    #: What kind of swap area the machine had, as the simulated one names them: "compressed", "device" or "disk".
+    swap_kind: str = "compressed"
 
 
-def ask(program: Program, workbench: Workbench, *, version: str = "") -> Answers:
+def ask(
+    program: Program, workbench: Workbench, *, version: str = "", swap_kind: str = "compressed"
+) -> Answers:
     """Run `program`, and keep what everything shows after each step. `version` says which kernel, in words."""
     run, numbers = Run(program, workbench), _Numbers()
     outcomes, looks = [], []
@@ -69,6 +75,7 @@ def ask(program: Program, workbench: Workbench, *, version: str = "") -> Answers
         pfn_visible=bool(kernel.pfn_visible),
         outcomes=tuple(outcomes),
         looks=tuple(looks),
+        swap_kind=swap_kind,
     )
 
 
@@ -79,7 +86,8 @@ def replay(answers: Answers, workbench: Workbench) -> Result:
         for number, step in enumerate(answers.program.steps):
             outcome = _outcome(run.advance(step))
             looks = take(run), answers.looks[number]
-            found = _differences(type(step).__name__, outcome, answers.outcomes[number], comparer, *looks)
+            both = outcome, answers.outcomes[number]
+            found = _differences(type(step).__name__, *both, comparer, *looks, renewed(run, step))
             if found:
                 break
     finally:
@@ -94,17 +102,19 @@ def changes(old: Answers, new: Answers) -> Result:
     for number, step in enumerate(old.program.steps):
         looks = old.looks[number], new.looks[number]
         both = old.outcomes[number], new.outcomes[number]
-        found = _differences(type(step).__name__, *both, comparer, *looks)
+        # Where a step maps anew is not known without running it: over what was there, or nowhere.
+        anew = (0, (1 << 64) - 1) if isinstance(step, Map) and step.within else (0, 0)
+        found = _differences(type(step).__name__, *both, comparer, *looks, anew)
         if found:
             break
     return _result(old.program, number, found, looks, comparer.masked)
 
 
 def _differences(
-    step: str, left: str, right: str, comparer: Comparer, one: Look, other: Look
+    step: str, left: str, right: str, comparer: Comparer, one: Look, other: Look, anew: tuple[int, int]
 ) -> list[Difference]:
     found = [] if left == right else [Difference("outcome", step.lower(), left[:800], right[:800])]
-    return [*found, *comparer.compare(one, other)]
+    return [*found, *comparer.compare(one, other, anew)]
 
 
 def _result(
@@ -177,6 +187,7 @@ class _Numbers:
             pfns=pfns[order],
             kpageflags=look.kpageflags[order],
             kpagecount=look.kpagecount[order],
+            pool=look.pool,
         )
 
 
@@ -198,6 +209,7 @@ def answers_to_json(answers: Answers) -> str:
         "pmcore_answers": _VERSION,
         "kernel": answers.version,
         "pfn_visible": answers.pfn_visible,
+        "swap_kind": answers.swap_kind,
         "profile": profile_row(answers.profile),
         "program": json.loads(program_to_json(answers.program)),
         "vmas": [json.loads(text) for text in vmas],
@@ -212,6 +224,7 @@ def _look_parts(look: Look, vmas: dict[str, int]) -> dict[str, Any]:
         "pfns": _runs(look.pfns),
         "flags": _runs(look.kpageflags),
         "counts": _runs(look.kpagecount),
+        "pool": list(look.pool),
     }
     for name, task in look.tasks.items():
         rows = [vmas.setdefault(json.dumps(_vma_row(entry)), len(vmas)) for entry in task.vmas]
@@ -261,6 +274,7 @@ def answers_from_json(text: str, *, source: str = "answers") -> Answers:
             pfn_visible=bool(data["pfn_visible"]),
             outcomes=tuple(json.dumps(step["outcome"]) for step in data["steps"]),
             looks=tuple(looks),
+            swap_kind=str(data["swap_kind"]),
         )
     except FormatError:
         raise
@@ -294,6 +308,7 @@ def _look(parts: dict[str, Any], vmas: list[SmapsEntry]) -> Look:
         pfns=_array(parts["pfns"]),
         kpageflags=_array(parts["flags"]),
         kpagecount=_array(parts["counts"]),
+        pool=tuple(map(str, parts["pool"])),
     )
 
 

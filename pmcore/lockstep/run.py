@@ -16,7 +16,7 @@ from pmcore.program.steps import Map, Scan, Step
 from pmcore.protocols import Workbench
 from pmcore.uapi import MapFlag
 
-__all__ = ["Result", "lockstep"]
+__all__ = ["Result", "lockstep", "renewed"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -53,7 +53,7 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
             scans += isinstance(step, Scan)
             reached.step(step, outcomes[0])
             looks = take(runs[0]), take(runs[1])
-            found = [*_outcomes(step, *outcomes), *comparer.compare(*looks, _renewed(runs[0], step))]
+            found = [*_outcomes(step, *outcomes), *comparer.compare(*looks, renewed(runs[0], step))]
             if found:
                 return Result(
                     program=program,
@@ -79,7 +79,7 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
                 task.exit()
 
 
-def _renewed(run: Run, step: Step) -> tuple[int, int]:
+def renewed(run: Run, step: Step) -> tuple[int, int]:
     """The addresses that a step maps anew, whatever was there: up to the end of a huge page where it is of hugetlb."""
     if not isinstance(step, Map) or step.area not in run.areas:
         return 0, 0

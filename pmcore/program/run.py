@@ -243,6 +243,7 @@ def _scan(state: Run, step: s.Scan) -> dict[str, Any]:
             start=start + step.shift,
             end=start + length,
             vec_len=step.vec_len,
+            vec=step.vec == "there" or (step.vec == "" and step.vec_len > 0),
             max_pages=step.max_pages,
             flags=step.flags,
             category_inverted=step.category_inverted,

@@ -67,6 +67,11 @@ def _count(_instance: object, attribute: attrs.Attribute[int], value: int) -> No
         raise ArgumentError(f"{attribute.name}={value!r} is no unsigned 64-bit number")
 
 
+def _vec(_instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if value not in ("", "null", "there"):
+        raise ArgumentError(f"{attribute.name}={value!r}", remedy='"null", "there", or "" for what vec_len says')
+
+
 def name(default: Any = attrs.NOTHING) -> Any:
     """A field that names something."""
     return attrs.field(default=default, validator=_name)
@@ -366,6 +371,8 @@ class Scan(_Range):
 
     shift: int = number(0)
     vec_len: int = number(512)
+    #: "null": no place for regions, whatever `vec_len` says; "there": one, also for none; "": one if there are any.
+    vec: str = attrs.field(default="", validator=_vec)
     max_pages: int = number(0)
     flags: int = number(0)
     category_inverted: int = number(0)

@@ -12,8 +12,6 @@ with 0 if all agree, 1 at a difference, 2 where it could not run.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -28,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # at the end: the installed project comes first
 
 from tests.kernels.archive import HERE, KernelTree, MatrixError, choices, fetch  # noqa: E402
-from tests.kernels.machine import boot  # noqa: E402
+from tests.kernels.job import inside  # noqa: E402
 from tests.kernels.table import summary, write_table  # noqa: E402
 
 RESULTS = HERE / "results"
@@ -76,16 +74,8 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _wanted(options: argparse.Namespace, **values: Any) -> str:
-    return json.dumps(
-        {
-            "programs": options.programs,
-            "seed": options.seed,
-            "seconds": options.minutes * 60,
-            "swap": "256 MiB",
-            **values,
-        }
-    )
+def _wanted(options: argparse.Namespace, **values: Any) -> dict[str, Any]:
+    return {"programs": options.programs, "seed": options.seed, "seconds": options.minutes * 60, **values}
 
 
 def _kept(options: argparse.Namespace) -> list[Path]:
@@ -95,28 +85,13 @@ def _kept(options: argparse.Namespace) -> list[Path]:
 def _guest(tree: KernelTree, options: argparse.Namespace) -> dict[str, Any]:
     """What lockstep inside a guest told, line by line."""
     lines: list[dict[str, Any]] = []
-    said: list[str] = []
 
-    def listen(event: dict[str, Any]) -> None:
-        if event["event"] == "line":
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(event["text"]))
-                _progress(tree.choice.name, lines[-1])
-                return
-            said.append(event["text"])
+    def listen(line: dict[str, Any]) -> None:
+        lines.append(line)
+        _progress(tree.choice.name, line)
 
-    with tempfile.TemporaryDirectory(dir=options.cache) as work:
-        told = boot(
-            tree,
-            [["python", "inside.py", _wanted(options, swap_device="/dev/dm-0", kept="/files")]],
-            cache=options.cache,
-            package=_package(Path(work)),
-            limit=options.minutes * 60 + 300,
-            files=[HERE / "inside.py", *_kept(options)],
-            listen=listen,
-        )
-    if not told.done or told.codes.get(0):
-        raise MatrixError(f"{tree.choice.name}: no end.\n" + "\n".join([*said[-20:], told.console]))
+    wanted = _wanted(options, smaller=bool(options.replay))
+    told = inside(tree, wanted, _kept(options), cache=options.cache, listen=listen)
     config = tree.config.read_text(encoding="utf-8")
     return {
         "lines": lines,
@@ -156,7 +131,8 @@ def _live(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         for path in _kept(options):
             shutil.copy(path, work)
-        command = [sys.executable, str(HERE / "inside.py"), _wanted(options, swap_device="", kept=work)]
+        wanted = json.dumps(_wanted(options, swap="256 MiB", swap_device="", kept=work))
+        command = [sys.executable, str(HERE / "inside.py"), wanted]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
@@ -197,19 +173,6 @@ def _report(name: str, told: dict[str, Any], options: argparse.Namespace) -> boo
         flush=True,
     )
     return bool(found["differences"])
-
-
-def _package(place: Path) -> Path:
-    """The installed project in one directory, also where it is installed for editing."""
-    target = place / "pmcore"
-    for name in ("pmcore", "pmcore.backends", "pmcore.spec"):
-        found = importlib.util.find_spec(name)
-        if found is None or not found.submodule_search_locations:
-            raise MatrixError(f"{name} is not installed here")
-        source = Path(next(iter(found.submodule_search_locations)))
-        where = target.joinpath(*name.split(".")[1:])
-        shutil.copytree(source, where, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
 
 
 if __name__ == "__main__":

@@ -55,9 +55,10 @@ def summary(told: dict[str, Any], *, seed: int) -> dict[str, Any]:
         masks.update(line["masks"])
         reached.update(line.get("reached", {}))
         not_modelled.update(line.get("not_modelled") or {})
-        if line.get("difference"):
+        differing = [line["difference"]] if line.get("difference") else line.get("found", [])
+        for difference in differing:
             figures["differences"] += 1
-            found.append({"kind": line["kind"], "of": line.get("program"), **line["difference"]})
+            found.append({"kind": line["kind"], "of": line.get("program"), **difference})
     names = [line for line in told["lines"] if line["kind"] == "kernel"]
     return {
         **{key: figures[key] for key in ("kept", "programs", "steps", "scans", "differences")},

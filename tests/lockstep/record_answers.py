@@ -1,53 +1,133 @@
-"""Ask the running kernel every kept program again, keep its answers, and show what changed.
+"""Ask kernels every kept program again, keep their answers, and show what changed.
 
     sudo .venv/bin/python tests/lockstep/record_answers.py [PROGRAM.json]...
+    .venv/bin/python tests/lockstep/record_answers.py --kernel 6.12 --kernel 6.1
 
-Answers are written to tests/lockstep/answers/RELEASE/, those to programs of kept/disk to its folder disk. A file whose
-answers are the same is left as it is.
+The first asks the running kernel, the second kernels of tests/kernels, booted under software emulation. Answers are
+written to tests/lockstep/answers/RELEASE/. A file whose answers are the same is left as it is.
 """
 
 from __future__ import annotations
 
+import argparse
+import base64
+import os
 import re
 import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from pmcore.lockstep.answers import answers_from_json, answers_to_json, ask, changes
-from pmcore.program import load_program
-from pmcore.registry import open_workbench
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parents[1]))  # at the end: the installed project comes first
 
-HERE = Path(__file__).resolve().parent
+from pmcore.errors import ArgumentError, NotModelled  # noqa: E402
+from pmcore.lockstep.answers import Answers, answers_from_json, answers_to_json, ask, changes  # noqa: E402
+from pmcore.program import load_program  # noqa: E402
+from pmcore.registry import open_workbench  # noqa: E402
+from tests.kernels.archive import MatrixError, choices, fetch  # noqa: E402
+from tests.kernels.job import inside  # noqa: E402
+
+#: Hugetlb pages set aside, and surplus ones allowed: as everywhere in lockstep.
+POOL: dict[int | str, tuple[int, int]] = {"2 MiB": (8, 2)}
 
 
-def main(paths: list[Path]) -> int:
-    changed = 0
-    with open_workbench("procfs", still=True, swap="256 MiB", disk="64 MiB") as bench:
-        version = bench.kernel.pread("version", 0, 4096).decode().strip()
-        release = re.match(r"Linux version (\d+\.\d+)", version)
-        folder = HERE / "answers" / (release[1] if release else "unknown")
-        for path in paths:
-            place = (
-                folder / path.relative_to(HERE / "kept") if path.is_relative_to(HERE) else folder / path.name
-            )
-            place.parent.mkdir(parents=True, exist_ok=True)
-            new = answers_from_json(answers_to_json(ask(load_program(path), bench, version=version)))
-            if place.is_file():
-                old = answers_from_json(place.read_text(encoding="utf-8"), source=str(place))
-                result = changes(old, new)
-                if old.program == new.program and result.agrees:
-                    print(f"{path.stem}: the same")
-                    continue
-                print(f"{path.stem}: changed at step {result.differs_at} (before | now)")
-                for difference in result.differences:
-                    print(f"  {difference}")
-            else:
-                print(f"{path.stem}: new")
-            place.write_text(answers_to_json(new), encoding="utf-8")
-            changed += 1
-    print(f"{len(paths)} programs asked, {changed} files written")
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("programs", nargs="*", type=Path, help="these instead of all that are kept")
+    names = [choice.name for choice in choices()]
+    parser.add_argument("--kernel", action="append", choices=names, help="one of the matrix, again for more")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pmcore-kernels"
+    parser.add_argument("--cache", type=Path, default=cache)
+    options = parser.parse_args()
+    paths = options.programs or sorted((HERE / "kept").glob("*.json"))
+    keeper = Keeper()
+    if not options.kernel:
+        running(paths, keeper)
+    try:
+        for choice in choices():
+            if choice.name in (options.kernel or ()):
+                emulated(fetch(choice, options.cache), paths, keeper, options.cache)
+    except MatrixError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{keeper.asked} answers, {keeper.written} files written")
     return 0
 
 
+class Keeper:
+    """Puts answers where they belong, and tells what is not as it was."""
+
+    def __init__(self) -> None:
+        self.asked = self.written = 0
+
+    def keep(self, stem: str, new: Answers) -> None:
+        release = re.match(r"Linux version (\d+\.\d+)", new.version)
+        place = HERE / "answers" / (release[1] if release else "unknown") / f"{stem}.json"
+        self.asked += 1
+        if place.is_file():
+            old = answers_from_json(place.read_text(encoding="utf-8"), source=str(place))
+            result = changes(old, new)
+            if old.program == new.program and result.agrees and old.profile == new.profile:
+                print(f"{stem}: the same")
+                return
+            if old.program != new.program:
+                print(f"{stem}: another program")
+            elif result.agrees:
+                print(f"{stem}: the same from another profile")
+            else:
+                print(f"{stem}: changed at step {result.differs_at} (before | now)")
+            for difference in result.differences:
+                print(f"  {difference}")
+        else:
+            print(f"{stem}: new")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(answers_to_json(new), encoding="utf-8")
+        self.written += 1
+
+
+def running(paths: list[Path], keeper: Keeper) -> None:
+    """The running kernel's answers."""
+    with open_workbench("procfs", still=True, swap="256 MiB", hugepages=POOL) as bench:
+        version = bench.kernel.pread("version", 0, 4096).decode().strip()
+        for path in paths:
+            bench.renew()
+            try:
+                answers = ask(load_program(path), bench, version=version)
+            except (ArgumentError, NotModelled) as error:
+                print(f"{path.stem}: cannot be asked: {error}")
+                continue
+            keeper.keep(path.stem, answers_from_json(answers_to_json(answers)))
+
+
+def emulated(tree: Any, paths: list[Path], keeper: Keeper, cache: Path) -> None:
+    """An emulated kernel's answers."""
+    inside(
+        tree,
+        {"programs": 0, "seed": 0, "seconds": 1500, "answers": True},
+        paths,
+        cache=cache,
+        listen=hearer(keeper.keep),
+    )
+
+
+def hearer(keep: Callable[[str, Answers], object]) -> Callable[[dict[str, Any]], None]:
+    """Takes the lines of a guest, gives the answers among them to `keep` with the program's name."""
+
+    def listen(line: dict[str, Any]) -> None:
+        if line["kind"] != "answers":
+            return
+        if "cannot" in line:
+            print(f"{line['program']}: cannot be asked: {line['cannot']}")
+            return
+        text = zlib.decompress(base64.b64decode(line["text"])).decode()
+        keep(line["program"], answers_from_json(text, source=line["program"]))
+
+    return listen
+
+
 if __name__ == "__main__":
-    named = [Path(argument).resolve() for argument in sys.argv[1:]]
-    sys.exit(main(named or sorted((HERE / "kept").rglob("*.json"))))
+    sys.exit(main())
