@@ -98,6 +98,7 @@ class Capabilities:
     hugetlb: bool
     hugetlb_dontneed: bool
     hugetlb_promises_again: bool
+    hugetlb_promises_while_shared: bool
     uffd_unregister_own: bool
     #: Whether a page with buffers of which a part is cut off shows OWNER_2 (mapped to disk) no more.
     partial_invalidate_unmaps: bool
@@ -191,6 +192,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         hugetlb=has("mm.hugetlb"),
         hugetlb_dontneed=has("mm.hugetlb_dontneed"),
         hugetlb_promises_again=has("mm.hugetlb_promises_again"),
+        hugetlb_promises_while_shared=has("quirk.hugetlb_promises_while_shared"),
         uffd_unregister_own=has("mm.mremap_checks_early"),
         uffd_features=int(features),
         partial_invalidate_unmaps=has("disk.partial_invalidate_unmaps"),

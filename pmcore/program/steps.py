@@ -69,7 +69,9 @@ def _count(_instance: object, attribute: attrs.Attribute[int], value: int) -> No
 
 def _vec(_instance: object, attribute: attrs.Attribute[str], value: str) -> None:
     if value not in ("", "null", "there"):
-        raise ArgumentError(f"{attribute.name}={value!r}", remedy='"null", "there", or "" for what vec_len says')
+        raise ArgumentError(
+            f"{attribute.name}={value!r}", remedy='"null", "there", or "" for what vec_len says'
+        )
 
 
 def name(default: Any = attrs.NOTHING) -> Any:

@@ -77,7 +77,9 @@ def load(path: Path) -> Claim:
             cases, rules = tuple(row.pop("cases")), tuple(row.pop("rules"))
             unknown = row.keys() - _CHECKS.keys()
             if unknown or not row:
-                raise FormatError(f"{common['says']}: asks for {sorted(unknown) or 'nothing'}", source=str(path))
+                raise FormatError(
+                    f"{common['says']}: asks for {sorted(unknown) or 'nothing'}", source=str(path)
+                )
             expect.append(Expectation(**common, cases=cases, rules=rules, asks=row))
         program = program_from_json(json.dumps(data.pop("program")), source=str(path))
         claim = Claim(

@@ -24,7 +24,7 @@ import attrs
 import numpy as np
 
 from pmcore import registry, spec
-from pmcore.errors import ArgumentError, NotModelled
+from pmcore.errors import ArgumentError, BackendUnavailable, NotModelled
 from pmcore.lockstep import Result, lockstep
 from pmcore.lockstep.answers import answers_to_json, ask
 from pmcore.lockstep.generator import Seeded, random_program
@@ -96,7 +96,7 @@ def _answers(name: str, program: Program, right: Workbench, kind: str) -> None:
     version = right.kernel.pread("version", 0, 4096).decode().strip()
     try:
         text = answers_to_json(ask(program, right, version=version, swap_kind=kind))
-    except (ArgumentError, NotModelled) as error:
+    except (ArgumentError, BackendUnavailable, NotModelled) as error:
         tell("answers", program=name, cannot=str(error))
         return
     tell("answers", program=name, text=base64.b64encode(zlib.compress(text.encode())).decode())
@@ -114,6 +114,9 @@ def _kept(
         result = lockstep(program, left(), right())
     except NotModelled as error:
         tell("kept", program=name, not_modelled=error.what)
+        return
+    except (ArgumentError, BackendUnavailable) as error:  # what this kernel does not have
+        tell("kept", program=name, not_modelled=str(error))
         return
     if smaller and not result.agrees:
         result = smallest(result, left, right, seconds=90)

@@ -152,6 +152,8 @@ def _progress(name: str, line: dict[str, Any]) -> None:
             f"{name}: {line['programs']} programs, {line['steps']} steps, {line['seconds']:.0f} s: {words}",
             flush=True,
         )
+        for found in line.get("found", []):
+            print(f"{name}: program {line['seed']}:{found['number']} {json.dumps(found)}", flush=True)
     elif line["kind"] == "kept" and line.get("difference"):
         print(f"{name}: {line['program']}: a difference", flush=True)
 

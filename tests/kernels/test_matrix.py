@@ -62,7 +62,9 @@ def test_figures_of_a_kernel():
 
 
 def test_a_difference_is_counted_and_kept():
-    found = summary(told(differences=1, found=[{"number": 7, "at": 3, "program": {}, "differences": []}]), seed=4)
+    found = summary(
+        told(differences=1, found=[{"number": 7, "at": 3, "program": {}, "differences": []}]), seed=4
+    )
     assert found["differences"] == 1
     assert found["found"][0]["at"] == 3
 

@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parents[1]))  # at the end: the installed project comes first
 
-from pmcore.errors import ArgumentError, NotModelled  # noqa: E402
+from pmcore.errors import ArgumentError, BackendUnavailable, NotModelled  # noqa: E402
 from pmcore.lockstep.answers import Answers, answers_from_json, answers_to_json, ask, changes  # noqa: E402
 from pmcore.program import load_program  # noqa: E402
 from pmcore.registry import open_workbench  # noqa: E402
@@ -97,7 +97,7 @@ def running(paths: list[Path], keeper: Keeper) -> None:
             bench.renew()
             try:
                 answers = ask(load_program(path), bench, version=version)
-            except (ArgumentError, NotModelled) as error:
+            except (ArgumentError, BackendUnavailable, NotModelled) as error:
                 print(f"{path.stem}: cannot be asked: {error}")
                 continue
             keeper.keep(path.stem, answers_from_json(answers_to_json(answers)))

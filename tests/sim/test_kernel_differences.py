@@ -270,3 +270,22 @@ def test_page_shift_before_4_2(held):
             task.process.clear_refs(4)
         task.touch(BASE, PAGE)
         assert fields() == {None: [0, 3, 0], True: [0, 1, 0], False: [12, 12, 12]}[flags_later]
+
+
+@pytest.mark.rule("KX-015")
+@pytest.mark.parametrize(("kernel", "rsvd"), [("6.1", 0), ("6.12", 0), ("6.18", (1 << 64) - 1)])
+def test_a_hugetlb_page_given_up_while_a_child_has_it(held, kernel, rsvd):
+    """On 6.18 the promise is used up again before the count was given it back."""
+    bench = held.enter_context(open_workbench("sim", kernel=kernel, hugepages={"2 MiB": 2}))
+    task = bench.spawn()
+    start = task.mmap(HUGE, flags=0x40022)
+    task.touch(start, 1)
+    task.fork()
+    task.madvise(start, HUGE, Madvise.DONTNEED)
+    task.touch(start, 1)
+    text = bench.kernel.pread("meminfo", 0, 1 << 16).decode()
+    assert next(line.split() for line in text.splitlines() if "Rsvd" in line) == [
+        "HugePages_Rsvd:",
+        str(rsvd),
+    ]
+    bench.kernel.check()

@@ -165,7 +165,12 @@ def turn_thp(settings: Mapping[str, str]) -> None:
     Raises BackendUnavailable for what this kernel does not have, with everything as it was found.
     """
     knobs = _thp_knobs()
-    wanted = {**_opened_thp, **{knobs.get(what, what): how for what, how in settings.items()}}
+    if unknown := settings.keys() - knobs.keys():
+        raise BackendUnavailable(
+            f"huge pages: this kernel has no {', '.join(sorted(unknown))}",
+            remedy=f"one of {', '.join(knobs)}",
+        )
+    wanted = {**_opened_thp, **{knobs[what]: how for what, how in settings.items()}}
     for path, how in wanted.items():
         if _read(path) == how:
             continue

@@ -250,11 +250,13 @@ def _zap_one(core: Core, vma: VmArea, addr: int, slot: int, gone: Gone, *, drop_
     if entry & DIRTY:
         frames.set_bits(head, pool.pages, int(PageFlag.DIRTY))
     anonymous, promise = frames.flags_at[head] & _ANON, vma.huge.promise
-    if anonymous and promise is not None and core.caps.hugetlb_promises_again and not pool.surplus:
+    mapped = core.hugetlb.map(head, -1)
+    again = core.caps.hugetlb_promises_again and (not mapped or core.caps.hugetlb_promises_while_shared)
+    if anonymous and promise is not None and again and not pool.surplus:
         # At once for the mapping, while the count waits for the page, which others may have yet (DV-028).
         promise.consumed.discard(_index(vma, addr))
         core.hugetlb.restored.add(head)
-    if not core.hugetlb.map(head, -1) and anonymous:
+    if not mapped and anonymous:
         gone.append(head)
 
 
