@@ -15,12 +15,19 @@ from pmcore.program import steps as s
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,5}", fullmatch=True)
 FIELDS = {"str": NAMES, "int": st.integers(0, (1 << 64) - 1), "bool": st.booleans()}
+FIELDS["vec"] = st.sampled_from(["", "null", "there"])
 
 
 def step_of(kind):
     import attrs
 
-    return st.builds(kind, **{field.name: FIELDS[str(field.type)] for field in attrs.fields(kind)})
+    return st.builds(
+        kind,
+        **{
+            field.name: FIELDS[field.name if field.name in FIELDS else str(field.type)]
+            for field in attrs.fields(kind)
+        },
+    )
 
 
 ANY_STEP = st.sampled_from(sorted(STEPS)).flatmap(lambda name: step_of(STEPS[name]))

@@ -45,6 +45,10 @@ def half_done(step, parts, number):
     if isinstance(step, s.Scan):
         # Mappings are protected before CHECK_WPASYNC finds one without it, or tables for markers cannot be had.
         return bool(step.flags & ScanFlag.WP_MATCHING) and (parts > 1 or number == errno.ENOMEM)
+    if isinstance(step, s.Unmap):
+        return (
+            number == errno.EINVAL and step.pages > 0
+        )  # inside a huge page, behind a boundary that stays (HT-003)
     if isinstance(step, s.Map) and step.flags & MapFlag.HUGETLB:
         return number == errno.ENOMEM  # the pool is asked for its promise after the place has been cleared
     return isinstance(step, s.Map) and step.anywhere  # more calls than one
