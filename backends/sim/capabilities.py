@@ -97,6 +97,7 @@ class Capabilities:
     uffd_wp: bool
     hugetlb: bool
     hugetlb_dontneed: bool
+    hugetlb_small_indices: bool
     hugetlb_promises_again: bool
     hugetlb_promises_while_shared: bool
     uffd_unregister_own: bool
@@ -191,6 +192,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         uffd_wp=has("uffd.wp"),
         hugetlb=has("mm.hugetlb"),
         hugetlb_dontneed=has("mm.hugetlb_dontneed"),
+        hugetlb_small_indices=has("mm.hugetlb_small_indices"),
         hugetlb_promises_again=has("mm.hugetlb_promises_again"),
         hugetlb_promises_while_shared=has("quirk.hugetlb_promises_while_shared"),
         uffd_unregister_own=has("mm.mremap_checks_early"),

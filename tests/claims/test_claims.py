@@ -12,8 +12,7 @@ from tests.claims.run import CASES, RESULTS, SIMULATED, STATED, TABLE, table
 
 CLAIMS = sorted(STATED.glob("*.json"))
 #: What the simulated machine says of the claims that it cannot try.
-UNMODELLED = {"open: files", "memfd_create(MFD_HUGETLB)"}
-KERNELS = sorted(path.stem for path in RESULTS.glob("6.*.json"))
+UNMODELLED = {"memfd_create(MFD_HUGETLB)"}
 
 
 def test_each_case_of_the_selftests_is_stated():
@@ -45,7 +44,7 @@ def test_the_simulated_machine_keeps_the_claim(path, kernel):
         assert {t.why for t in told if t.outcome == NOT_MODELLED} <= UNMODELLED
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", ["6.18", "6.12", "6.1"])
 def test_the_kernels_kept_each_claim_that_they_have_the_features_for(name):
     told = json.loads((RESULTS / f"{name}.json").read_text())["told"]
     assert told.keys() == {path.stem for path in CLAIMS}

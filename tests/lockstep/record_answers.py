@@ -3,8 +3,9 @@
     sudo .venv/bin/python tests/lockstep/record_answers.py [PROGRAM.json]...
     .venv/bin/python tests/lockstep/record_answers.py --kernel 6.12 --kernel 6.1
 
-The first asks the running kernel, the second kernels of tests/kernels, booted under software emulation. Answers are
-written to tests/lockstep/answers/RELEASE/. A file whose answers are the same is left as it is.
+The first asks the running kernel, the second kernels of tests/kernels, booted under software emulation, without a disk.
+Answers are written to tests/lockstep/answers/RELEASE/, those to programs of kept/disk to its folder disk. A file whose
+answers are the same is left as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+KEPT = HERE / "kept"
 sys.path.append(str(HERE.parents[1]))  # at the end: the installed project comes first
 
 from pmcore.errors import ArgumentError, BackendUnavailable, NotModelled  # noqa: E402
@@ -43,10 +45,10 @@ def main() -> int:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pmcore-kernels"
     parser.add_argument("--cache", type=Path, default=cache)
     options = parser.parse_args()
-    paths = options.programs or sorted((HERE / "kept").glob("*.json"))
     keeper = Keeper()
     if not options.kernel:
-        running(paths, keeper)
+        running(options.programs or sorted(KEPT.rglob("*.json")), keeper)
+    paths = options.programs or sorted(KEPT.glob("*.json"))
     try:
         for choice in choices():
             if choice.name in (options.kernel or ()):
@@ -64,26 +66,26 @@ class Keeper:
     def __init__(self) -> None:
         self.asked = self.written = 0
 
-    def keep(self, stem: str, new: Answers) -> None:
+    def keep(self, name: str, new: Answers) -> None:
         release = re.match(r"Linux version (\d+\.\d+)", new.version)
-        place = HERE / "answers" / (release[1] if release else "unknown") / f"{stem}.json"
+        place = HERE / "answers" / (release[1] if release else "unknown") / f"{name}.json"
         self.asked += 1
         if place.is_file():
             old = answers_from_json(place.read_text(encoding="utf-8"), source=str(place))
             result = changes(old, new)
             if old.program == new.program and result.agrees and old.profile == new.profile:
-                print(f"{stem}: the same")
+                print(f"{name}: the same")
                 return
             if old.program != new.program:
-                print(f"{stem}: another program")
+                print(f"{name}: another program")
             elif result.agrees:
-                print(f"{stem}: the same from another profile")
+                print(f"{name}: the same from another profile")
             else:
-                print(f"{stem}: changed at step {result.differs_at} (before | now)")
+                print(f"{name}: changed at step {result.differs_at} (before | now)")
             for difference in result.differences:
                 print(f"  {difference}")
         else:
-            print(f"{stem}: new")
+            print(f"{name}: new")
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(answers_to_json(new), encoding="utf-8")
         self.written += 1
@@ -91,7 +93,7 @@ class Keeper:
 
 def running(paths: list[Path], keeper: Keeper) -> None:
     """The running kernel's answers."""
-    with open_workbench("procfs", still=True, swap="256 MiB", hugepages=POOL) as bench:
+    with open_workbench("procfs", still=True, swap="256 MiB", hugepages=POOL, disk="64 MiB") as bench:
         version = bench.kernel.pread("version", 0, 4096).decode().strip()
         for path in paths:
             bench.renew()
@@ -100,7 +102,9 @@ def running(paths: list[Path], keeper: Keeper) -> None:
             except (ArgumentError, BackendUnavailable, NotModelled) as error:
                 print(f"{path.stem}: cannot be asked: {error}")
                 continue
-            keeper.keep(path.stem, answers_from_json(answers_to_json(answers)))
+            disk = path.resolve().parent == KEPT / "disk"
+            name = f"disk/{path.stem}" if disk else path.stem
+            keeper.keep(name, answers_from_json(answers_to_json(answers)))
 
 
 def emulated(tree: Any, paths: list[Path], keeper: Keeper, cache: Path) -> None:

@@ -289,3 +289,28 @@ def test_a_hugetlb_page_given_up_while_a_child_has_it(held, kernel, rsvd):
         str(rsvd),
     ]
     bench.kernel.check()
+
+
+@pytest.mark.rule("KX-004")
+def test_an_emptied_shared_mapping_keeps_its_offset(held):
+    """Its pages are found by it."""
+    task = task_on(held, "6.12")
+    start = task.mmap(4 * PAGE, flags=0x21)
+    task.write(start, b"found")
+    task.mremap(start, 4 * PAGE, 4 * PAGE, flags=7, new_addr=BASE + 8 * HUGE)
+    assert task.read(start, 5) == b"found"
+
+
+@pytest.mark.rule("HT-014")
+@pytest.mark.parametrize(
+    ("kernel", "seen"),
+    [("6.12", [True] * 512 + [False] * 512), ("6.1", [True] + [False] * 1023)],
+)
+def test_mincore_of_hugetlb_without_tables(held, kernel, seen):
+    """Of a page that only a child has faulted in; once a neighbour is faulted in there is a table."""
+    task = held.enter_context(open_workbench("sim", kernel=kernel, hugepages={"2 MiB": 2})).spawn()
+    start = task.mmap(2 * HUGE, flags=0x40021)
+    task.fork().touch(start, 1)
+    assert task.mincore(start, 2 * HUGE).tolist() == seen
+    task.touch(start + HUGE, 1)
+    assert task.mincore(start, 2 * HUGE).tolist() == [False] * 512 + [True] * 512

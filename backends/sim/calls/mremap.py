@@ -222,7 +222,7 @@ def _move(
         vma.flags &= ~VmFlag.LOCKS
         if vma.start == addr and vma.end == addr + old_length:
             vma.anon_vma, vma.chain = None, 0
-            if core.caps.dontunmap_resets_offset:
+            if core.caps.dontunmap_resets_offset and vma.file is None and vma.huge is None:
                 vma.pgoff = vma.start >> shift
     elif old_length:
         unmap(core, mm, addr, addr + old_length)

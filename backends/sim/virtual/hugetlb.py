@@ -378,12 +378,17 @@ def move_entries(
 
 
 def in_core(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, out: BoolArray) -> None:
-    """mincore: what is mapped; a page of the file that is not mapped here does not count."""
-    size, shift = page_size(vma), core.geometry.page_shift
+    """mincore: what is mapped. Where there is no table at all, what the file has (HT-014)."""
+    size, shift, file = page_size(vma), core.geometry.page_shift, _file(vma)
     for addr, slot in entries(mm, vma, start, end):
         low, high = max(addr, start), min(addr + size, end)
-        there = slot >= 0 and bool(core.pool.at[slot] & PRESENT)
-        out[low - start >> shift : high - start >> shift] = there
+        part = out[low - start >> shift : high - start >> shift]
+        if slot >= 0:
+            part[:] = bool(core.pool.at[slot] & PRESENT)
+        elif core.caps.hugetlb_small_indices:
+            part[:] = _index(vma, addr) in file.pages
+        else:  # counted on by small pages from the index of the huge one
+            part[:] = [_index(vma, addr) + number in file.pages for number in range(len(part))]
 
 
 def flagged(mm: AddressSpace, start: int, end: int) -> list[VmArea]:
