@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["ProcfsKernel"]
 
 _WORD_FILES = frozenset(FrameFile)
+_TEXTS = ("version", "meminfo", "vmstat", "buddyinfo", "swaps")
+#: Below /sys/kernel/mm: what was set, and the pools of hugetlb.
+_SETTINGS = (
+    "transparent_hugepage/*",
+    "transparent_hugepage/khugepaged/*",
+    "transparent_hugepage/hugepages-*/*",
+    "hugepages/hugepages-*/*hugepages",
+)
 
 
 def running_geometry() -> Geometry:
@@ -114,14 +123,26 @@ class ProcfsKernel(Kernel):
         return self._frame_count
 
     def pread(self, name: str, offset: int, length: int) -> bytes:
-        """Bytes of /proc/`name`."""
+        """Bytes of /proc/`name`, or of the file of sysfs whose path begins with /sys/."""
         if name in _WORD_FILES:
             return self._words(name).pread(offset, length)
         if offset < 0 or length < 0:
             raise syscall_error(errno.EINVAL, f"pread({self.root}/{name}, {length}, {offset})")
         if offset > MAX_OFFSET:
             return b""
-        return read_text(f"{self.root}/{name}", name)[offset : offset + length]
+        # Another /proc than this system's has no sysfs beside it.
+        own = name.startswith("/sys/") and self.root == "/proc"
+        return read_text(name if own else f"{self.root}/{name}", name)[offset : offset + length]
+
+    def files(self) -> Sequence[str]:
+        """The frame files, texts about memory, and the settings of huge pages in sysfs, as far as they are there."""
+        there = [name for name in (*map(str, FrameFile), *_TEXTS) if os.path.exists(f"{self.root}/{name}")]  # noqa: PTH110
+        if self.root == "/proc":
+            below = Path("/sys/kernel/mm")
+            there += sorted(
+                str(path) for pattern in _SETTINGS for path in below.glob(pattern) if path.is_file()
+            )
+        return there
 
     def read_frames(self, file: FrameFile, start_pfn: int, out: U64Array) -> int:
         """Raw words of `file` from `start_pfn` on."""

@@ -88,7 +88,7 @@ class RecordedKernel(Kernel):
     def pread(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of a frame file, or of a text that was recorded (version, meminfo, ...)."""
         if name in self._texts and offset >= 0 and length >= 0:
-            return self._file.text(f"kernel/{name}")[offset : offset + length]
+            return self._file.text(f"kernel/{name.lstrip('/')}")[offset : offset + length]
         words = self._words(name)
         if offset % 8 or length % 8 or offset < 0 or length < 0:
             raise syscall_error(errno.EINVAL, f"pread(/proc/{name}, {length}, {offset})")

@@ -111,7 +111,7 @@ def record(
             "whole_machine": pids is None,
             "profile": profile_row(kernel.profile),
             "frames": frames,
-            "texts": _texts(writer, "kernel", kernel, KERNEL_TEXTS)[0],
+            "texts": _texts(writer, "kernel", kernel, [*KERNEL_TEXTS, *_settings(kernel)])[0],
             "processes": rows,
         }
         size = writer.finish(index)
@@ -190,11 +190,16 @@ def _texts(
                 raise
             refused[name] = error.errno
             continue
-        writer.text(f"{folder}/{name}", data)
+        writer.text(f"{folder}/{name.lstrip('/')}", data)
         read.append(name)
         if name == "maps":
             kept[name] = data
     return read, refused, kept
+
+
+def _settings(kernel: Kernel) -> list[str]:
+    """Files of sysfs: tools ask there how huge pages are set up."""
+    return [name for name in kernel.files() if name.startswith("/sys/")]
 
 
 def _process(

@@ -209,15 +209,35 @@ def test_a_recording(tmp_path, machine):
     """A recorded machine stands where a simulated one stands; it cannot be given another shape."""
     record(machine, tmp_path / "a.rec")
     command = [*PMCORE, "exec", "--machine", str(tmp_path / "a.rec")]
-    read = [*command, "--", "cat", "/proc/1/maps", "/proc/kpagecount", "/proc/1/smaps"]
+    thp = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
+    read = [*command, "--", "cat", "/proc/1/maps", "/proc/kpagecount", "/proc/1/smaps", thp]
     done = subprocess.run(read, capture_output=True, check=True)
     process = machine.process(1)
     expected = process.pread("maps", 0, 1 << 20), machine.pread("kpagecount", 0, 1 << 20)
-    assert done.stdout == b"".join((*expected, process.pread("smaps", 0, 1 << 20)))
+    assert done.stdout == b"".join((*expected, process.pread("smaps", 0, 1 << 20), b"2097152\n"))
     refused = subprocess.run(
         [*command, "--memory", "1 GiB", "--", "true"], capture_output=True, text=True, check=False
     )
     assert (refused.returncode, "a recording is as it was" in refused.stderr) == (2, True)
+
+
+def test_a_recording_of_the_running_machine(tmp_path):
+    """What was recorded of this machine's kernel is what a command sees in it."""
+    if os.geteuid() != 0:
+        pytest.skip("frames are root's")
+    with pmcore.open("procfs") as kernel:
+        record(kernel, tmp_path / "live.rec", pids=[os.getpid()])
+    command = [*PMCORE, "exec", "--machine", str(tmp_path / "live.rec"), "--", "cat"]
+    paths = [
+        f"/proc/{os.getpid()}/maps",
+        "/proc/version",
+        "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size",
+    ]
+    done = subprocess.run([*command, *paths], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with pmcore.open("recording", tmp_path / "live.rec") as kernel:
+        expected = kernel.process(os.getpid()).pread("maps", 0, 1 << 30) + kernel.pread("version", 0, 4096)
+        assert done.stdout == expected + kernel.pread(paths[2], 0, 4096)
 
 
 def test_wrong_use(inside, tmp_path):
