@@ -13,7 +13,7 @@ import numpy as np
 
 from pmcore._version import __version__
 from pmcore.arrays import U64Array
-from pmcore.errors import ArgumentError, NotPermitted, ProcessGone, syscall_error
+from pmcore.errors import ArgumentError, NotPermitted, ProcessGone, SyscallError, syscall_error
 from pmcore.geometry import align_up
 from pmcore.procview.opener import ROOT, Opener
 from pmcore.procview.tree import Node, ProcView
@@ -54,7 +54,7 @@ def dump(
     """Write every file that `opener` may read to the directory `path`, under the same names; it must not be there yet.
 
     What can only be written (clear_refs) is left out. `progress(done, total)` counts processes. Raises ArgumentError
-    for a path that is there, OSError; nothing is left then.
+    for a path that is there, SyscallError where nothing can be written; nothing is left then.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
@@ -64,8 +64,10 @@ def dump(
         work = _Work(view, opener, partial)
         done = work.all(progress)
         partial.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, SyscallError):
+            raise syscall_error(error.errno or errno.EIO, f"write({error.filename or path})") from None
         raise
     return attrs.evolve(done, path=path)
 
@@ -77,7 +79,7 @@ class _Work:
         self.refused: list[tuple[str, int]] = []
 
     def all(self, progress: Callable[[int, int], object] | None) -> Dumped:
-        self.place.mkdir(parents=True)
+        self.place.mkdir()
         pids = list(self.view.kernel.pids())
         for name in self.view.node("/proc").names():
             if not name.isdigit():

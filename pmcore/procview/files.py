@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -29,7 +30,7 @@ RECORDS: dict[str, Callable[[bytes], Sequence[bytes]]] = {
 
 
 def _cut(text: bytes, starts: list[int]) -> list[bytes]:
-    return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+    return [text[a:b] for a, b in itertools.pairwise([*starts, len(text)])]
 
 
 class OpenFile:

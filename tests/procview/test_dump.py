@@ -136,7 +136,21 @@ def test_nothing_half_done_stays(machine, tmp_path, monkeypatch):
     monkeypatch.setattr(type(machine), "frame_count", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dump(view, tmp_path / "new")
+    with pytest.raises(Missing):
+        dump(view, tmp_path / "none" / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_machine_with_nothing_in_it(tmp_path):
+    """A task that has mapped nothing, and no task at all."""
+    machine = pmcore.open("sim", memory="16 MiB")
+    assert dump(ProcView(machine), tmp_path / "none").refused == ()
+    machine.spawn()
+    dump(ProcView(machine), tmp_path / "empty")
+    assert (tmp_path / "empty/proc/1/smaps").read_bytes() == b""
+    kernel = pmcore.open("recording", tmp_path / "empty")
+    assert kernel.process(1).maps() == ()
+    assert (kernel.kpageflags().values == machine.kpageflags().values).all()
 
 
 def test_what_is_no_dump(tmp_path, place):
