@@ -169,6 +169,20 @@ def test_numbers_written_to_clear_refs(opened):
             assert file.write(0, data) == expected.get(data, len(data)), data
 
 
+@pytest.mark.rule("FS-014")
+def test_writing_to_what_takes_nothing(opened):
+    for name, number in (
+        ("pagemap", errno.EINVAL),
+        ("maps", errno.EINVAL),
+        ("smaps_rollup", errno.EINVAL),
+        ("status", errno.EINVAL),
+        ("/proc/kpageflags", errno.EIO),
+        ("/proc/meminfo", errno.EIO),
+    ):
+        assert refused(opened(name, os.O_RDWR).write, 0, b"12345678") == number, name
+    assert refused(opened, "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", os.O_RDWR) == errno.EACCES
+
+
 @pytest.mark.rule("FS-007")
 def test_unknown_ioctls(opened):
     argument = bytearray(96)

@@ -143,8 +143,8 @@ def test_files_of_sysfs(machine):
         with pytest.raises(Missing):
             view.node(path)
     with pytest.raises(OSError) as caught:
-        view.open(f"{where}/enabled", 1).write(0, b"never")
-    assert caught.value.errno == errno.EIO
+        view.open(f"{where}/enabled", 1)
+    assert caught.value.errno == errno.EACCES
 
 
 def test_texts_by_kernel():
