@@ -108,6 +108,9 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         "pids": list(tasks),
         "inodes": [[i.number, str(i.kind), i.name, i.size] for i in core.inodes.values()],
         "opened": [file.inode.number for _, file in sorted(opened.values(), key=lambda o: o[0])],
+        "anon_roots": sorted(
+            {(v.anon_vma.number, v.anon_vma.root) for mm in tasks.values() for v in mm.vmas if v.anon_vma}
+        ),
         "uffds": [
             [context.mm.number, context.features] for _, context in sorted(uffds.values(), key=lambda u: u[0])
         ],
@@ -190,6 +193,7 @@ def _area(area: SwapArea) -> list[Any]:
         area.compressed,
         area.used,
         area.hint,
+        sorted([slot, *reader] for slot, reader in area.merged.items()),
     ]
 
 
@@ -259,7 +263,7 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
         None if area is None else _rebuild_area(number, area, arrays)
         for number, area in enumerate(words["swap"])
     ]
-    anon: dict[int, AnonVma] = {}
+    anon = {number: AnonVma(number, root) for number, root in words["anon_roots"]}
     huge = _rebuild_hugetlb(core, words.get("hugetlb"))
     core.spaces.clear()
     core.inodes.clear()
@@ -295,9 +299,10 @@ def _rebuild_zone(
 
 
 def _rebuild_area(number: int, words: list[Any], arrays: dict[str, NDArray[Any]]) -> SwapArea:
-    slots, priority, immediate, large_folios, compressed, used, hint = words
+    slots, priority, immediate, large_folios, compressed, used, hint, merged = words
     area = SwapArea(number, slots, priority, immediate, large_folios, compressed)
     area.used, area.hint = used, hint
+    area.merged = {slot: tuple(reader) for slot, *reader in merged}
     for name in _AREA:
         setattr(area, name, arrays[f"swap.{number}.{name}"].copy())
     return area

@@ -105,7 +105,7 @@ def test_golden_digest():
     for step in program.steps:
         run.advance(step)
     machine.check()
-    assert machine.digest() == "9cf38d67a59b96a1c4b0f99283811c144cbbc16e66a211c984448e92bf8a698d"
+    assert machine.digest() == "1adc61b0a1980b5ba206867c63431cbcdca98c767d1e12ce15fad28fe73538b3"
 
 
 SHOWN = """{"pmcore_program": 1, "name": "shown", "steps": [

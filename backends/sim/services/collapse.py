@@ -55,7 +55,7 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | 
         return None, False
     if not pmd:
         return Errno.EINVAL, slot >= 0  # a missing table of PMDs is gone past, an empty PMD in one is not
-    pages = core.geometry.pmd_pages
+    pages, size = core.geometry.pmd_pages, core.geometry.page_size
     first = mm.tables.pte_slot(addr)
     entries = core.pool.flat[first : first + pages]
     present = (entries & _PRESENT) != 0
@@ -79,7 +79,16 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | 
         core.memory.free_folio(folio)
         return Errno.EINVAL, True
     for index in np.flatnonzero(swap_entries(entries)).tolist():
-        swapping.swap_in(core, mm, vma, first + index, int(entries[index]), write=False)
+        swapping.swap_in(
+            core,
+            mm,
+            vma,
+            first + index,
+            int(entries[index]),
+            write=False,
+            addr=addr + index * size,
+            whole=False,
+        )
     if _met_twice(core, entries):
         core.memory.free_folio(folio)
         return Errno.EAGAIN, False
@@ -104,7 +113,7 @@ def scan_block(core: Core, mm: AddressSpace, vma: VmArea, addr: int, limits: Lim
         return "pmd_null"
     if pmd & LEAF:
         return "pmd_mapped"
-    pages, frames = core.geometry.pmd_pages, core.memory.frames
+    pages, frames, size = core.geometry.pmd_pages, core.memory.frames, core.geometry.page_size
     first = mm.tables.pte_slot(addr)
     entries = core.pool.flat[first : first + pages]
     present = (entries & _PRESENT) != 0
@@ -141,7 +150,9 @@ def scan_block(core: Core, mm: AddressSpace, vma: VmArea, addr: int, limits: Lim
             if entry & GUARD:
                 core.memory.free_folio(folio)
                 return "fail"
-            swapping.swap_in(core, mm, vma, first + index, entry, write=False)
+            swapping.swap_in(
+                core, mm, vma, first + index, entry, write=False, addr=addr + index * size, whole=False
+            )
     except NoMemory:
         core.memory.free_folio(folio)
         return "fail"

@@ -35,7 +35,7 @@ __all__ = ["Evicted", "evict", "leave", "leave_one", "mlock_found", "take_apart"
 
 _ALL = (1 << 64) - 1
 _ACTIVE, _DIRTY, _SWAPBACKED = int(PageFlag.ACTIVE), int(PageFlag.DIRTY), int(PageFlag.SWAPBACKED)
-_SWAPCACHE = int(PageFlag.SWAPCACHE)
+_SWAPCACHE, _KSM = int(PageFlag.SWAPCACHE), int(PageFlag.KSM)
 
 
 class Evicted(NamedTuple):
@@ -318,6 +318,8 @@ def leave(core: Core, pfns: Pfns, fields: NDArray[np.int64], *, folio: LargeFoli
             gone[:] = gone.all()
     left, there = (pfns, fields) if gone.all() else (pfns[gone], fields[gone])
     memory.age += len(left)
+    if core.ksm.nodes or any(area.merged for area in areas):
+        _note_merged(core, left, there)
     for area in areas:
         mine = slice(None) if len(areas) == 1 else (there & 0x1F) == area.number
         slots = there[mine] >> 5
@@ -349,6 +351,8 @@ def leave_one(core: Core, pfn: int, field: int) -> None:
         or (core.caps.swap_zeromap and memory.contents.is_zero(row))
     ):
         memory.age += 1
+        if slot in area.merged or (frames.flags_at[pfn] & _KSM and area.counts[slot] > 1):
+            area.merged[slot] = ()
         area.cached[slot], area.content[slot], area.shadow[slot] = 0, row, memory.age + 1
         frames.content_at[pfn] = frames.swap_at[pfn] = 0
         memory.free(pfn)
@@ -357,6 +361,15 @@ def leave_one(core: Core, pfn: int, field: int) -> None:
     frames.flags_at[pfn] &= ~_DIRTY
     memory.lru_tail -= 1
     frames.lru_at[pfn] = memory.lru_tail
+
+
+def _note_merged(core: Core, pfns: Pfns, fields: NDArray[np.int64]) -> None:
+    """Remember slots that entries of several places name: those of merged pages, and of what was read back from one."""
+    merged = (core.memory.frames.flags[pfns] & np.uint64(PageFlag.KSM)) != 0
+    for field, is_merged in zip(fields.tolist(), merged.tolist(), strict=True):
+        area, slot = core.swap.area(field), field >> 5
+        if slot in area.merged or (is_merged and area.counts[slot] > 1):
+            area.merged[slot] = ()
 
 
 def mlock_found(core: Core, heads: Pfns) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import ksm_merge as merging
 from pmcore.backends.sim.services.ksm_tree import Place, UnstableTree
@@ -89,6 +90,8 @@ class Ksm:
         #: Where the scan is: the slot (None: between two scans), the address, and up to where items have been seen.
         self.cursor: Slot | None = None
         self.address = self.passed = 0
+        #: Pages that a scan has locked or unlocked and that a batch still holds.
+        self.batch: list[int] = []
         #: Places in the unstable tree by hash, as far as somebody may look for them.
         self._found: dict[int, Place] = {}
 
@@ -241,6 +244,7 @@ class Ksm:
 
     def _scan(self, budget: int) -> int:
         scanned = 0
+        self.batch.clear()
         if self.cursor is not None:
             self.tree.shape(self._content, again=True)  # the program went on meanwhile: pages may be gone
         while budget > scanned and self.slots:
@@ -277,7 +281,7 @@ class Ksm:
                 continue
             self.address = max(self.address, vma.start)
             while vma.anon_vma is not None and self.address < vma.end:
-                addresses, pfns = self._pages_of(mm, self.address, vma.end)
+                addresses, pfns = self._pages_of(mm, self.address, vma.end, cached=vma.file is not None)
                 if not len(addresses):
                     break
                 left = budget - looked
@@ -291,8 +295,10 @@ class Ksm:
         slot.keep(~rest)
         return looked, True
 
-    def _pages_of(self, mm: AddressSpace, start: int, end: int) -> tuple[NDArray[np.int64], Pfns]:
-        """Addresses and frames of the anonymous pages of a range."""
+    def _pages_of(
+        self, mm: AddressSpace, start: int, end: int, *, cached: bool
+    ) -> tuple[NDArray[np.int64], Pfns]:
+        """Addresses and frames of the anonymous pages of a range; `cached`: pages of a file may be among them."""
         core, size = self._core, self._core.geometry.page_size
         places, pfns = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
         for extent in mm.tables.extents(start, end):
@@ -307,6 +313,9 @@ class Ksm:
                 continue
             there = (entries & np.uint64(PRESENT)) != 0
             there &= (entries & np.uint64(FIELD)) != np.uint64(core.zero_pfn)
+            if cached:  # of a file's pages only private copies
+                pfns_there = (entries[there] & np.uint64(FIELD)).view(np.int64)
+                there[there] = (core.memory.frames.flags[pfns_there] & np.uint64(CACHED)) == 0
             places.append(extent.start + np.flatnonzero(there) * size)
             pfns.append((entries[there] & np.uint64(FIELD)).view(np.int64))
         addresses, frames = np.concatenate(places), np.concatenate(pfns)
@@ -483,7 +492,8 @@ class Ksm:
         if page != pfn and head == frames.head(page):
             # Both were held: not taken apart for merging, but once they are let go.
             with suppress(NoMemory):
-                merging.split(core, mm, address, pfn)
+                if merging.split(core, mm, address, pfn):
+                    self.batch.clear()
             return
         if not merging.merge(core, mm, vma, address, pfn, None):
             return
@@ -601,12 +611,6 @@ class Ksm:
         """Forget all nodes whose page nobody maps; whether those were all."""
         frames = self._core.memory.frames
         for number, node in list(self.nodes.items()):
-            live = self._live(number)
-            if live and frames.mapcount_at[node.pfn]:
-                continue
-            if live:
-                frames.flags_at[
-                    node.pfn
-                ] &= ~_KSM  # in the swap cache: an ordinary page when it is mapped again
-            self._remove(number)
+            if not self._live(number) or not frames.mapcount_at[node.pfn]:
+                self._remove(number)  # in the swap cache it is still marked, and copied by whoever wants it
         return not self.nodes

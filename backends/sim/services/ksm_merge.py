@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.services import thp
 from pmcore.backends.sim.virtual import accessed, mapping
@@ -36,6 +36,10 @@ _KSM, _DIRTY = int(PageFlag.KSM), int(PageFlag.DIRTY)
 _REFUSED = VmFlag.SHARED | VmFlag.MAYSHARE | VmFlag.PFNMAP | VmFlag.IO | VmFlag.DONTEXPAND | VmFlag.HUGETLB
 
 
+#: Folios in a batch (PAGEVEC_SIZE).
+_BATCH = 31
+
+
 def compatible(vma: VmArea) -> bool:
     """Whether a mapping can be merged at all; the advice is without effect on others."""
     return not vma.flags & _REFUSED
@@ -47,7 +51,7 @@ def mergeable(vma: VmArea) -> bool:
 
 
 def page_at(core: Core, mm: AddressSpace, address: int) -> int:
-    """The frame of the anonymous page at an address; -1 where there is none (the zero page is none)."""
+    """The frame of the anonymous page at an address; -1 where there is none: the zero page and a file's are none."""
     slot = mm.tables.pmd_slot(address)
     entry = core.pool.at[slot] if slot >= 0 else 0
     if entry & LEAF:
@@ -57,11 +61,17 @@ def page_at(core: Core, mm: AddressSpace, address: int) -> int:
     if not entry & TABLE:
         return -1
     pte = core.pool.at[mm.tables.pte_slot(address)]
-    return pte & FIELD if pte & PRESENT and pte & FIELD != core.zero_pfn else -1
+    pfn = pte & FIELD
+    if not pte & PRESENT or pfn == core.zero_pfn or core.memory.frames.flags_at[pfn] & CACHED:
+        return -1
+    return pfn
 
 
-def split(core: Core, mm: AddressSpace, address: int, pfn: int) -> None:
-    """Take the folio of a page apart, whoever maps it. Raises NoMemory with nothing but PMDs split."""
+def split(core: Core, mm: AddressSpace, address: int, pfn: int) -> bool:
+    """Take the folio of a page apart, whoever maps it; whether a locked mapping does.
+
+    Raises NoMemory with nothing but PMDs split.
+    """
     frames = core.memory.frames
     folio = core.memory.large[frames.head(pfn)]
     mappers = [other for other in core.spaces.values() if other.number in folio.by_mm]
@@ -73,26 +83,29 @@ def split(core: Core, mm: AddressSpace, address: int, pfn: int) -> None:
                     vma = other.vmas.at(start)
                     assert vma is not None
                     thp.split_pmd(core, other, vma, start)
-    thp.split_folio(core, mm, folio, address, others=[other for other in mappers if other is not mm])
+    return thp.split_folio(core, mm, folio, address, others=[other for other in mappers if other is not mm])
 
 
 def merge(core: Core, mm: AddressSpace, vma: VmArea, address: int, pfn: int, kept: int | None) -> bool:
     """Map `kept` (a merged page, or the zero page) in the place of `pfn`, or make `pfn` a merged page (None).
 
-    Whether that could be done: not where the page is not mapped there any more.
+    Whether that could be done: not where the page is not mapped there any more, nor while a batch holds it (KS-017).
     """
     frames = core.memory.frames
     if pfn == kept:
         return True
     if frames.flags_at[pfn] & COMPOUND:
         try:
-            split(core, mm, address, pfn)
+            if split(core, mm, address, pfn):
+                core.ksm.batch.clear()  # of a large folio locks are not put off, nor are others any longer
         except NoMemory:
             return False
     if page_at(core, mm, address) != pfn:
         return False
     slot, at = mm.tables.pte_slot(address), core.pool.at
     pte = at[slot]
+    if pfn in core.ksm.batch and (pte & (WRITE | DIRTY) or frames.flags_at[pfn] & ANON_EXCLUSIVE):
+        return False  # not write-protected, because somebody else holds it
     if pte & DIRTY:
         frames.flags_at[pfn] |= _DIRTY
     at[slot] = pte & ~(WRITE | DIRTY)
@@ -109,9 +122,19 @@ def merge(core: Core, mm: AddressSpace, vma: VmArea, address: int, pfn: int, kep
         at[slot] = kept | PRESENT | YOUNG
         if vma.flags & VmFlag.LOCKED:
             mapping.mlock(core, kept, 1)
+            _put_off(core, kept)
     mapping.remove_page(core, mm, vma, pfn)
+    if vma.flags & VmFlag.LOCKED:
+        _put_off(core, pfn)
     core.count("ksm_merged")
     return True
+
+
+def _put_off(core: Core, pfn: int) -> None:
+    """A page is locked or unlocked: its batch holds it until it is full."""
+    core.ksm.batch.append(pfn)
+    if len(core.ksm.batch) == _BATCH:
+        core.ksm.batch.clear()
 
 
 def unshare(core: Core, mm: AddressSpace, vma: VmArea, address: int) -> None:

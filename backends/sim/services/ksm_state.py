@@ -79,7 +79,7 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[tuple[str, str]
     """Every invariant that does not hold: (its name, where)."""
     ksm, frames = core.ksm, core.memory.frames
     merged = (frames.flags & _KSM) != 0
-    for pfn in np.flatnonzero(merged).tolist():
+    for pfn in np.flatnonzero(merged & (frames.mapcount > 0)).tolist():
         if pfn not in ksm.by_pfn:
             yield "a merged page has a node in the stable tree", f"{pfn:#x}"
     wrong = np.flatnonzero(merged & ((frames.flags & np.uint64(ANON_EXCLUSIVE | COMPOUND)) != 0))

@@ -41,7 +41,7 @@ _ACTIVE, _REFERENCED = int(PageFlag.ACTIVE), int(PageFlag.REFERENCED)
 _SWAPBACKED, _LRU = int(PageFlag.SWAPBACKED), int(PageFlag.LRU)
 #: Of anonymous memory (in the swap cache also what nobody has mapped yet), and able to go.
 _KIND = int(PageFlag.ANON | PageFlag.SWAPCACHE)
-_STATE = _LRU | int(PageFlag.UNEVICTABLE | PageFlag.COMPOUND_TAIL | PageFlag.KSM | PageFlag.HUGE)
+_STATE = _LRU | int(PageFlag.UNEVICTABLE | PageFlag.COMPOUND_TAIL | PageFlag.HUGE)
 
 #: Pages that move over at a time, at least (SWAP_CLUSTER_MAX).
 _BATCH = 32

@@ -58,6 +58,9 @@ class SwapArea:
     used: int = 0
     #: No slot below this one is free.
     hint: int = 1
+    #: Slots of merged pages that several entries named when they left: the place of the page that was read back, as the
+    #: root of its anon_vma and its offset; () while none was. Entries of other places get copies of it (rule KS-016).
+    merged: dict[int, tuple[int, ...]] = attrs.field(factory=dict)
     #: While it is being switched off nothing more is written to it.
     closing: bool = False
 
@@ -118,6 +121,8 @@ class SwapArea:
         if len(slots):
             self.used -= len(slots)
             self.hint = min(self.hint, int(slots.min()))
+            for slot in slots.tolist() if self.merged else ():
+                self.merged.pop(slot, None)
 
 
 class SwapSpace:
@@ -326,6 +331,7 @@ class SwapSpace:
         area.cached[slot] = 0
         area.used -= 1
         area.hint = min(area.hint, slot)
+        area.merged.pop(slot, None)
         return True
 
     def cache_one(self, pfn: int, field: int) -> None:

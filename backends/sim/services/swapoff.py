@@ -9,7 +9,7 @@ import numpy as np
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND
-from pmcore.backends.sim.services import lru, pagecache, shrink
+from pmcore.backends.sim.services import ksm_swap, lru, pagecache, shrink
 from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, SWAP_EXCLUSIVE, UFFD_WP
@@ -52,13 +52,18 @@ def swapon(
 
 
 def swapoff(core: Core, number: int) -> int:
-    """Switch an area off; the pages that came back. Refused with EINVAL, or ENOMEM where they do not fit."""
+    """Switch an area off; the pages that came back. Refused with EINVAL, or ENOMEM where they do not fit.
+
+    Raises NotModelled for merged pages that several processes have there.
+    """
     areas = core.swap.areas
     area = areas[number] if isinstance(number, int) and 0 <= number < len(areas) else None
     if area is None:
         refuse(Errno.EINVAL, f"swapoff({number})", "no such area: see swap_areas()")
-    _make_room(core, area)
+    copies = ksm_swap.copies(core, area)
+    _make_room(core, area, len(copies))
     back = _bring_back(core, area)
+    ksm_swap.copy_back(core, area, copies)
     _replace(core, area, back)
     for pfn in (area.cached[area.cached != 0] - 1).tolist():
         folio = core.memory.large.get(core.memory.frames.head(pfn))
@@ -79,13 +84,13 @@ def _missing(area: SwapArea) -> NDArray[np.int64]:
     return np.flatnonzero((area.counts != 0) & (area.cached == 0))
 
 
-def _make_room(core: Core, area: SwapArea) -> None:
-    """See that all pages fit above the watermark; other areas may take some of what is in memory for them."""
+def _make_room(core: Core, area: SwapArea, copies: int) -> None:
+    """See that all pages and `copies` more fit above the watermark; other areas may take what is in memory for them."""
     memory = core.memory
     area.closing = True
     try:
         while True:
-            lacking = len(_missing(area)) - (memory.free_total - memory.reserve)
+            lacking = len(_missing(area)) + copies - (memory.free_total - memory.reserve)
             if lacking <= 0:
                 return
             evictable = len(lru.inactive(core, swapbacked=True)) + len(lru.active(core))

@@ -8,6 +8,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
+from pmcore.backends.sim.services import ksm_swap
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
@@ -60,19 +61,29 @@ def bring_in(core: Core, field: int) -> int:
 
 
 def swap_in(
-    core: Core, mm: AddressSpace, vma: VmArea, slot: int, pte: int, *, write: bool, addr: int = -1
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    slot: int,
+    pte: int,
+    *,
+    write: bool,
+    addr: int,
+    whole: bool = True,
 ) -> None:
     """Map the page of a swap entry (do_swap_page). A write that still may not be is asked again by the caller.
 
-    `addr` is where; without it a large folio of the swap cache is not mapped at once.
+    `addr` is where; unless `whole`, a large folio of the swap cache is not mapped at once.
     """
     field = pte & FIELD
     pfn = bring_in(core, field)
     if core.memory.frames.flags_at[pfn] & COMPOUND:
-        _large_in(core, mm, vma, slot, pte, pfn, write=write, addr=addr)
+        _large_in(core, mm, vma, slot, pte, pfn, write=write, addr=addr if whole else -1)
         return
     frames, area = core.memory.frames, core.swap.area(field)
     mm.prepare_anon(vma)
+    if (area.merged or core.ksm.nodes) and ksm_swap.copied(core, vma, slot, pte, pfn, addr, write=write):
+        return
     area.counts[field >> 5] -= 1
     flags = frames.flags_at[pfn]
     wanted = core.swap.half_full or vma.flags & VmFlag.LOCKED or flags & _MLOCKED

@@ -209,10 +209,10 @@ def _locked(mm: AddressSpace, addresses: Pfns) -> BoolArray:
 
 def split_folio(
     core: Core, mm: AddressSpace, folio: LargeFolio, near: int, *, others: Iterable[AddressSpace] = ()
-) -> None:
+) -> bool:
     """Take a folio that only `mm` and `others` map, by PTEs, apart into single pages; what is not mapped is freed.
 
-    Pages of nothing but zeros become the zero page, on kernels that look.
+    Pages of nothing but zeros become the zero page, on kernels that look. Whether a locked mapping had any of it.
     """
     frames = core.memory.frames
     head, pages = folio.head, folio.pages
@@ -244,6 +244,7 @@ def split_folio(
     for pfn in (old[locked] & np.uint64(FIELD)).tolist():
         mapping.mlock(core, pfn, 1)
     core.count("split_folio")
+    return bool(locked.any())
 
 
 def split_whole(core: Core, entries: U64Array, index: NDArray[np.intp], pfns: Pfns) -> None:

@@ -60,7 +60,10 @@ def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
             copy.anon_vma, copy.chain = None, 0
         elif vma.anon_vma is not None:
             # The parent's chain and one of its own, which new pages of the child belong to.
-            copy.anon_vma, copy.chain = AnonVma(core.number("anon_vma")), vma.chain + 1
+            copy.anon_vma, copy.chain = (
+                AnonVma(core.number("anon_vma"), vma.anon_vma.root),
+                vma.chain + 1,
+            )
         if vma.huge is not None:
             hugetlb.duplicate(child, copy)
         child.vmas.add(copy)

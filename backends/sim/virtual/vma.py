@@ -89,9 +89,11 @@ VM_FLAG_CODES = (
 
 @attrs.define(slots=True, eq=False)
 class AnonVma:
-    """What ties VMAs to the anonymous pages they may hold; only whether two VMAs share one is ever asked."""
+    """What ties VMAs to the anonymous pages they may hold; asked are whether two VMAs share one, or its root."""
 
     number: int
+    #: The number of the oldest one that it comes from, by forks; its own if it comes from none.
+    root: int = attrs.field(default=attrs.Factory(lambda self: self.number, takes_self=True))
 
 
 @attrs.define(slots=True, eq=False)

@@ -74,7 +74,7 @@ def write(draw: Draw, state: State) -> s.Step | None:
 
 def fork(draw: Draw, state: State) -> s.Step | None:
     """A child, as long as there are few tasks."""
-    if len(state.tasks) >= MAX_TASKS:
+    if len(state.tasks) >= MAX_TASKS or not state.may_fork:
         return None
     parent, child = pick_task(draw, state), state.name("t")
     state.tasks.append(child)

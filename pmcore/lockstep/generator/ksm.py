@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import attrs
+
 from pmcore.lockstep.generator.accesses import fork
 from pmcore.lockstep.generator.draw import Draw
 from pmcore.lockstep.generator.state import Maker, State, pick_range, pick_task, ranged
 from pmcore.program import steps as s
-from pmcore.uapi import Madvise
+from pmcore.uapi import Madvise, MapFlag
 
-__all__ = ["KSM", "ask"]
+__all__ = ["KSM", "ask", "compared"]
 
 #: What is done to pages that are merged, or about to be.
 _MERGED: tuple[Madvise | str, ...] = (
@@ -23,6 +25,25 @@ def ask(draw: Draw, step: s.Map) -> list[s.Step]:
     if not draw.integer(0, 3):
         return []
     return [s.Advise(task=step.task, area=step.area, pages=step.pages, advice=int(Madvise.MERGEABLE))]
+
+
+def compared(step: s.Step, state: State) -> s.Step | None:
+    """The step as it can be compared: who locks memory has no children, and who has children locks none.
+
+    When ksmd takes a locked page from one process, it depends on a processor's batches whether another's is taken in
+    the same scan (DV-027).
+    """
+    if len(state.tasks) == 1 and state.may_fork:
+        state.may_fork = not _locks(step)
+    elif state.may_fork and _locks(step):
+        return attrs.evolve(step, flags=step.flags & ~MapFlag.LOCKED) if isinstance(step, s.Map) else None
+    return step
+
+
+def _locks(step: s.Step) -> bool:
+    if isinstance(step, s.Map):
+        return bool(step.flags & MapFlag.LOCKED)
+    return isinstance(step, s.Lock | s.LockAll)
 
 
 def _equal(draw: Draw, state: State) -> s.Step:

@@ -10,7 +10,7 @@ from pmcore.lockstep.generator.disk import DISK, disk_compared
 from pmcore.lockstep.generator.draw import Draw
 from pmcore.lockstep.generator.files import file
 from pmcore.lockstep.generator.hugetlb import map_huge, touch_huge, track_huge
-from pmcore.lockstep.generator.ksm import KSM, ask
+from pmcore.lockstep.generator.ksm import KSM, ask, compared
 from pmcore.lockstep.generator.mappings import brk, map_anywhere, map_memory, map_over, move, stack
 from pmcore.lockstep.generator.state import HUGE, KEPT, Maker, State, ranged
 from pmcore.lockstep.generator.tracking import (
@@ -140,6 +140,7 @@ def random_program(
     merging = focus == "ksm"
     if merging:
         kinds = (*kinds, *KSM)
+        compared(first, state)
     elif focus == "disk":
         kinds = (*kinds, *DISK)
     steps: list[s.Step] = [first, *(ask(draw, first) if merging else ())]
@@ -152,7 +153,11 @@ def random_program(
     while len(steps) < length:
         kind = draw.of(kinds)
         step = kind(draw, state)
-        steps += [one for one in (step, *state.next) if one is not None and _compared(one, state)]
+        for one in (step, *state.next):
+            if one is not None and merging:
+                one = compared(one, state)
+            if one is not None and _compared(one, state):
+                steps.append(one)
         state.next.clear()
         if merging and isinstance(step, s.Map):
             steps += ask(draw, step)

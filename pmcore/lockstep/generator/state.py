@@ -66,6 +66,8 @@ class State:
     mixed: bool = False
     #: Whether mlockall was asked for: what is mapped from then on may be locked.
     locked_all: bool = False
+    #: Whether there may be children.
+    may_fork: bool = True
     made: int = 0
     #: Pages of the smaller huge pages that may be met: ranges like their edges.
     folios: tuple[int, ...] = ()
