@@ -28,7 +28,7 @@ __all__ = ["deflate", "inflate", "offline", "online"]
 _BUDDY, _OFFLINE = int(PageFlag.BUDDY), int(PageFlag.OFFLINE)
 #: What no migration moves: what the kernel itself uses.
 _UNMOVABLE = int(PageFlag.RESERVED | PageFlag.SLAB | PageFlag.PGTABLE | PageFlag.ZERO_PAGE)
-_STRANGE = int(PageFlag.HWPOISON | PageFlag.KSM)
+_STRANGE = int(PageFlag.HWPOISON)
 _ENDLESS = "pages of a memory block that fit nowhere else: the kernel tries again without end"
 
 
@@ -101,7 +101,7 @@ def _plan(core: Core, call: str, first: int, end: int) -> _Plan:
     if (flags & np.uint64(_UNMOVABLE)).any():
         refuse(Errno.EBUSY, call, "the kernel uses some of it")
     if (flags & np.uint64(_STRANGE)).any():
-        raise NotModelled("migrating poisoned or merged pages")
+        raise NotModelled("migrating poisoned pages")
     heads = used[frames.behind[used] == 0]
     if len(used) and frames.behind[used[0]] and used[0] == first:
         raise NotModelled("offlining a part of a gigantic page")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import attrs
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +17,7 @@ from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import ksm_merge as merging
+from pmcore.backends.sim.services.ksm_stable import STABLE, UNSTABLE, Slot, StableTree
 from pmcore.backends.sim.services.ksm_tree import Place, UnstableTree
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -30,62 +30,22 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["Ksm", "Slot"]
+__all__ = ["Ksm"]
 
 _KSM = int(PageFlag.KSM)
-_UNSTABLE, _STABLE = 1, 2
 
 
-@attrs.define(slots=True, eq=False)
-class Slot:
-    """An address space that asked for merging, and what ksmd knows of its pages (rmap items), by ascending address."""
-
-    mm: AddressSpace
-    addresses: NDArray[np.int64] = attrs.field(factory=lambda: np.zeros(0, dtype=np.int64))
-    #: Hash of the contents when last looked at; 0: never.
-    sums: U64Array = attrs.field(factory=lambda: np.zeros(0, dtype=np.uint64))
-    #: 0, or in the unstable tree (1), or mapping a page of the stable one (2).
-    states: NDArray[np.int8] = attrs.field(factory=lambda: np.zeros(0, dtype=np.int8))
-    #: The stable node, where the state is 2.
-    nodes: NDArray[np.int64] = attrs.field(factory=lambda: np.zeros(0, dtype=np.int64))
-
-    COLUMNS = ("addresses", "sums", "states", "nodes")
-
-    def keep(self, chosen: NDArray[np.bool_]) -> None:
-        """Drop all items but these."""
-        for name in self.COLUMNS:
-            setattr(self, name, getattr(self, name)[chosen])
-
-
-@attrs.define(slots=True, eq=False)
-class Node:
-    """A page of the stable tree: its frame, how many items map it, and where it hangs (node of memory, hash)."""
-
-    pfn: int
-    items: int
-    key: tuple[int, int]
-
-
-class Ksm:
+class Ksm(StableTree):
     """What /sys/kernel/mm/ksm shows and sets, and ksmd."""
 
     def __init__(self, core: Core) -> None:
-        self._core = core
+        super().__init__(core)
         #: Pages that `step` looks at when not told otherwise.
         self.pages_to_scan = 100
         #: Whether pages of nothing but zeros are merged with the zero page.
         self.use_zero_pages = False
-        self._across = True
-        self._sharing = 256
         self.full_scans = 0
         self.pages_scanned = 0
-        self.slots: list[Slot] = []
-        self.by_mm: dict[int, Slot] = {}
-        self.nodes: dict[int, Node] = {}
-        #: The node of a frame.
-        self.by_pfn: dict[int, int] = {}
-        #: Nodes by (node of memory, hash of contents): more than one where one alone has too many items.
-        self.stable: dict[tuple[int, int], list[int]] = {}
         self.tree = UnstableTree()
         #: Where the scan is: the slot (None: between two scans), the address, and up to where items have been seen.
         self.cursor: Slot | None = None
@@ -138,7 +98,7 @@ class Ksm:
     @property
     def pages_unshared(self) -> int:
         """Pages that were unlike all others."""
-        return sum(int((slot.states == _UNSTABLE).sum()) for slot in self.slots)
+        return sum(int((slot.states == UNSTABLE).sum()) for slot in self.slots)
 
     @property
     def pages_volatile(self) -> int:
@@ -290,7 +250,7 @@ class Ksm:
                     return looked, False
             self.address = vma.end
         rest = slot.addresses >= self.passed
-        for item in np.flatnonzero(rest & (slot.states == _STABLE)).tolist():
+        for item in np.flatnonzero(rest & (slot.states == STABLE)).tolist():
             self._out(slot, item)
         slot.keep(~rest)
         return looked, True
@@ -330,12 +290,12 @@ class Ksm:
         hashes = core.memory.contents.hashes(frames.content[pfns])
         items, fresh, gone = self._items(slot, addresses)
         known = slot.states[items]
-        settled = merged & (known == _STABLE)
+        settled = merged & (known == STABLE)
         owners, which = np.unique(slot.nodes[items[settled]], return_inverse=True)
         homes = np.array([self.nodes[node].pfn for node in owners.tolist()], dtype=np.int64)
         settled[settled] = homes[which] == pfns[settled]
         candidates = ~merged & ~fresh & (slot.sums[items] == hashes)
-        special = merged & ~settled | ~merged & (known == _STABLE)
+        special = merged & ~settled | ~merged & (known == STABLE)
         special |= self._likely(slot, candidates, hashes, int(addresses[0]))
         # What happens in between concerns nobody else: many pages at once.
         events = [(index, 1, -1) for index in np.flatnonzero(special).tolist()]
@@ -371,7 +331,7 @@ class Ksm:
         low, high = np.searchsorted(slot.addresses, [self.passed, int(addresses[-1]) + 1]).tolist()
         old = slot.addresses[low:high]
         there = np.isin(old, addresses)
-        keep = there | (slot.states[low:high] == _STABLE)
+        keep = there | (slot.states[low:high] == STABLE)
         every = np.union1d(old[keep], addresses)
         source = np.searchsorted(every, old[keep])
         for name in ("sums", "states", "nodes"):
@@ -398,7 +358,7 @@ class Ksm:
         if self.use_zero_pages:
             chosen |= values == self._core.memory.contents.hashes(np.zeros(1, dtype=np.int32))
         for earlier in self.slots[: self.slots.index(slot) + 1]:
-            unstable = earlier.states == _UNSTABLE
+            unstable = earlier.states == UNSTABLE
             if earlier is slot:
                 unstable &= slot.addresses < start
             index = np.flatnonzero(unstable)
@@ -430,7 +390,7 @@ class Ksm:
         index = items[part][moving]
         slot.sums[index] = hashes[part][moving]
         lonely = candidates[part][moving]
-        slot.states[index] = np.where(lonely, np.int8(_UNSTABLE), np.int8(0))
+        slot.states[index] = np.where(lonely, np.int8(UNSTABLE), np.int8(0))
         if lonely.any():
             self.tree.put(number, addresses[part][moving][lonely])
 
@@ -442,7 +402,7 @@ class Ksm:
         frames = core.memory.frames
         if frames.flags_at[pfn] & _KSM:
             node = self.by_pfn[pfn]
-            if slot.states[item] != _STABLE or slot.nodes[item] != node:
+            if slot.states[item] != STABLE or slot.nodes[item] != node:
                 self._out(slot, item)
                 self._append(slot, item, node)  # of a fork: no limit for those
             return False
@@ -477,7 +437,7 @@ class Ksm:
         place = (mm.number, address)
         other = self._unstable_search(place, value, content)
         if other is None:
-            slot.states[item] = _UNSTABLE
+            slot.states[item] = UNSTABLE
         if not isinstance(other, tuple):
             return
         theirs = self.by_mm[other[0]]
@@ -536,81 +496,3 @@ class Ksm:
         slot = self.by_mm.get(place[0])
         pfn = -1 if slot is None or not slot.mm.alive else merging.page_at(self._core, slot.mm, place[1])
         return bytes(self._core.geometry.page_size) if pfn < 0 else self._bytes(pfn)
-
-    def _bytes(self, pfn: int) -> bytes:
-        core = self._core
-        return core.memory.contents.read(core.memory.frames.content_at[pfn], 0, core.geometry.page_size)
-
-    # -- the stable tree -------------------------------------------------------------------------------
-
-    def _live(self, number: int) -> bool:
-        """Whether the node's frame is its page still."""
-        pfn = self.nodes[number].pfn
-        return bool(self._core.memory.frames.flags_at[pfn] & _KSM) and self.by_pfn.get(pfn) == number
-
-    def _stable_search(self, key: tuple[int, int], content: bytes) -> int:
-        """The node of an equal page that takes one item more; 0 if there is none."""
-        for number in list(self.stable.get(key, ())):
-            if not self._live(number):
-                self._remove(number)
-        best = 0
-        chain = self.stable.get(key, [])
-        for number in chain:
-            node = self.nodes[number]
-            room = 0 < node.items < self._sharing
-            if (
-                room
-                and self._bytes(node.pfn) == content
-                and (not best or node.items > self.nodes[best].items)
-            ):
-                best = number
-        if best and chain[0] != best and self.nodes[best].items + 1 < self._sharing:
-            chain.remove(best)
-            chain.insert(0, best)
-        return best
-
-    def _insert(self, key: tuple[int, int], pfn: int) -> int:
-        """A node for a page that has just become one."""
-        if pfn in self.by_pfn:
-            self._remove(self.by_pfn[pfn])  # of the frame's life before
-        number = self._core.number("ksm_node")
-        self.nodes[number] = Node(pfn, 0, key)
-        self.by_pfn[pfn] = number
-        self.stable.setdefault(key, []).insert(0, number)
-        return number
-
-    def _append(self, slot: Slot, item: int, number: int) -> None:
-        slot.states[item], slot.nodes[item] = _STABLE, number
-        self.nodes[number].items += 1
-
-    def _out(self, slot: Slot, item: int) -> None:
-        """Take an item out of the tree that it is in."""
-        if slot.states[item] == _STABLE:
-            number = int(slot.nodes[item])
-            if self._live(number):
-                self.nodes[number].items -= 1
-            else:
-                self._remove(number)
-        slot.states[item], slot.nodes[item] = 0, 0
-
-    def _remove(self, number: int) -> None:
-        """Forget a node; its items are of no tree then."""
-        node = self.nodes.pop(number)
-        if self.by_pfn.get(node.pfn) == number:
-            del self.by_pfn[node.pfn]
-        chain = self.stable[node.key]
-        chain.remove(number)
-        if not chain:
-            del self.stable[node.key]
-        for slot in self.slots:
-            mine = (slot.states == _STABLE) & (slot.nodes == number)
-            slot.states[mine] = 0
-            slot.nodes[mine] = 0
-
-    def _drop_nodes(self) -> bool:
-        """Forget all nodes whose page nobody maps; whether those were all."""
-        frames = self._core.memory.frames
-        for number, node in list(self.nodes.items()):
-            if not self._live(number) or not frames.mapcount_at[node.pfn]:
-                self._remove(number)  # in the swap cache it is still marked, and copied by whoever wants it
-        return not self.nodes

@@ -168,4 +168,13 @@ def unmerge(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
         ours[index] |= (frames.flags[pfns[index]] & np.uint64(_KSM)) != 0
         places += (extent.start + np.flatnonzero(ours) * size).tolist()
     for address in places:
-        unshare(core, mm, vma, address)
+        while True:
+            try:
+                unshare(core, mm, vma, address)
+                break
+            except NoMemory:
+                if not core.relieve(1):
+                    raise
+            pte = core.pool.at[mm.tables.pte_slot(address)]
+            if not pte & PRESENT:
+                break  # reclaimed meanwhile

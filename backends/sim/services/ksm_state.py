@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import COMPOUND
-from pmcore.backends.sim.services.ksm import Ksm, Node, Slot
+from pmcore.backends.sim.services.ksm import Ksm
+from pmcore.backends.sim.services.ksm_stable import Node, Slot
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, WRITE
 from pmcore.backends.sim.virtual.space import AddressSpace
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -103,6 +104,10 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[tuple[str, str]
     for number, node in ksm.nodes.items():
         if merged[node.pfn] and core.memory.contents.hashes(frames.content[[node.pfn]])[0] != node.key[1]:
             yield "a merged page holds what it held when it was merged", f"node {number}"
+    for area in core.swap.there:
+        unused = [n for n in area.merged if not area.counts[n] and not area.cached[n]]
+        if unused:
+            yield "slots of merged pages are in use", f"area {area.number}: {unused[:4]}"
     if ksm.by_mm != {slot.mm.number: slot for slot in ksm.slots}:
         yield "an address space has one slot", f"{sorted(ksm.by_mm)}"
 

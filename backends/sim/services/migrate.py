@@ -44,7 +44,7 @@ def move(core: Core, old: Pfns, new: Pfns) -> None:
     place = np.full(frames.rows, -1, dtype=np.int64)
     place[old] = new
     _entries(core, place)
-    _caches(core, new)
+    _caches(core, place, new)
     for head in heads.tolist():
         target = int(place[head])
         core.memory.large.move(head, target)
@@ -78,13 +78,14 @@ def _entries(core: Core, place: Pfns) -> None:
     flat[maps.slots] = flat[maps.slots] & np.uint64(~FIELD & _ALL) | place[maps.pfns].view(np.uint64)
 
 
-def _caches(core: Core, new: Pfns) -> None:
-    """Have swap cache and page caches name the new frames."""
+def _caches(core: Core, place: Pfns, new: Pfns) -> None:
+    """Have swap cache, page caches and KSM's stable tree name the new frames."""
     frames = core.memory.frames
     for area in core.swap.there:
         fields = frames.swap[new] - 1
         mine = (fields >= 0) & (fields & 0x1F == area.number)
         area.cached[fields[mine] >> 5] = new[mine] + 1
+    core.ksm.moved(place)
     owners = frames.owner[new]
     for number in np.unique(owners[owners != 0]).tolist():
         mine = new[owners == number]
