@@ -90,3 +90,16 @@ def test_an_access_through_one_of_its_entries_spares_a_merged_page(sides):
         s.Touch(area="a", page=3, pages=1, write=False),
     )
     sides.empty()
+
+
+@pytest.mark.rule("KS-017")
+def test_a_page_that_a_batch_holds_stays_for_a_scan(sides):
+    """Asked again where another process has filled the batch of that processor meanwhile (DV-027)."""
+    sides.do(
+        s.Map(area="a", pages=4),
+        s.Advise(area="a", pages=4, advice=int(Madvise.MERGEABLE)),
+        s.Lock(area="a", page=1, pages=1),
+        s.Fork(child="c"),
+        s.KsmScan(scans=2, zero_pages=True),
+        s.KsmScan(zero_pages=True),
+    )
