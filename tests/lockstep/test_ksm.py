@@ -27,6 +27,18 @@ def live():
         yield bench
 
 
+class Refaulting(Sides):
+    """A cgroup measures refaults with its own few pages, the model with all of memory: ACTIVE is not compared."""
+
+    def differences(self):
+        return [found for found in super().differences() if not self._active_alone(found)]
+
+    @staticmethod
+    def _active_alone(found):
+        words = [set(side.split("|")) for side in (found.left, found.right)]
+        return found.kind == "kpageflags" and words[0] ^ words[1] == {"ACTIVE"}
+
+
 @pytest.fixture
 def sides(live):
     if not (GROUPS / "memory.force_empty").exists() and not (GROUPS / "cgroup.procs").exists():
@@ -35,7 +47,7 @@ def sides(live):
     group.mkdir()
     both = None
     try:
-        both = Sides(live, group)
+        both = Refaulting(live, group)
         yield both
     except NotModelled as error:
         pytest.skip(str(error))  # other processes of the machine ask for merging

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Limits", "collapse_range", "scan_block"]
 
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+#: Folios in a batch (PAGEVEC_SIZE).
+_BATCH = 31
 
 
 def collapse_range(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> Errno | None:
@@ -38,8 +40,9 @@ def collapse_range(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: i
     if vma.anon_vma is None or low >= high or first > last:
         return Errno.EINVAL
     failed: Errno | None = None
+    waiting: list[int] = []
     for addr in range(first, last, size):
-        result, stop = _one(core, mm, vma, addr)
+        result, stop = _one(core, mm, vma, addr, waiting)
         if result is not None:
             failed = result
             if stop:
@@ -47,8 +50,10 @@ def collapse_range(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: i
     return failed
 
 
-def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | None, bool]:
-    """Collapse one block: (errno or None, whether to give up on the rest)."""
+def _one(
+    core: Core, mm: AddressSpace, vma: VmArea, addr: int, waiting: list[int]
+) -> tuple[Errno | None, bool]:
+    """Collapse one block: (errno or None, whether to give up on the rest). `waiting`: see `_met_twice`."""
     slot = mm.tables.pmd_slot(addr)
     pmd = core.pool.at[slot] if slot >= 0 else 0
     if pmd & LEAF:
@@ -63,11 +68,14 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | 
     # The first entry that stands in the way decides: an empty one that a userfaultfd waits for, or a protected one.
     protected = (entries & np.uint64(UFFD_WP)) != 0
     missing = (~normal & ((entries == 0) | present)) if vma.uffd is not None else np.zeros_like(present)
-    first_bad = int(np.argmax(protected | missing))
+    unlisted = normal & _waiting(core, entries, waiting)
+    first_bad = int(np.argmax(protected | missing | unlisted))
     if missing[first_bad]:
         return Errno.EBUSY, True
     if protected[first_bad]:
         return Errno.EINVAL, False
+    if unlisted[first_bad]:
+        return Errno.EAGAIN, False
     if core.caps.collapse_needs_writable and not (entries[present] & np.uint64(WRITE)).any():
         return Errno.EINVAL, False
     try:
@@ -89,10 +97,11 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[Errno | 
             addr=addr + index * size,
             whole=False,
         )
-    if _met_twice(core, entries):
+    if _met_twice(core, entries, waiting):
         core.memory.free_folio(folio)
         return Errno.EAGAIN, False
     _copy(core, mm, vma, addr, folio)
+    waiting.clear()  # a huge page does not wait, nor do others any longer
     return None, False
 
 
@@ -105,8 +114,10 @@ class Limits:
     shared: int
 
 
-def scan_block(core: Core, mm: AddressSpace, vma: VmArea, addr: int, limits: Limits) -> str:
-    """khugepaged's look at a block: "collapsed", or why not."""
+def scan_block(
+    core: Core, mm: AddressSpace, vma: VmArea, addr: int, limits: Limits, waiting: list[int]
+) -> str:
+    """khugepaged's look at a block: "collapsed", or why not. `waiting`: see `_met_twice`; as long as one step takes."""
     slot = mm.tables.pmd_slot(addr)
     pmd = core.pool.at[slot] if slot >= 0 else 0
     if not pmd:
@@ -132,6 +143,8 @@ def scan_block(core: Core, mm: AddressSpace, vma: VmArea, addr: int, limits: Lim
         refusal = "exceed_none_pte"
     elif int(_shared(core, pfns).sum()) > limits.shared:
         refusal = "exceed_shared_pte"
+    elif (normal & _waiting(core, entries, waiting)).any():
+        refusal = "page_lru"
     elif core.caps.collapse_needs_writable and not (entries[present] & np.uint64(WRITE)).any():
         refusal = "page_ro"
     elif not young.any() or (len(swapped) and int(young.sum()) < pages // 2):
@@ -156,17 +169,19 @@ def scan_block(core: Core, mm: AddressSpace, vma: VmArea, addr: int, limits: Lim
     except NoMemory:
         core.memory.free_folio(folio)
         return "fail"
-    if _met_twice(core, entries):
+    if _met_twice(core, entries, waiting):
         core.memory.free_folio(folio)
         return "page_lock"
     _copy(core, mm, vma, addr, folio)
+    waiting.clear()
     return "collapsed"
 
 
-def _met_twice(core: Core, entries: U64Array) -> bool:
+def _met_twice(core: Core, entries: U64Array, waiting: list[int]) -> bool:
     """Whether a page is met that is mapped further up in the block, too: a merged one, locked since (rule KS-015).
 
-    What was isolated from the LRU lists by then goes back, the last first.
+    What was isolated from the LRU lists by then goes back, the last first, and is on none as long as it is `waiting`
+    in a batch.
     """
     if not core.ksm.nodes:
         return False
@@ -179,8 +194,22 @@ def _met_twice(core: Core, entries: U64Array) -> bool:
     isolated[firsts] = False
     heads = pfns[: int(np.argmax(isolated))]
     heads = heads - core.memory.frames.behind[heads]
-    lru.to_head(core, heads[np.sort(np.unique(heads, return_index=True)[1])][::-1])
+    heads = heads[np.sort(np.unique(heads, return_index=True)[1])][::-1]
+    lru.to_head(core, heads)
+    for head in heads.tolist():
+        waiting.append(head)
+        if len(waiting) == _BATCH or core.memory.frames.flags_at[head] & COMPOUND:
+            waiting.clear()
     return True
+
+
+def _waiting(core: Core, entries: U64Array, waiting: list[int]) -> BoolArray:
+    """Which entries, of those that map a page, map one that waits in a batch."""
+    if not waiting:
+        return np.zeros(len(entries), dtype=np.bool_)
+    heads = (entries & _FIELD).view(np.int64)
+    heads = np.where((entries & _PRESENT) != 0, heads, 0)
+    return np.isin(heads - core.memory.frames.behind[heads], waiting)
 
 
 def _shared(core: Core, pfns: np.ndarray[tuple[int], np.dtype[np.int64]]) -> BoolArray:

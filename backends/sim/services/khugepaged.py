@@ -97,19 +97,27 @@ class Khugepaged:
             raise ArgumentError(f"step({pages!r})", remedy="one page or more")
         core, limits = self._core, self.limits
         blocks: list[Block] = []
+        waiting: list[int] = []
         if not core.caps.thp or core.policy.pmd == "never":
             return Step(blocks=(), full_scan=False)
         for mm in [mm for number, mm in sorted(core.spaces.items()) if number >= self.space]:
             if mm.number != self.space:
                 self.space, self.address = mm.number, 0
-            left = self._space(mm, left, limits, blocks)
+            left = self._space(mm, left, limits, blocks, waiting)
             if left <= 0:
                 return Step(blocks=tuple(blocks), full_scan=False)
         self.space = self.address = 0
         self.full_scans += 1
         return Step(blocks=tuple(blocks), full_scan=True)
 
-    def _space(self, mm: AddressSpace, left: int, limits: collapse.Limits, blocks: list[Block]) -> int:
+    def _space(
+        self,
+        mm: AddressSpace,
+        left: int,
+        limits: collapse.Limits,
+        blocks: list[Block],
+        waiting: list[int],
+    ) -> int:
         """Go on in one address space; how many pages are left to look at."""
         core, size = self._core, self._core.geometry.pmd_size
         for vma in list(mm.vmas):
@@ -120,7 +128,7 @@ class Khugepaged:
             while self.address < high:
                 if left <= 0:
                     return 0
-                result = collapse.scan_block(core, mm, vma, self.address, limits)
+                result = collapse.scan_block(core, mm, vma, self.address, limits, waiting)
                 blocks.append(Block(space=mm.number, address=self.address, result=result))
                 self.pages_collapsed += result == "collapsed"
                 self.address += size
