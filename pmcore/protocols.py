@@ -412,6 +412,15 @@ class Task(Protocol):
         """fork(2); the child, waiting for steps."""
         ...
 
+    @property
+    def watched_by(self) -> Mapping[tuple[int, int], int]:
+        """Userfaultfds that came to be when the task was forked, because its parent's tell of forks.
+
+        By task and descriptor of each that watches the parent: the descriptor, in the same task, of the new one. That
+        task is the oldest that holds the one; a workbench reads its events for it.
+        """
+        return {}
+
     def exit(self) -> None:
         """Let the task exit and be reaped. Exiting twice is allowed."""
         ...

@@ -15,6 +15,7 @@ from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
 from pmcore.backends.sim.services import blocks, ksm_state
 from pmcore.backends.sim.services.pagecache import OpenFile
+from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -82,6 +83,8 @@ def _vmas(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
                 yield Finding(
                     "a VMA has userfaultfd flags if and only if it has a context", f"{vma.start:#x}"
                 )
+            if isinstance(vma.uffd, Userfaultfd) and vma.uffd.mm is not mm:
+                yield Finding("a VMA's userfaultfd watches its own address space", f"{vma.start:#x}")
             position = vma.end
 
 

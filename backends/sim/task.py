@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pmcore.arrays import BoolArray
@@ -37,6 +38,12 @@ class SimTask(Task):
         self.mm = mm
         self.alive = True
         self._process = SimProcess(machine, self)
+        self._watched_by: dict[tuple[int, int], int] = {}
+
+    @property
+    def watched_by(self) -> Mapping[tuple[int, int], int]:
+        """See `Task`."""
+        return self._watched_by
 
     @property
     def process(self) -> SimProcess:
@@ -254,7 +261,7 @@ class SimTask(Task):
             child = AddressSpace(self._core, self._core.number("space"))
             child.files = dict(self.mm.files)
             try:
-                forking.fork(self._core, self.mm, child)
+                watching = forking.fork(self._core, self.mm, child)
                 break
             except NoMemory:
                 child.tear_down()
@@ -262,7 +269,12 @@ class SimTask(Task):
                 if memory.free_total <= free or not self._core.relieve(1):
                     raise _out_of_memory("fork") from None
                 free = memory.free_total
-        return self._machine.adopt(child)
+        task = self._machine.adopt(child)
+        for old, new in watching.items():
+            holder = next(other for other in self._machine.tasks() if old in other.mm.files.values())
+            number = next(fd for fd, file in holder.mm.files.items() if file is old)
+            task._watched_by[holder.pid, number] = file_calls.install(holder.mm, new)
+        return task
 
     def exit(self) -> None:
         """End the task; everything that it alone had is free."""

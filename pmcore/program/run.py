@@ -56,6 +56,8 @@ class Run:
     #: Area -> (start, length in bytes).
     areas: dict[str, tuple[int, int]] = attrs.field(factory=dict)
     fds: dict[str, int] = attrs.field(factory=dict)
+    #: The tasks that hold userfaultfds, as they were opened: what comes of a fork is called DESCRIPTOR_CHILD.
+    openers: dict[str, str] = attrs.field(factory=dict)
     outcomes: list[Outcome] = attrs.field(factory=list)
     _next: int = ARENA
 
@@ -228,7 +230,13 @@ def _memfd(state: Run, step: s.MemfdCreate) -> None:
 
 
 def _fork(state: Run, step: s.Fork) -> None:
-    state.tasks[step.child] = state.task(step.task).fork()
+    child = state.task(step.task).fork()
+    state.tasks[step.child] = child
+    for name, fd in list(state.fds.items()):
+        holder = state.tasks.get(state.openers.get(name, ""))
+        if holder is not None and (holder.pid, fd) in child.watched_by:
+            again = f"{name}_{step.child}"
+            state.fds[again], state.openers[again] = child.watched_by[holder.pid, fd], state.openers[name]
 
 
 def _exit(state: Run, step: s.Exit) -> None:
@@ -288,6 +296,7 @@ def _open_file(state: Run, step: s.OpenFile) -> None:
 
 def _open_uffd(state: Run, step: s.UffdOpen) -> None:
     state.fds[step.fd] = state.task(step.task).userfaultfd(step.features)
+    state.openers[step.fd] = step.task
 
 
 def _close(state: Run, step: s.CloseFd) -> None:

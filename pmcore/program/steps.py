@@ -350,7 +350,11 @@ class UffdProtect(_Range):
 
 @attrs.frozen(kw_only=True)
 class Fork(Step):
-    """fork: the child is the task `child`."""
+    """fork: the child is the task `child`.
+
+    Where a userfaultfd `fd` tells of forks (UFFD_FEATURE_EVENT_FORK), the one that watches the child is called
+    `fd_child` from then on, and the task that opened `fd` holds it.
+    """
 
     child: str = name()
 

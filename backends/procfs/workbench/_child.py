@@ -42,6 +42,7 @@ _SA_SIGINFO, _SA_NODEFER = 4, 0x40000000
 _SYS_BRK = {"x86_64": 12, "aarch64": 214, "riscv64": 214, "ppc64le": 45, "s390x": 45}
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
+_SYS_PIDFD_GETFD = 438
 _UFFDIO = {"api": 0xC018AA3F, "register": 0xC020AA00, "unregister": 0x8010AA01, "writeprotect": 0xC018AA06}
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -289,6 +290,13 @@ class Task:
             os.close(fd)
             raise
         return fd, b""
+
+    def do_take(self, *, pid: int, fd: int, payload: bytes) -> tuple[int, bytes]:
+        handle = os.pidfd_open(pid)
+        try:
+            return call("syscall", _SYS_PIDFD_GETFD, handle, fd, 0), b""
+        finally:
+            os.close(handle)
 
     def do_uffd(self, *, fd: int, what: str, words: list[int], payload: bytes) -> tuple[int, bytes]:
         answer = self._uffd(fd, what, struct.pack(f"={len(words)}Q", *words))

@@ -28,6 +28,7 @@ from pmcore.backends.procfs.kernel import ProcfsKernel
 from pmcore.backends.procfs.process import ProcfsProcess
 from pmcore.backends.procfs.workbench.disk import Disk
 from pmcore.backends.procfs.workbench.ksm import Ksmd
+from pmcore.backends.procfs.workbench.monitor import Monitor, Watch
 from pmcore.backends.procfs.workbench.steady import drain_lru, steady, turn_thp
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
 from pmcore.geometry import parse_size
@@ -60,14 +61,19 @@ class _Channel:
         return not self._close.alive
 
     def ask(
-        self, op: str, args: dict[str, Any], payload: bytes = b""
+        self, op: str, args: dict[str, Any], payload: bytes = b"", watch: Watch | None = None
     ) -> tuple[dict[str, Any], bytes, list[int]]:
-        """Send a request; the answer, its payload, and descriptors that came with it. Raises ProcessGone."""
+        """Send a request; the answer, its payload, and descriptors that came with it. Raises ProcessGone.
+
+        Events of `watch` are read meanwhile.
+        """
         if self.closed:
             raise self._gone(op)
         text = json.dumps({"op": op, "args": args}).encode()
         try:
             self._socket.sendall(_HEADER.pack(len(text), len(payload)) + text + payload)
+            if watch is not None and watch.held and not watch.wait(self._socket.fileno(), _PATIENCE):
+                raise EOFError
             head, fds = self._receive(_HEADER.size, descriptors=True)
             text_length, data_length = _HEADER.unpack(head)
             answer = json.loads(self._receive(text_length)[0])
@@ -118,6 +124,7 @@ class ProcfsTask(Task):
         self._channel = channel
         self.pid = channel.pid
         self._process: ProcfsProcess | None = None
+        self._watched_by: Mapping[tuple[int, int], int] = {}
 
     @property
     def process(self) -> ProcfsProcess:
@@ -126,8 +133,14 @@ class ProcfsTask(Task):
             self._process = self._bench.kernel.process(self.pid)
         return self._process
 
+    @property
+    def watched_by(self) -> Mapping[tuple[int, int], int]:
+        """See `Task`."""
+        return self._watched_by
+
     def _ask(self, op: str, call: str, payload: bytes = b"", **args: Any) -> tuple[Any, bytes]:
-        answer, data, _ = self._channel.ask(op, args, payload)
+        with self._bench.monitor.watching() as watch:
+            answer, data, _ = self._channel.ask(op, args, payload, watch)
         if "errno" in answer:
             raise syscall_error(answer["errno"], call)
         if "fault" in answer:
@@ -270,11 +283,18 @@ class ProcfsTask(Task):
 
     def close(self, fd: int) -> None:
         """close(2)."""
+        self._bench.monitor.closed(self.pid, fd)  # nobody holds it for us while it is closed
         self._ask("close", f"close({fd})", fd=fd)
 
     def userfaultfd(self, features: UffdFeature | int = 0) -> int:
         """userfaultfd(2) with UFFDIO_API."""
-        return int(self._ask("userfaultfd", f"userfaultfd({int(features):#x})", features=int(features))[0])
+        fd = int(self._ask("userfaultfd", f"userfaultfd({int(features):#x})", features=int(features))[0])
+        self._bench.monitor.opened(self.pid, fd, int(features))
+        return fd
+
+    def take(self, fd: int) -> int:
+        """Have the task hold a descriptor of ours, too; its number there."""
+        return int(self._ask("take", f"pidfd_getfd({fd})", pid=os.getpid(), fd=fd)[0])
 
     def _uffd(self, fd: int, what: str, *words: int) -> int:
         shown = ", ".join(f"{word:#x}" for word in words)
@@ -335,6 +355,7 @@ class ProcfsWorkbench(Workbench):
         #: Whether ksmd has looked at tasks since it was last told to forget everything.
         self._merged = False
         self._tasks: list[ProcfsTask] = []
+        self.monitor = Monitor()
         self.directory = Path(tempfile.mkdtemp(prefix="pmcore-", dir=directory))
         self._remove = weakref.finalize(self, shutil.rmtree, str(self.directory), ignore_errors=True)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -360,15 +381,22 @@ class ProcfsWorkbench(Workbench):
 
     def forked_from(self, parent: _Channel) -> ProcfsTask:
         """A task forked from the one behind `parent`."""
-        answer, _, fds = parent.ask("fork", {})
-        if "errno" in answer:
-            raise syscall_error(answer["errno"], "fork()")
-        task = ProcfsTask(self, _Channel(socket.socket(fileno=fds[0]), answer["value"]))
-        self._tasks.append(task)
+        with self.monitor.watching() as watch:
+            answer, _, fds = parent.ask("fork", {}, watch=watch)
+            if "errno" in answer:
+                raise syscall_error(answer["errno"], "fork()")
+            task = ProcfsTask(self, _Channel(socket.socket(fileno=fds[0]), answer["value"]))
+            self._tasks.append(task)
+            self.monitor.forked(parent.pid, task.pid)
+            task._watched_by = self.monitor.hand_over(watch, self._give)
         return task
+
+    def _give(self, pid: int, fd: int) -> int:
+        return next(task for task in self._tasks if task.pid == pid).take(fd)
 
     def forget(self, task: ProcfsTask) -> None:
         """Take a task that has ended off the list."""
+        self.monitor.ended(task.pid)
         if task in self._tasks:
             self._tasks.remove(task)
         if self._merged and self._ksmd is not None and not self._tasks:

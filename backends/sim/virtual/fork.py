@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual import hugetlb, mapping
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
@@ -41,8 +42,12 @@ def _without(bits: int) -> np.uint64:
     return np.uint64(~bits & (1 << 64) - 1)
 
 
-def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
-    """Fill `child`, which is empty, from `parent`."""
+def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> dict[Userfaultfd, Userfaultfd]:
+    """Fill `child`, which is empty, from `parent`.
+
+    By userfaultfd that watches the parent and tells of forks: a new one that watches the child (rule VM-033).
+    """
+    watching: dict[Userfaultfd, Userfaultfd] = {}
     child.brk_start, child.brk = parent.brk_start, parent.brk
     child.soft_dirty_cleared = parent.soft_dirty_cleared
     if core.ksm.by_mm:
@@ -52,8 +57,11 @@ def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
             continue
         copy = vma.copy(vma.start, vma.end, vma.pgoff)
         copy.flags &= ~VmFlag.LOCKS
-        features = getattr(vma.uffd, "features", 0)
-        if not features & _EVENT_FORK:
+        if isinstance(vma.uffd, Userfaultfd) and vma.uffd.features & _EVENT_FORK:
+            if vma.uffd not in watching:
+                watching[vma.uffd] = Userfaultfd(child, vma.uffd.features)
+            copy.uffd = watching[vma.uffd]
+        else:
             copy.flags &= ~VmFlag.UFFD
             copy.uffd = None
         if vma.flags & VmFlag.WIPEONFORK:
@@ -71,6 +79,7 @@ def fork(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
             vma.anon_vma is not None or copy.flags & (VmFlag.UFFD_WP | VmFlag.MAYBE_GUARD)
         ):
             _copy_entries(core, parent, child, vma, copy)
+    return watching
 
 
 def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: VmArea, copy: VmArea) -> None:
