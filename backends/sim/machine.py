@@ -18,7 +18,7 @@ from pmcore.backends.sim.capabilities import Capabilities, capabilities
 from pmcore.backends.sim.check import check
 from pmcore.backends.sim.checkpoint import State, capture, load, rebuild, save
 from pmcore.backends.sim.events import Event, observing
-from pmcore.backends.sim.physical import blocks
+from pmcore.backends.sim.physical import memory_blocks as blocks
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.frames import Frames

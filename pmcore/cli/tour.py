@@ -14,6 +14,7 @@ from pmcore import registry, spec
 from pmcore.cli.lockstep import step_words
 from pmcore.cli.output import say
 from pmcore.cli.tables import FrameNames, describe
+from pmcore.cli.transcript import profile_of, transcript
 from pmcore.errors import ArgumentError, PmcoreError
 from pmcore.lockstep import Comparer, Look, take
 from pmcore.pageflags import FrameFlags
@@ -121,17 +122,46 @@ _STOPS: tuple[tuple[s.Step, str, tuple[str, ...]], ...] = (
     "--live/--no-live", default=None, help="Run it on the real kernel, too (default: where that works)."
 )
 @click.option("--pause", is_flag=True, help="Wait for the Enter key after each step.")
-def command(kernel: str | None, program: str | None, live: bool | None, pause: bool) -> int:
+@click.option(
+    "--transcript",
+    "place",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="Write the tables of both sides after each step to FILE, as Markdown, instead.",
+)
+@click.option(
+    "--like", type=click.Path(dir_okay=False), metavar="FILE", help="Simulate the kernel of this transcript."
+)
+def command(
+    kernel: str | None,
+    program: str | None,
+    live: bool | None,
+    pause: bool,
+    place: str | None,
+    like: str | None,
+) -> int:
     """Run a page-table program step by step on a simulated machine, and see each entry change, and why.
 
     On Linux, as root, the same program runs on the real kernel beside it, and each step says whether the two agree.
     """
     stops = _STOPS if program is None else tuple((step, "", ()) for step in _load(program).steps)
+    if kernel is not None and like is not None:
+        raise ArgumentError("--kernel and --like both name a kernel", remedy="one of them")
+    simulated: Any = kernel if like is None else profile_of(like)
     with contextlib.ExitStack() as held:
-        bench = None if live is False or (live is None and kernel is not None) else _live(held, wanted=live)
-        profile: Any = kernel or (bench.kernel.profile if bench is not None else "6.18")
-        machine = registry.open_workbench("sim", memory="64 MiB", swap="16 MiB", kernel=profile)
-        return _walk(stops, held.enter_context(machine), bench, pause=pause)
+        bench = (
+            None if live is False or (live is None and simulated is not None) else _live(held, wanted=live)
+        )
+        profile = simulated or (bench.kernel.profile if bench is not None else "6.18")
+        machine = held.enter_context(
+            registry.open_workbench("sim", memory="64 MiB", swap="16 MiB", kernel=profile)
+        )
+        if place is None:
+            return _walk(stops, machine, bench, pause=pause)
+        text, agreed = transcript(stops, machine, bench, profile=machine.kernel.profile)
+        with click.open_file(place, "w", encoding="utf-8") as file:
+            file.write(text)
+        return 0 if agreed else 1
 
 
 def _load(path: str) -> Program:
@@ -172,6 +202,7 @@ def _walk(stops: Any, machine: Workbench, bench: Workbench | None, *, pause: boo
         if words:
             say(f"   {words}")
         _tell_outcome(outcomes[0])
+        names.keep(looks[0])
         for line in describe(looks[0], profile, names):
             say(line)
         for line in _changes(before, looks[0], profile):

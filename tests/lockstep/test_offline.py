@@ -202,6 +202,7 @@ def simulated(profile: Any) -> Any:
         return list(found.tolist())
 
     memory.table_pages = table_pages
+    memory.table_page = lambda: table_pages(1)[0]
     machine.balloon_inflate(2048)
     return machine
 

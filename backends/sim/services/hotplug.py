@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 
 from pmcore.backends.sim.calls.refuse import refuse
-from pmcore.backends.sim.physical import blocks
+from pmcore.backends.sim.physical import memory_blocks as blocks
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Pfns
 from pmcore.backends.sim.physical.memory import COMPOUND, min_watermark
 from pmcore.backends.sim.services import migrate, thp
