@@ -25,8 +25,8 @@ from pmcore.mounted.fusefs import KERNEL_PROC, Tree, mfusepy, serve
 
 __all__ = ["execute"]
 
-#: Numbers of processes inside begin here, so that they are not those of simulated ones.
-_FIRST_PID = 30000
+#: Numbers of processes inside begin here, or so far behind the machine's, so that they are none of its.
+_FIRST_PID, _APART = 30000, 1000
 _NOT_FOUND, _NOT_RUN = 127, 126
 _GO, _FAILED = b"G", b"F"
 #: What a terminal sends to all that run in it.
@@ -49,7 +49,8 @@ def execute(tree: Tree, command: Sequence[str]) -> int:
     mounter = os.fork()
     if mounter == 0:
         ours.close()
-        _mounter(theirs, parent, list(command))
+        first = max(_FIRST_PID, max(tree.view.kernel.pids(), default=0) + _APART)
+        _mounter(theirs, parent, list(command), first)
     theirs.close()
     # A terminal's Ctrl-C is for the command; this process answers as long as there is one.
     signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINAL)
@@ -122,7 +123,7 @@ def _map_users(mounter: int) -> None:
 # -- the mounter -----------------------------------------------------------------------------------------
 
 
-def _mounter(channel: socket.socket, parent: int, command: list[str]) -> NoReturn:
+def _mounter(channel: socket.socket, parent: int, command: list[str], first: int) -> NoReturn:
     code = _NOT_RUN
     try:
         sc.die_with_parent(parent)
@@ -131,14 +132,12 @@ def _mounter(channel: socket.socket, parent: int, command: list[str]) -> NoRetur
         channel.recv(1)
         _mount(channel)
         channel.close()
-        me = os.getpid()
         warden = os.fork()
         if warden == 0:
-            _warden(command)
+            _warden(command, first)
         signal.pthread_sigmask(signal.SIG_BLOCK, [*_TERMINAL, signal.SIGTERM])
         _, status = os.waitpid(warden, 0)
         code = _code(status)
-        assert me == os.getpid()
     except (OSError, PmcoreError) as error:
         with contextlib.suppress(OSError):
             channel.send(_FAILED + str(error).encode())
@@ -175,12 +174,12 @@ def _mount(channel: socket.socket) -> None:
 # -- the warden ------------------------------------------------------------------------------------------
 
 
-def _warden(command: list[str]) -> NoReturn:
+def _warden(command: list[str], first: int) -> NoReturn:
     code = _NOT_RUN
     try:
         sc.die_with_parent(0)
         with contextlib.suppress(OSError):
-            Path(f"/proc/{KERNEL_PROC}/sys/kernel/ns_last_pid").write_text(f"{_FIRST_PID}\n")
+            Path(f"/proc/{KERNEL_PROC}/sys/kernel/ns_last_pid").write_text(f"{first}\n")
         child = os.fork()
         if child == 0:
             _command(command)

@@ -48,8 +48,6 @@ _ALWAYS: dict[str, tuple[str, ...]] = {"/sys": ("kernel",), "/sys/kernel": ("mm"
 
 def mfusepy() -> Any:
     """The module that speaks to libfuse. Raises BackendUnavailable where it or libfuse 3 is missing."""
-    if not sys.platform.startswith("linux"):
-        raise BackendUnavailable("machines are mounted on Linux", remedy="pmcore dump works everywhere")
     try:
         module: Any = import_module("mfusepy")
     except ImportError:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 
-from pmcore.errors import syscall_error
+from pmcore.errors import BackendUnavailable, syscall_error
 
 __all__ = [
     "CLONE_NEWNS",
@@ -27,6 +28,9 @@ CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
+
+if not sys.platform.startswith("linux"):
+    raise BackendUnavailable("machines are mounted on Linux", remedy="pmcore dump works everywhere")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -35,6 +35,13 @@ except pmcore.PmcoreError as error:
     assert "Linux" in str(error) and error.remedy
 else:
     raise SystemExit("procfs opened on win32")
+try:
+    import pmcore.mounted
+except pmcore.PmcoreError as error:
+    assert "Linux" in str(error) and error.remedy
+else:
+    raise SystemExit("machines are mounted on win32")
+import pmcore.procview.dump
 """
 
 
