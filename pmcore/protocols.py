@@ -479,6 +479,13 @@ class Workbench(Protocol):
         """
         raise NotModelled("ksmd on this workbench")
 
+    def set_readahead(self, length: int) -> None:
+        """To provide where that can be set: how many bytes files that are opened from now on read ahead; at first none.
+
+        Raises BackendUnavailable elsewhere.
+        """
+        raise BackendUnavailable("this workbench has no disk of its own", remedy="open it with disk=...")
+
     def drop_caches(self) -> object:
         """To provide where that can be done: write 1 to drop_caches. Raises BackendUnavailable elsewhere."""
         raise BackendUnavailable("this workbench drops no caches", remedy="leave that out of the program")

@@ -105,6 +105,8 @@ class Capabilities:
     partial_invalidate_unmaps: bool
     #: Whether fault-around makes no page table for the last page of a file on a disk.
     around_last_page_no_table: bool
+    #: Whether a window that is read ahead ends at a multiple of four pages.
+    readahead_ends_aligned: bool
     uffd_features: int
     folio_flags: bool
     buddy_first_only: bool
@@ -198,6 +200,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         uffd_unregister_own=has("mm.mremap_checks_early"),
         uffd_features=int(features),
         partial_invalidate_unmaps=has("disk.partial_invalidate_unmaps"),
+        readahead_ends_aligned=has("disk.readahead_ends_aligned"),
         around_last_page_no_table=has("disk.around_last_page_no_table"),
         folio_flags=has("kpageflags.folio_flags"),
         buddy_first_only=not has("kpageflags.buddy_all_pages"),

@@ -52,8 +52,17 @@ def disk_findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     frames = core.memory.frames
     for mm in spaces:
         for vma in mm.vmas:
-            if vma.file is None or not vma.file.on_disk:
+            if (vma.opened is None) != (vma.file is None or not vma.file.on_disk):
+                yield Finding(
+                    "what maps a file on a disk, and nothing else, has an open file", f"{vma.start:#x}"
+                )
+            if vma.opened is None or vma.file is None:
                 continue
+            start, size, ahead = vma.opened.window
+            if vma.opened.inode is not vma.file or not (0 <= ahead <= size and start >= 0):
+                yield Finding(
+                    "an open file is its mapping's, and what it read ahead a window", f"{vma.start:#x}"
+                )
             for extent in mm.tables.extents(vma.start, vma.end):
                 present = (extent.entries & _PRESENT) != 0
                 pfns = (extent.entries[present] & _FIELD).astype(np.int64)

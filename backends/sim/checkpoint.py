@@ -115,9 +115,16 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
             [context.mm.number, context.features] for _, context in sorted(uffds.values(), key=lambda u: u[0])
         ],
     }
-    if any(inode.on_disk for inode in core.inodes.values()):
-        places = [file.position for _, file in sorted(opened.values(), key=lambda o: o[0])]
-        words["disk"] = {"names": sorted(core.names.items()), "positions": places}
+    if core.pages_ahead or any(inode.on_disk for inode in core.inodes.values()):
+        ahead = [
+            [file.position, file.pages_ahead, file.random, list(file.window)]
+            for _, file in sorted(opened.values(), key=lambda o: o[0])
+        ]
+        words["disk"] = {
+            "names": sorted(core.names.items()),
+            "opened": ahead,
+            "pages_ahead": core.pages_ahead,
+        }
     if files.files or core.hugetlb.folios or any(pool.overcommit for pool in core.hugetlb.pools.values()):
         words["hugetlb"] = _hugetlb(core, files)
     if memory.offline:
@@ -210,6 +217,7 @@ def _space(mm: AddressSpace, uffd: Any, descriptor: Any, files: HugeFiles) -> di
             v.name,
             v.file.number if v.file else None,
             *([files.words(v.huge)] if v.huge is not None else []),
+            *([["opened", descriptor(v.opened)[1]]] if v.opened is not None else []),
         ]
         for v in mm.vmas
     ]
@@ -272,11 +280,12 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
         inode.index.put(arrays[f"inode.{number}.pages"], arrays[f"inode.{number}.words"])
         for part in _DISK if inode.on_disk else ():
             getattr(inode, part).put(arrays[f"inode.{number}.{part}.pages"], arrays[f"inode.{number}.{part}"])
-    disk = words.get("disk", {"names": [], "positions": [-1] * len(words["opened"])})
-    core.names = dict(map(tuple, disk["names"]))
+    blank: dict[str, Any] = {"names": [], "opened": [[]] * len(words["opened"]), "pages_ahead": 0}
+    disk = words.get("disk", blank)
+    core.names, core.pages_ahead = dict(map(tuple, disk["names"])), disk["pages_ahead"]
     opened = [
-        OpenFile(core.inodes[number], position)
-        for number, position in zip(words["opened"], disk["positions"], strict=True)
+        OpenFile(core.inodes[number], *ahead[:-1], *(tuple(window) for window in ahead[-1:]))
+        for number, ahead in zip(words["opened"], disk["opened"], strict=True)
     ]
     spaces = {space["number"]: AddressSpace.bare(core, space["number"]) for space in words["spaces"]}
     contexts = [
@@ -322,6 +331,9 @@ def _rebuild_space(
         file_of = None if inode is None else mm.core.inodes[inode]
         vma = VmArea(start, end, flags, pgoff, owner, chain, context, name, file_of)
         for file, promise in mapped:
+            if file == "opened":
+                vma.opened = opened[promise]
+                continue
             vma.huge = HugeMap(huge[0][file], None if promise is None else huge[1][promise])
             vma.huge.file.add_user(mm, 1)
         mm.vmas.add(vma)

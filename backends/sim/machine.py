@@ -76,6 +76,8 @@ class Core:
         self.inodes: dict[int, Inode] = {}
         #: Files of the disk: inode numbers by name.
         self.names: dict[str, int] = {}
+        #: Pages that files of the disk which are opened from now on read ahead.
+        self.pages_ahead = 0
         self.khugepaged = Khugepaged(self)
         self.ksm = Ksm(self)
         #: The last number given, by what was numbered.
@@ -213,6 +215,10 @@ class SimMachine(Kernel, Workbench):
 
     def settle(self) -> None:
         """Nothing is put off here."""
+
+    def set_readahead(self, length: int | str) -> None:
+        """Write to the disk's read_ahead_kb: files opened from now on read so many bytes ahead; at first none."""
+        self.core.pages_ahead = parse_size(length) // self.profile.geometry.page_size
 
     def drop_caches(self) -> int:
         """Write 1 to drop_caches: what files on the disk have clean and unmapped in the cache goes; how many pages."""

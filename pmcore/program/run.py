@@ -330,6 +330,7 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Fsync: lambda r, st: r.task(st.task).fsync(r.fd(st.fd)),
     s.Sync: lambda r, st: r.task(st.task).sync(),
     s.Fadvise: lambda r, st: r.task(st.task).fadvise(r.fd(st.fd), st.offset, st.length, st.advice),
+    s.ReadAhead: lambda r, st: r.workbench.set_readahead(st.length),
     s.DropCaches: lambda r, st: r.workbench.drop_caches() and None,
     s.CloseFd: _close,
     s.UffdOpen: _open_uffd,

@@ -42,6 +42,7 @@ __all__ = [
     "Protect",
     "Pwrite",
     "Read",
+    "ReadAhead",
     "Scan",
     "Step",
     "Sync",
@@ -306,6 +307,13 @@ class Fadvise(Step):
 
 
 @attrs.frozen(kw_only=True)
+class ReadAhead(Step):
+    """How many bytes files that are opened from then on read ahead, at most (read_ahead_kb of their disk)."""
+
+    length: int = number()
+
+
+@attrs.frozen(kw_only=True)
 class DropCaches(Step):
     """A write of 1 to drop_caches: the page cache, of the whole machine."""
 
@@ -444,6 +452,7 @@ STEPS: dict[str, type[Step]] = {
         Fsync,
         Sync,
         Fadvise,
+        ReadAhead,
         DropCaches,
         CloseFd,
         UffdOpen,

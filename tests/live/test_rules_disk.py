@@ -46,14 +46,21 @@ def kernel(bench: Any) -> Any:
 
 
 @pytest.fixture
-def disk(task, area):
-    """A new file of `pages` pages, none of them cached, and a shared mapping of it."""
+def disk(task, area, bench):
+    """A new file of `pages` pages, none of them cached, and a shared mapping of it; `ahead` pages are read ahead."""
 
-    def make(pages: int, *, flags: int = SHARED, prot: int = 3) -> tuple[int, int]:
+    def make(pages: int, *, flags: int = SHARED, prot: int = 3, ahead: int = 0) -> tuple[int, int]:
+        bench.set_readahead(ahead * PAGE)
         fd = task.open_file("rule", pages=pages)
         return fd, area(pages, flags=flags, fd=fd, prot=prot)
 
     return make
+
+
+def cached(bench, task, start, pages):
+    """Numbers of the pages that are in the cache, once nothing is being read any more."""
+    bench.settle()
+    return np.flatnonzero(task.mincore(start, pages * PAGE)).tolist()
 
 
 def refused(call, *arguments):
@@ -372,3 +379,71 @@ def test_a_hole_in_the_first_page_unmaps_what_follows(task, disk, area, look, wh
     task.touch(start, 6 * PAGE, write=False)
     task.fallocate(fd, 3, PAGE, 5)
     assert look(task, start, 6)[0].present.all()
+
+
+@pytest.mark.rule("DF-017")
+def test_reading_around_a_fault(task, disk, bench, look):
+    _, start = disk(100, ahead=32)
+    task.touch(start + 40 * PAGE, PAGE, write=False)
+    assert cached(bench, task, start, 100) == list(range(24, 56))
+    assert np.flatnonzero(look(task, start, 100)[0].present).tolist() == list(range(32, 48))
+    task.touch(start + 90 * PAGE, PAGE, write=True)
+    assert cached(bench, task, start, 100) == [*range(24, 56), *range(74, 100)]
+    entries = look(task, start, 100)[0]
+    assert np.flatnonzero(entries.present).tolist() == [*range(32, 48), 90]
+
+
+@pytest.mark.rule("DF-017")
+@pytest.mark.parametrize(
+    ("advice", "expected"),
+    [
+        (Madvise.RANDOM, [600]),
+        (Madvise.SEQUENTIAL, [*range(600, 616)]),
+        (Madvise.HUGEPAGE, [*range(512, 1300)]),
+    ],
+)
+def test_advice_says_how_far_a_fault_reads(task, disk, bench, advice, expected):
+    _, start = disk(1300, ahead=16)
+    task.madvise(start, 1300 * PAGE, advice)
+    task.touch(start + 600 * PAGE, PAGE, write=False)
+    assert cached(bench, task, start, 1300) == expected
+
+
+@pytest.mark.rule("DF-018")
+def test_the_next_window(task, disk, bench, look):
+    _, start = disk(200, ahead=32)
+    task.touch(start + 40 * PAGE, PAGE, write=False)
+    task.touch(start + 48 * PAGE, PAGE, write=False)  # marked: the last quarter of 24 to 55 begins there
+    entries, flags, _ = look(task, start, 200)
+    assert np.flatnonzero(entries.present).tolist() == list(range(32, 56))
+    assert not flags.any(RECLAIM).any()
+    assert cached(bench, task, start, 200) == list(range(24, 88))
+    task.touch(start + 57 * PAGE, PAGE, write=False)
+    assert np.flatnonzero(look(task, start, 200)[0].present).tolist() == [*range(32, 56), *range(57, 64)]
+
+
+@pytest.mark.rule("DF-019")
+def test_read_reads_ahead(task, disk, bench, needs):
+    needs("disk.readahead_ends_aligned")
+    fd, start = disk(200, ahead=32)
+    seen = []
+    for offset, length in ((0, 10), (PAGE, 10), (50 * PAGE, PAGE), (51 * PAGE, PAGE), (52 * PAGE, 3 * PAGE)):
+        before = set(cached(bench, task, start, 200))
+        task.pread(fd, length, offset)
+        more = sorted(set(cached(bench, task, start, 200)) - before)
+        seen.append((more[0], more[-1], len(more)) if more else None)
+    assert seen == [(0, 3, 4), (4, 11, 8), (50, 50, 1), (51, 54, 4), (55, 59, 5)]
+    task.fadvise(fd, 0, 0, 1)
+    task.pread(fd, 3 * PAGE, 100 * PAGE)
+    assert cached(bench, task, start, 200)[-3:] == [100, 101, 102]
+    task.fadvise(fd, 0, 0, 0)
+    task.fadvise(fd, 0, 0, 2)
+    task.touch(start + 150 * PAGE, PAGE, write=False)
+    assert cached(bench, task, start, 200)[-64:] == list(range(118, 182))
+
+
+@pytest.mark.rule("DF-014")
+def test_will_need_reads_as_much_as_one_request_takes(task, disk, bench):
+    _, start = disk(800)
+    task.madvise(start + 5 * PAGE, 700 * PAGE, Madvise.WILLNEED)
+    assert cached(bench, task, start, 800) == list(range(5, 325))

@@ -178,6 +178,14 @@ def test_events_tell_of_writing_back(machine):
         (lambda m, inode, pfn: inode.shadows.set(1, 3), "what is cached is not remembered"),
         (lambda m, inode, pfn: setattr(inode, "size", PAGE), "nothing behind the end of a file on a disk"),
         (lambda m, inode, pfn: inode.blocks.set(3, blocks.WRITTEN | 1), "contents have one owner"),
+        (
+            lambda m, inode, pfn: setattr(next(iter(m.tasks())).mm.vmas.first(0), "opened", None),
+            "what maps a file on a disk, and nothing else, has an open file",
+        ),
+        (
+            lambda m, inode, pfn: setattr(next(iter(m.tasks())).mm.vmas.first(0).opened, "window", (0, 1, 2)),
+            "what it read ahead a window",
+        ),
         (lambda m, inode, pfn: m.core.names.clear(), "a file is there while something refers to it"),
     ],
 )
@@ -201,9 +209,8 @@ def test_moving_blocks_is_not_modelled(machine, mode):
     digest = machine.digest()
     with pytest.raises(NotModelled):
         task.fallocate(fd, mode, 0, PAGE)
-    for advice in (1, 2, 5):
-        with pytest.raises(NotModelled):
-            task.fadvise(fd, 0, 0, advice)
+    with pytest.raises(NotModelled):
+        task.fadvise(fd, 0, 0, 5)
     assert machine.digest() == digest
 
 
@@ -227,11 +234,60 @@ def test_refusals_change_nothing(machine, call, arguments, errno):
     assert machine.digest() == digest
 
 
-def test_memory_that_runs_out_while_a_file_is_read(machine):
-    """What is dirty and cached stays; the access fails, or reclaim finds room, and nothing is half-done."""
+@pytest.mark.rule("DF-016")
+def test_reclaim_drops_what_is_clean_and_writes_what_is_dirty(machine):
+    task, fd, start = opened(machine, 64)
+    anon = task.mmap(64 * PAGE)
+    task.touch(anon, 64 * PAGE)
+    task.pread(fd, 64 * PAGE, 0)
+    task.touch(start + 10 * PAGE, 10 * PAGE, write=True)
+    task.madvise(start, 64 * PAGE, Madvise.COLD)
+    done = machine.reclaim(64)
+    machine.check()
+    assert (done.pages, done.dropped, done.cleaned) == (64, 64, 10)
+    assert not task.mincore(start, 64 * PAGE).any()
+    assert task.process.pagemap(anon, anon + 64 * PAGE).present.all()
+    assert task.pread(fd, 8, 12 * PAGE) == b"file:12\n"
+    task.touch(start, 64 * PAGE, write=False)
+    flags = machine.kpageflags(int(task.process.pagemap(start, start + PAGE).pfn[0]), 1)
+    assert flags.has(PageFlag.ACTIVE)[0]  # it was here not long ago
+
+
+@pytest.mark.rule("DF-016")
+def test_what_is_used_stays_longer(machine):
+    """One access by an entry keeps a page for a round; two, or one of what may be executed, make it active."""
+    task, fd, start = opened(machine, 4)
+    code = task.mmap(4 * PAGE, prot=5, flags=PRIVATE, fd=fd)
+    other = task.mmap(4 * PAGE, flags=SHARED, fd=fd)
+    task.touch(start, 4 * PAGE, write=False)
+    task.madvise(start, 4 * PAGE, Madvise.DONTNEED)  # noted on the pages
+    task.fadvise(fd, 0, 0, 4)
+    task.touch(start, PAGE, write=False)  # once
+    task.touch(start + PAGE, PAGE, write=False)
+    task.touch(other + PAGE, PAGE, write=False)  # twice, and page 0 too
+    task.madvise(other, PAGE, Madvise.DONTNEED)
+    task.touch(code + 2 * PAGE, PAGE, write=False)
+    task.pread(fd, 1, 3 * PAGE)
+    machine.core.pool.flat[machine.core.pool.flat == 0] = 0
+    done = machine.reclaim(1)
+    machine.check()
+    assert done.pages == 1
+    assert task.mincore(start, 4 * PAGE).astype(int).tolist() == [1, 1, 1, 0]
+
+
+def test_a_file_larger_than_memory_is_written_through_it():
     machine = pmcore.open("sim", memory="8 MiB", kernel="6.18")
-    task, _, start = opened(machine, 4096)
-    with pytest.raises(SyscallError) as caught:
-        task.touch(start, 4096 * PAGE, write=True)
-    assert caught.value.errno == Errno.ENOMEM
+    task, fd, start = opened(machine, 4096)
+    for page in range(0, 4096, 64):
+        task.write(start + page * PAGE + 100, b"%d!" % page)
+    task.touch(start, 4096 * PAGE, write=True)
+    machine.check()
+    assert machine.counters["written"] > 2000
+    assert [task.pread(fd, 5, page * PAGE + 100)[:4] for page in (0, 64, 4032)] == [
+        b"0!\0\0",
+        b"64!\0",
+        b"4032",
+    ]
+    assert task.pread(fd, 9, 4095 * PAGE) == b"file:4095"
+    task.exit()
     machine.check()

@@ -413,6 +413,13 @@ class ProcfsWorkbench(Workbench):
             self.disk.settle()
         drain_lru()
 
+    def set_readahead(self, length: int) -> None:
+        """Write to read_ahead_kb of the disk."""
+        if self.disk is None:
+            super().set_readahead(length)
+        else:
+            self.disk.set_readahead(length)
+
     def drop_caches(self) -> None:
         """Write 1 to /proc/sys/vm/drop_caches; only where the machine holds still."""
         if not self._still:
@@ -422,7 +429,12 @@ class ProcfsWorkbench(Workbench):
         Path("/proc/sys/vm/drop_caches").write_text("1")
 
     def renew(self) -> None:
-        """Pages of hugetlb pools are made anew: flags that their last users left would show on them."""
+        """Pages of hugetlb pools are made anew, for flags that their last users left would show on them.
+
+        Nothing is read ahead on the disk.
+        """
+        if self.disk is not None:
+            self.disk.set_readahead(0)
         for path, count in self._pools.items():
             for number in ("0", count):
                 Path(path).write_text(number)

@@ -54,7 +54,12 @@ class Disk:
                 )
         number = self.directory.stat().st_dev
         self._device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-        (self._device / "bdi" / "read_ahead_kb").write_text(str(readahead >> 10))
+        self.set_readahead(readahead)
+
+    def set_readahead(self, length: int) -> None:
+        """How many bytes files that are opened from now on read ahead."""
+        assert self._device is not None
+        (self._device / "bdi" / "read_ahead_kb").write_text(str(length >> 10))
 
     def settle(self) -> None:
         """Wait until nothing is being read or written. Raises BackendUnavailable if that never comes."""

@@ -187,10 +187,10 @@ def sync(core: Core, mm: AddressSpace) -> None:
 def fadvise(core: Core, mm: AddressSpace, fd: int, offset: int, length: int, advice: int) -> None:
     """posix_fadvise(2): 3 reads a range ahead, 4 drops what of it is clean and unmapped."""
     call, size = f"posix_fadvise({fd}, {offset}, {length}, {advice})", core.geometry.page_size
-    file = mm.files.get(fd)
-    if file is not None and not isinstance(file, OpenFile):
+    if fd in mm.files and not isinstance(mm.files[fd], OpenFile):
         raise NotModelled("posix_fadvise of a userfaultfd")
-    inode = opened(mm, fd, call, Errno.EINVAL).inode
+    file = opened(mm, fd, call, Errno.EINVAL)
+    inode = file.inode
     if length < 0 or not 0 <= advice <= 5:
         refuse(Errno.EINVAL, call)
     if not inode.on_disk:
@@ -199,11 +199,17 @@ def fadvise(core: Core, mm: AddressSpace, fd: int, offset: int, length: int, adv
         raise NotModelled("posix_fadvise before the start of a file")
     last = offset + length - 1 if length else _MAX
     if advice == _WILLNEED:
-        readahead.force(core, inode, offset // size, min(last, inode.size) // size + 1)
+        end = min(last, inode.size) // size + 1
+        readahead.force(core, inode, offset // size, end, pages_ahead=file.pages_ahead)
     elif advice == _DONTNEED:
         _dontneed(core, inode, offset, last)
-    elif advice in (_RANDOM, _SEQUENTIAL, _NOREUSE):
-        raise NotModelled("posix_fadvise that changes what an open file does from then on")
+    elif advice == _NOREUSE:
+        raise NotModelled("POSIX_FADV_NOREUSE")
+    elif advice == _RANDOM:
+        file.random = True
+    else:
+        file.pages_ahead = core.pages_ahead << (advice == _SEQUENTIAL)
+        file.random = file.random and advice == _SEQUENTIAL
 
 
 def _dontneed(core: Core, inode: Inode, offset: int, last: int) -> None:
@@ -236,7 +242,7 @@ def open_file(core: Core, mm: AddressSpace, name: str, pages: int | None) -> int
         for page, row in enumerate(rows.tolist()):
             contents.write(row, 0, f"{name}:{page}\n".encode()[:size])
         diskfile.fill(core, inode, 0, rows)
-    return install(mm, OpenFile(inode))
+    return install(mm, OpenFile(inode, pages_ahead=core.pages_ahead))
 
 
 def close(core: Core, mm: AddressSpace, fd: int, tasks: Iterable[SimTask]) -> None:

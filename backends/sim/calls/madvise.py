@@ -197,7 +197,9 @@ def _willneed(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, h
     ]
     if vma.file is not None and vma.file.on_disk:
         first = vma.pgoff + (low - vma.start >> core.geometry.page_shift)
-        readahead.force(core, vma.file, first, first + (high - low >> core.geometry.page_shift))
+        ahead = vma.opened.pages_ahead if vma.opened is not None else 0
+        end = first + (high - low >> core.geometry.page_shift)
+        readahead.force(core, vma.file, first, end, pages_ahead=ahead)
     elif vma.file is not None:
         first = vma.pgoff + (low - vma.start >> core.geometry.page_shift)
         words = vma.file.index.load(first, high - low >> core.geometry.page_shift)

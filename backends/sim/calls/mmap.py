@@ -106,7 +106,9 @@ def mmap(
     if kind == _SHARED and inode is None:
         inode, pgoff = pagecache.make(core, FileSystem.SHMEM, "/dev/zero (deleted)", length), 0
     name = "" if inode is None else inode.name
-    mm.vmas.add(VmArea(addr, addr + length, vm_flags, pgoff, name=name, file=inode))
+    by = mm.files[fd] if inode is not None and inode.on_disk else None
+    opened = by if isinstance(by, OpenFile) else None
+    mm.vmas.add(VmArea(addr, addr + length, vm_flags, pgoff, name=name, file=inode, opened=opened))
     mm.vmas.merge(addr, addr + length)  # the whole of it is soft-dirty then
     if flags & _POPULATE or (vm_flags & (VmFlag.LOCKED | VmFlag.LOCKONFAULT)) == VmFlag.LOCKED:
         populate(core, mm, addr, addr + length)

@@ -7,6 +7,7 @@ block when it is written back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -176,19 +177,29 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
         position = stop
 
 
-def pread(core: Core, file: OpenFile, length: int, offset: int) -> bytes:
-    """Bytes of the file; what is read is in the cache afterwards, holes too."""
+def pread(
+    core: Core,
+    file: OpenFile,
+    length: int,
+    offset: int,
+    batch: Callable[[Core, OpenFile, int, int], int],
+) -> bytes:
+    """Bytes of the file; what is read is in the cache afterwards, holes too. `batch`: see `readahead.for_read`."""
     inode, size = file.inode, core.geometry.page_size
-    end = min(offset + length, inode.size)
-    pieces, position, last = [], offset, file.position
+    end, wanted = min(offset + length, inode.size), -(-(offset + length) // size)
+    pieces, position, last, ready = [], offset, file.position, 0
     while position < end:
+        page = position // size
+        if page >= ready:
+            ready = page + batch(core, file, page, wanted)
         stop = min(end, (position & -size) + size)
-        pfn = get_page(core, inode, position // size)
-        if position // size != (last - 1) // size:
+        pfn = get_page(core, inode, page)
+        if page != (last - 1) // size:
             accessed.mark(core, np.array([pfn], dtype=np.int64))
         row = core.memory.frames.content_at[pfn]
         pieces.append(core.memory.contents.read(row, position & size - 1, stop - position))
-        position = last = file.position = stop
+        position = last = stop
+    file.position = last
     return b"".join(pieces)
 
 

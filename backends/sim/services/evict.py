@@ -1,4 +1,4 @@
-"""Taking folios out of memory, whoever maps them: lazily freed ones are dropped, the others go to swap."""
+"""Taking folios out of memory, whoever maps them: lazily freed and files' ones are dropped, others go to swap."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.folios import LargeFolio
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
-from pmcore.backends.sim.services import lru, thp
+from pmcore.backends.sim.services import filereclaim, lru, thp
 from pmcore.backends.sim.virtual import mapping, rmap
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
@@ -46,6 +46,8 @@ class Evicted(NamedTuple):
     kept: int = 0
     #: Of the freed ones those that were lazily free.
     discarded: int = 0
+    #: Of the freed ones those of files.
+    dropped: int = 0
 
 
 def _among(core: Core, pfns: Pfns, maps: rmap.Mappings) -> rmap.Mappings:
@@ -69,22 +71,27 @@ def evict(core: Core, heads: Pfns, maps: rmap.Mappings) -> Evicted:
     """Take the folios out of memory, in their order; `maps` holds all that maps them."""
     frames = core.memory.frames
     flags = frames.flags[heads]
-    lazy = (flags & np.uint64(_SWAPBACKED)) == 0
+    cached = (flags & np.uint64(CACHED | _SWAPBACKED)) == np.uint64(CACHED)
+    lazy = ((flags & np.uint64(_SWAPBACKED)) == 0) & ~cached
     discarded = kept = 0
     if lazy.any():
         lazy_maps = _among(core, heads[lazy], maps)
         if not core.caps.lazyfree_discards_pmd:
             lazy_maps = _by_ptes(core, heads[lazy], lazy_maps)
         discarded, kept = _discard(core, heads[lazy], lazy_maps)
-        heads, flags = heads[~lazy], flags[~lazy]
-    freed = written = 0
+        heads, flags, cached = heads[~lazy], flags[~lazy], cached[~lazy]
+    freed = written = dropped = 0
+    if cached.any():
+        dropped, left = filereclaim.evict(core, heads[cached], _among(core, heads[cached], maps))
+        kept += left
+        heads, flags = heads[~cached], flags[~cached]
     if (flags & np.uint64(COMPOUND)).any():
         heads, maps, (freed, written, left) = _large(core, heads, _among(core, heads, maps))
         kept += left
     if len(heads):
         more, waits, left = _swap_out(core, heads, _among(core, heads, maps))
         freed, written, kept = freed + more, written + waits, kept + left
-    return Evicted(freed + discarded, written, kept, discarded)
+    return Evicted(freed + discarded + dropped, written, kept, discarded, dropped)
 
 
 # -- lazily freed ----------------------------------------------------------------------------------------

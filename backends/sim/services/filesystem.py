@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmcore.backends.sim.services import diskfile, shmem
+from pmcore.backends.sim.services import diskfile, readahead, shmem
 from pmcore.backends.sim.services.pagecache import Inode, OpenFile
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.uapi import PageFlag
@@ -82,5 +82,5 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
 def pread(core: Core, file: OpenFile, length: int, offset: int) -> bytes:
     """Bytes of the file. Raises NoMemory."""
     if file.inode.on_disk:
-        return diskfile.pread(core, file, length, offset)
+        return diskfile.pread(core, file, length, offset, readahead.for_read)
     return shmem.pread(core, file.inode, length, offset)

@@ -1,4 +1,6 @@
-"""The LRU lists of anonymous memory: derived from the frame table when needed, aged as the classic LRU does.
+"""The LRU lists of anonymous memory and of files on a disk: derived from the frame table when needed.
+
+They age as the classic LRU does.
 
 A folio is on a list by its flags (LRU, ACTIVE, not UNEVICTABLE), at the place that its column `lru` says: smaller is
 nearer to the tail. Folios are named by their first frame.
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Pfns
+from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.virtual import rmap
 from pmcore.backends.sim.virtual.pte import YOUNG
@@ -39,8 +42,9 @@ __all__ = [
 _ALL = (1 << 64) - 1
 _ACTIVE, _REFERENCED = int(PageFlag.ACTIVE), int(PageFlag.REFERENCED)
 _SWAPBACKED, _LRU = int(PageFlag.SWAPBACKED), int(PageFlag.LRU)
-#: Of anonymous memory (in the swap cache also what nobody has mapped yet), and able to go.
+#: Of anonymous memory (in the swap cache also what nobody has mapped yet), and able to go; of files, those on a disk.
 _KIND = int(PageFlag.ANON | PageFlag.SWAPCACHE)
+_FILE = _KIND | CACHED
 _STATE = _LRU | int(PageFlag.UNEVICTABLE | PageFlag.COMPOUND_TAIL | PageFlag.HUGE)
 
 #: Pages that move over at a time, at least (SWAP_CLUSTER_MAX).
@@ -52,19 +56,19 @@ def _list(core: Core, *, active: bool, swapbacked: bool) -> Pfns:
     flags = frames.flags
     wanted = _LRU | (_ACTIVE if active else 0) | (_SWAPBACKED if swapbacked else 0)
     there = (flags & np.uint64(_STATE | _ACTIVE | _SWAPBACKED)) == np.uint64(wanted)
-    there &= (flags & np.uint64(_KIND)) != 0
+    there &= (flags & np.uint64(_KIND if swapbacked else _FILE)) != 0
     heads = np.flatnonzero(there)
     return heads[np.argsort(frames.lru[heads], kind="stable")]
 
 
 def inactive(core: Core, *, swapbacked: bool) -> Pfns:
-    """The inactive list, its tail first: of anonymous memory, or of pages lazily freed (`swapbacked` False)."""
+    """The inactive list, its tail first: of anonymous memory, or of files and the lazily freed."""
     return _list(core, active=False, swapbacked=swapbacked)
 
 
-def active(core: Core) -> Pfns:
-    """The active list of anonymous memory, its tail first."""
-    return _list(core, active=True, swapbacked=True)
+def active(core: Core, *, swapbacked: bool = True) -> Pfns:
+    """The active list of anonymous memory, or of files, its tail first."""
+    return _list(core, active=True, swapbacked=swapbacked)
 
 
 def sizes(core: Core, heads: Pfns) -> NDArray[np.int64]:
@@ -120,6 +124,8 @@ class Look(NamedTuple):
     #: By folio: entries that were accessed since the last look; whether a locked VMA maps it.
     references: NDArray[np.int64]
     locked: BoolArray
+    #: Whether a VMA that may execute it accessed it.
+    executed: BoolArray
 
 
 def look(core: Core, heads: Pfns) -> Look:
@@ -133,13 +139,16 @@ def look(core: Core, heads: Pfns) -> Look:
     folios = place[maps.pfns - frames.behind[maps.pfns]]
     young = (core.pool.flat[maps.slots] & np.uint64(YOUNG)) != 0
     references = np.bincount(folios[young], minlength=len(heads))
-    locked = np.zeros(len(heads), dtype=np.bool_)
+    locked, executed = np.zeros(len(heads), dtype=np.bool_), np.zeros(len(heads), dtype=np.bool_)
     for owner, mm in enumerate(maps.mms):
         for vma in mm.vmas:
-            if vma.flags & VmFlag.LOCKED:
+            if vma.flags & (VmFlag.LOCKED | VmFlag.EXEC):
                 inside = (maps.owners == owner) & (maps.addresses >= vma.start) & (maps.addresses < vma.end)
-                locked[folios[inside]] = True
-    return Look(maps, folios, young, references, locked)
+                if vma.flags & VmFlag.LOCKED:
+                    locked[folios[inside]] = True
+                if vma.flags & VmFlag.EXEC:
+                    executed[folios[inside & young]] = True
+    return Look(maps, folios, young, references, locked, executed)
 
 
 def forget(core: Core, seen: Look, folios: BoolArray) -> None:
@@ -155,17 +164,18 @@ def set_flags(core: Core, heads: Pfns, *, add: int = 0, remove: int = 0) -> None
     frames.flags[pages] = frames.flags[pages] & np.uint64(~remove & _ALL) | np.uint64(add)
 
 
-def deactivate(core: Core, at_most: int) -> int:
+def deactivate(core: Core, at_most: int, *, swapbacked: bool = True) -> int:
     """Refill the inactive list from the tail of the active one, if it is low; pages moved.
 
     As many as make the inactive list as long as the active one (for a GiB and more of both: the square root of ten
-    times their GiB shorter), a batch of 32 at least, `at_most` so many. That they were accessed does not keep them.
+    times their GiB shorter), a batch of 32 at least, `at_most` so many. That they were accessed does not keep them,
+    unless they are a file's and a VMA that may execute them did it.
     """
-    heads = active(core)
+    heads = active(core, swapbacked=swapbacked)
     if not len(heads):
         return 0
     pages = sizes(core, heads)
-    there = int(sizes(core, inactive(core, swapbacked=True)).sum())
+    there = int(sizes(core, inactive(core, swapbacked=swapbacked)).sum())
     total = int(pages.sum())
     gib = (there + total) * core.geometry.page_size >> 30
     ratio = int((10 * gib) ** 0.5) if gib else 1
@@ -176,6 +186,9 @@ def deactivate(core: Core, at_most: int) -> int:
     heads = heads[:count]
     seen = look(core, heads)
     forget(core, seen, np.ones(len(heads), dtype=np.bool_))
+    if not swapbacked and seen.executed.any():
+        to_head(core, heads[seen.executed])
+        heads, pages = heads[~seen.executed], pages[:count][~seen.executed]
     set_flags(core, heads, remove=_ACTIVE)
     to_head(core, heads)
     core.count("deactivate", int(pages[:count].sum()))

@@ -170,6 +170,11 @@ class OpenFile:
     inode: Inode
     #: Where the last read(2) ended: the page before it is not noted as accessed again. -1: nothing was read.
     position: int = -1
+    #: Pages that are read ahead at most; whether none are, because accesses are random.
+    pages_ahead: int = 0
+    random: bool = False
+    #: What was read ahead last: the first page, how many, and how many of them nobody had asked for.
+    window: tuple[int, int, int] = (0, 0, 0)
 
 
 def make(core: Core, kind: FileSystem, name: str, size: int) -> Inode:

@@ -1,25 +1,192 @@
-"""Reading pages of a file before anybody asked for them."""
+"""Readahead: pages of a file on a disk that are read because others near them were asked for.
+
+How far is read is the disk's when a file is opened; each open file notes the window that it read last. The page that
+begins the part of a window which nobody asked for is marked (RECLAIM, the same bit): who meets it has the next window
+read.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pmcore.backends.sim.services import diskfile
-from pmcore.backends.sim.services.pagecache import Inode
+from pmcore.backends.sim.services.pagecache import Inode, OpenFile
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["force"]
+__all__ = ["for_fault", "for_read", "force", "met", "stops"]
+
+_PRESENT, _FIELD = np.uint64(PRESENT), np.uint64(FIELD)
+_MARK = int(PageFlag.RECLAIM)
+#: Pages that a disk takes in one request (max_sectors_kb of a loop device: 1280).
+IO_PAGES = 320
+#: Pages that the end of a window is a multiple of, where kernels see to that: one order for each window is two more.
+_ALIGN = 4
 
 
-def force(core: Core, inode: Inode, first: int, end: int) -> None:
-    """Read what is not in the cache of a range, as far as the file and memory reach (MADV_WILLNEED)."""
+def _read(core: Core, inode: Inode, first: int, count: int, ahead: int) -> None:
+    """Read what is missing of `count` pages, clipped to the file, and mark the one that the last `ahead` begin with."""
     size = core.geometry.page_size
-    end = min(end, -(-inode.size // size))
-    if first >= end:
+    count = min(count, -(-inode.size // size) - first)
+    if count <= 0:
         return
-    missing = np.flatnonzero(inode.index.load(first, end - first) == 0) + first
-    diskfile.read_in(core, inode, missing)
+    missing = np.flatnonzero(inode.index.load(first, count) == 0) + first
+    pfns = diskfile.read_in(core, inode, missing)
+    if 0 < ahead <= count:
+        place = int(np.searchsorted(missing, first + count - ahead))
+        if place < len(pfns) and missing[place] == first + count - ahead:
+            core.memory.frames.flags_at[int(pfns[place])] |= _MARK
+
+
+def force(core: Core, inode: Inode, first: int, end: int, *, pages_ahead: int = 0) -> None:
+    """Read a range, as far as one request reaches (MADV_WILLNEED, force_page_cache_ra)."""
+    _read(core, inode, first, min(end - first, max(IO_PAGES, pages_ahead)), 0)
+
+
+# -- the window of an open file --------------------------------------------------------------------------
+
+
+def _next_size(size: int, most: int) -> int:
+    """How large the next window is (get_next_ra_size)."""
+    if size < most // 16:
+        return 4 * size
+    return 2 * size if size <= most // 2 else most
+
+
+def _first_size(asked: int, most: int) -> int:
+    """How large the first window is (get_init_ra_size)."""
+    size = 1 << (asked - 1).bit_length()
+    if size <= most // 32:
+        return size * 4
+    return size * 2 if size <= most // 4 else most
+
+
+def _most(file: OpenFile, asked: int) -> int:
+    if asked > file.pages_ahead and file.pages_ahead < IO_PAGES:
+        return min(asked, IO_PAGES)
+    return file.pages_ahead
+
+
+def _missed(core: Core, file: OpenFile, page: int, asked: int) -> None:
+    """Something sequential or not asks for `asked` pages, the first of which is not there (page_cache_sync_ra)."""
+    inode = file.inode
+    if not file.pages_ahead:
+        _read(core, inode, page, 1, 0)
+        return
+    if file.random:
+        force(core, inode, page, page + asked, pages_ahead=file.pages_ahead)
+        return
+    most = _most(file, asked)
+    before = file.position >> core.geometry.page_shift  # -1: the page before the first
+    if page == 0 or asked > most or 0 <= page - before <= 1:
+        size = _first_size(asked, most)
+        file.window = (page, size, size - asked if size > asked else size >> 1)
+    else:
+        known = inode.index.load(max(0, page - most), page - max(0, page - most)) != 0
+        gaps = np.flatnonzero(~known[::-1])
+        run = int(gaps[0]) if len(gaps) else len(known)
+        if run == most:
+            run -= 1
+        if run <= asked:
+            _read(core, inode, page, asked, 0)
+            return
+        if run == page:
+            run *= 2  # cached from its start on
+        file.window = (page, min(run + asked, most), 1)
+    _read(core, inode, *file.window)
+
+
+def met(core: Core, file: OpenFile, page: int, pfn: int, asked: int) -> None:
+    """Somebody met a marked page: the mark goes, the next window is read (page_cache_async_ra)."""
+    core.memory.frames.flags_at[pfn] &= ~_MARK
+    if not file.pages_ahead:
+        return
+    start, size, ahead = file.window
+    most = _most(file, asked)
+    if page == start + size - ahead:
+        start, size = start + size, max(size, _next_size(size, most))
+    else:
+        words = file.inode.index.load(page + 1, most)
+        gaps = np.flatnonzero(words == 0)
+        if not len(gaps):
+            return
+        start = page + 1 + int(gaps[0])
+        size = _next_size(start - page + asked, most)
+    if core.caps.readahead_ends_aligned:
+        align = min(_ALIGN, most & -most)
+        if (start + size) & -align > start:
+            size -= (start + size) % align
+    file.window = (start, size, size)
+    _read(core, file.inode, start, size, size)
+
+
+# -- who asks --------------------------------------------------------------------------------------------
+
+
+def for_fault(core: Core, vma: VmArea, page: int, around: Callable[[], object]) -> None:
+    """A fault at a page of the file: what it has read ahead. Then it is tried again: `around` maps what is there.
+
+    A window beyond what was asked for is not there yet when that happens.
+    """
+    file = vma.opened
+    if file is None or not (file.pages_ahead or vma.flags & VmFlag.HUGEPAGE):
+        return
+    inode = file.inode
+    word = inode.index.get(page)
+    if word & PRESENT:
+        pfn = word & FIELD
+        if file.pages_ahead and core.memory.frames.flags_at[pfn] & _MARK and not vma.flags & VmFlag.RAND_READ:
+            core.memory.frames.flags_at[pfn] &= ~_MARK
+            around()
+            met(core, file, page, pfn, file.pages_ahead)
+        return
+    if vma.flags & VmFlag.HUGEPAGE and core.caps.thp:
+        block = core.geometry.pmd_pages
+        size = block if vma.flags & VmFlag.RAND_READ else 2 * block
+        file.window = (file.window[0], size, block)
+        _read(core, inode, page & -block, size, block)
+    elif vma.flags & VmFlag.RAND_READ:
+        return
+    elif vma.flags & VmFlag.SEQ_READ:
+        _missed(core, file, page, file.pages_ahead)
+    else:
+        most = file.pages_ahead
+        start = max(0, page - most // 2)
+        file.window = (start, most, most // 4)
+        _read(core, inode, *file.window)
+    around()
+
+
+def for_read(core: Core, file: OpenFile, page: int, end: int) -> int:
+    """read(2) wants the pages from `page` to `end`: how many of them are there now, to be taken at once.
+
+    A batch ends with a page that is marked, or was not up to date, and has at most 31 pages.
+    """
+    inode = file.inode
+    if not inode.index.get(page):
+        _missed(core, file, page, end - page)
+    words = inode.index.load(page, min(31, end - page))
+    pfns = (words & _FIELD).view(np.int64)
+    flags = core.memory.frames.flags[pfns]
+    ready = (words != 0) & (
+        (flags & np.uint64(PageFlag.UPTODATE | PageFlag.RECLAIM)) == np.uint64(PageFlag.UPTODATE)
+    )
+    count = len(words) if ready.all() else int(np.argmin(ready))
+    if count == len(words) or not words[count]:
+        return max(count, 1)
+    if flags[count] & np.uint64(_MARK):
+        met(core, file, page + count, int(pfns[count]), end - (page + count))
+    return count + 1
+
+
+def stops(core: Core, vma: VmArea) -> bool:
+    """Whether faults in the mapping may read ahead, so that one has to be handled after the other."""
+    return vma.opened is not None and bool(vma.opened.pages_ahead or vma.flags & VmFlag.HUGEPAGE)

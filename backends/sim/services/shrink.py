@@ -8,7 +8,8 @@ import attrs
 import numpy as np
 
 from pmcore.backends.sim.physical.buddy import Pfns
-from pmcore.backends.sim.services import lru
+from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.services import filereclaim, lru
 from pmcore.backends.sim.services.evict import Evicted, evict, mlock_found
 from pmcore.uapi import PageFlag
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reclaimed", "reclaim", "relieve"]
 
-_ACTIVE, _REFERENCED = int(PageFlag.ACTIVE), int(PageFlag.REFERENCED)
+_ACTIVE, _REFERENCED, _DIRTY = int(PageFlag.ACTIVE), int(PageFlag.REFERENCED), int(PageFlag.DIRTY)
 _SWAPBACKED, _SWAPCACHE = int(PageFlag.SWAPBACKED), int(PageFlag.SWAPCACHE)
 #: Pages looked at in one go, at least; the kernel's batch for moving pages between its lists.
 _BATCH, _CLUSTER = 1024, 32
@@ -33,8 +34,12 @@ class Reclaimed:
     pages: int = 0
     #: Looked at on the inactive lists.
     scanned: int = 0
-    #: Freed because they were lazily free (MADV_FREE) and not written since; the other freed ones went to swap.
+    #: Freed because they were lazily free (MADV_FREE) and not written since.
     discarded: int = 0
+    #: Freed because they were a file's, and clean; the other freed ones went to swap.
+    dropped: int = 0
+    #: Of files, written to their disk.
+    cleaned: int = 0
     #: Written to an area that completes later, and still in the swap cache.
     written: int = 0
     #: Moved to the active list, or found locked, or without room in swap.
@@ -50,11 +55,14 @@ class _Tally:
 
     def __init__(self) -> None:
         self.scanned = self.written = self.activated = self.referenced = self.deactivated = 0
-        self.discarded = 0
+        self.discarded = self.dropped = self.cleaned = 0
 
 
 def reclaim(core: Core, target: int) -> Reclaimed:
-    """Free `target` frames of anonymous memory, or as many as can be; more where a large folio goes as a whole."""
+    """Free `target` frames, or as many as can be; more where a large folio goes as a whole.
+
+    Pages of files on a disk, and lazily freed ones, go first; what is dirty of files is written after each round.
+    """
     before = core.memory.free_total
     tally = _Tally()
     for swapbacked in (False, True):
@@ -62,16 +70,19 @@ def reclaim(core: Core, target: int) -> Reclaimed:
             missing = target - (core.memory.free_total - before)
             if missing <= 0 or (swapbacked and not core.swap.free and not _cached(core)):
                 break
-            if swapbacked:
-                tally.deactivated += lru.deactivate(core, max(missing, _CLUSTER))
+            tally.deactivated += lru.deactivate(core, max(missing, _CLUSTER), swapbacked=swapbacked)
             if not _round(core, missing, tally, swapbacked=swapbacked):
                 break
+            if not swapbacked:
+                tally.cleaned += filereclaim.write_marked(core)
     freed = core.memory.free_total - before
     core.count("reclaim")
     return Reclaimed(
         pages=freed,
         scanned=tally.scanned,
         discarded=tally.discarded,
+        dropped=tally.dropped,
+        cleaned=tally.cleaned,
         written=tally.written,
         activated=tally.activated,
         referenced=tally.referenced,
@@ -107,7 +118,10 @@ def _some(core: Core, heads: Pfns, target: int, tally: _Tally) -> int:
     flags = frames.flags[heads]
     marked = (flags & np.uint64(_REFERENCED)) != 0
     used = (seen.references > 0) & ~seen.locked
-    goes = ~used & ~seen.locked
+    of_file = (flags & np.uint64(CACHED)) != 0
+    # What was accessed by read(2) goes if it is clean; what is dirty is left for another time.
+    spared = of_file & marked & ((flags & np.uint64(_DIRTY)) != 0) & ~used & ~seen.locked
+    goes = ~used & ~seen.locked & ~spared
     # Without room in swap looking on makes no sense; what has a slot, or needs none, goes all the same.
     needs = goes & ((flags & np.uint64(_SWAPBACKED | _SWAPCACHE)) == np.uint64(_SWAPBACKED))
     ends = [target, core.swap.free]
@@ -122,11 +136,12 @@ def _some(core: Core, heads: Pfns, target: int, tally: _Tally) -> int:
     inside = np.arange(len(heads)) < count
     lru.forget(core, seen, inside)
     used, goes, locked = used & inside, goes & inside, seen.locked & inside
-    again = used & (marked | (seen.references > 1))
+    again = used & (marked | (seen.references > 1) | (of_file & seen.executed))
+    spared &= inside
     lru.set_flags(core, heads[inside], remove=_REFERENCED)
     lru.set_flags(core, heads[used], add=_REFERENCED)
     lru.set_flags(core, heads[again], add=_ACTIVE)
-    lru.to_head(core, heads[used])
+    lru.to_head(core, heads[used | spared])
     if locked.any():
         mlock_found(core, heads[locked])
     result = evict(core, heads[goes], seen.maps) if goes.any() else Evicted()
@@ -134,6 +149,7 @@ def _some(core: Core, heads: Pfns, target: int, tally: _Tally) -> int:
     tally.referenced += int(pages[used & ~again].sum())
     tally.activated += int(pages[again | locked].sum()) + result.kept
     tally.discarded += result.discarded
+    tally.dropped += result.dropped
     tally.written += result.written
     return count
 
@@ -151,6 +167,7 @@ def relieve(core: Core, pages: int) -> bool:
             lru.inactive(core, swapbacked=True),
             lru.inactive(core, swapbacked=False),
             lru.active(core),
+            lru.active(core, swapbacked=False),
         )
     )
     high = memory.reserve + memory.reserve // 2 + _CLUSTER

@@ -12,7 +12,7 @@ import numpy as np
 from pmcore.arrays import BoolArray
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import filesystem, userfaultfd
+from pmcore.backends.sim.services import filesystem, readahead, userfaultfd
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -74,6 +74,15 @@ def fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: 
     shared = vma.flags & VmFlag.SHARED
     if write and not shared:
         mm.prepare_anon(vma)
+    if vma.opened is not None:
+
+        def again() -> None:
+            if not write and not vma.flags & _NO_AROUND:
+                map_around(core, mm, vma, addr)
+
+        readahead.for_fault(core, vma, page, again)
+        if core.pool.at[slot] & PRESENT:
+            return
     pfn = filesystem.get_page(core, inode, page)
     frames = core.memory.frames
     if write and not shared:
@@ -190,14 +199,21 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
     if count <= 0:
         return 0
     slot = mm.tables.pte_slot(start)
-    if core.pool.flat[slot : slot + count].any():
-        return 0  # an access before this one has mapped some of them
+    mapped = np.flatnonzero(core.pool.flat[slot : slot + count])
+    ahead = readahead.stops(core, vma)
+    if len(mapped):  # an access before this one has mapped some of them
+        if not ahead or not mapped[0]:
+            return 0
+        count = int(mapped[0])
     words = inode.index.load(first, count)
     frames = core.memory.frames
     present = (words & _PRESENT) != 0
     odd = ~present & (words != 0)
     pfns = (words & _FIELD).view(np.int64)
     odd[present] = (frames.flags[pfns[present]] & _UPTODATE) == 0
+    if ahead:
+        odd |= ~present
+        odd[present] |= (frames.flags[pfns[present]] & _READAHEAD) != 0
     stop = np.flatnonzero(odd)
     if len(stop):
         count = int(stop[0])

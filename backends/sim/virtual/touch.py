@@ -10,7 +10,7 @@ import numpy as np
 from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import mthp, swapping, thp
+from pmcore.backends.sim.services import mthp, readahead, swapping, thp
 from pmcore.backends.sim.virtual import fault, filemap, hugetlb, mapping, zap
 from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -207,6 +207,9 @@ def _file(
         if sort[low] == 1:
             place += filemap.touch(core, mm, vma, start + low * size, start + high * size, write=write)
             _tell(core, mm, start + low * size, np.ones(place - low, dtype=np.bool_), write=write)
+            if place < high and readahead.stops(core, vma):
+                _ahead(core, mm, vma, start, place, high, lead, write=write)
+                continue
         elif sort[low] == 2:
             slot = mm.tables.pte_slot(start)
             core.pool.flat[slot + low : slot + high] |= np.uint64(YOUNG | DIRTY if write else YOUNG)
@@ -218,6 +221,36 @@ def _file(
             continue
         for index in range(place, high):
             fault.access(core, mm, start + index * size + lead, write=write)
+
+
+def _ahead(
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    start: int,
+    place: int,
+    high: int,
+    lead: int,
+    *,
+    write: bool,
+) -> None:
+    """Accesses to pages `place` to `high` from `start` that may read ahead: a fault, then what it mapped."""
+    size = core.geometry.page_size
+    wanted = _PRESENT | (_WRITE if write else np.uint64(0))
+    while place < high:
+        slot = mm.tables.pte_slot(start)
+        entries = core.pool.flat[slot + place : slot + high]
+        missing = np.flatnonzero((entries & wanted) != wanted)
+        done = int(missing[0]) if len(missing) else len(entries)
+        if done:
+            entries[:done] |= np.uint64(YOUNG | DIRTY if write else YOUNG)
+        else:
+            done = filemap.touch(core, mm, vma, start + place * size, start + high * size, write=write)
+            _tell(core, mm, start + place * size, np.ones(done, dtype=np.bool_), write=write)
+        if not done:
+            fault.access(core, mm, start + place * size + lead, write=write)
+            done = 1
+        place += done
 
 
 def _easy(

@@ -11,7 +11,7 @@ import attrs
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.services.hugetlb import HugeMap
-    from pmcore.backends.sim.services.pagecache import Inode
+    from pmcore.backends.sim.services.pagecache import Inode, OpenFile
 
 __all__ = ["AnonVma", "VmArea", "VmFlag", "VmaList"]
 
@@ -114,6 +114,8 @@ class VmArea:
     file: Inode | None = None
     #: Of a hugetlb mapping: its file, and what was promised to it.
     huge: HugeMap | None = None
+    #: The open file by which a file on a disk was mapped.
+    opened: OpenFile | None = None
 
     def copy(self, start: int, end: int, pgoff: int) -> VmArea:
         """The same mapping at another place, or of another part."""
@@ -128,6 +130,7 @@ class VmArea:
             self.name,
             self.file,
             self.huge,
+            self.opened,
         )
 
     @property

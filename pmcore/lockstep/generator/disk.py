@@ -12,6 +12,8 @@ __all__ = ["DISK", "disk_compared", "open_disk_file"]
 #: Pages that files are made with.
 _PAGES = (1, 3, 8, 17, 20, 40, 64)
 _MOST = 2
+#: Pages that files opened from then on read ahead.
+_AHEAD = (0, 4, 8, 16, 32)
 #: What is done to a range of a mapping, one after the other.
 _SEQUENCES: tuple[tuple[Madvise | str, ...], ...] = (
     ("write", "fsync", "write"),
@@ -40,14 +42,20 @@ def open_disk_file(draw: Draw, state: State) -> s.Step | None:
         name = draw.of(known)
         task, fd = pick_task(draw, state), state.name("d")
         state.disk[fd] = name
-        state.files[fd] = (next(state.files[f][0] for f in state.files if state.disk.get(f) == name), [task])
+        made = [pages for other, (pages, _) in state.files.items() if state.disk.get(other) == name]
+        state.files[fd] = (made[0] if made else 8, [task])
         return s.OpenFile(task=task, fd=fd, file=name)
     if len(known) >= _MOST:
         return None
     task, fd, pages = pick_task(draw, state), state.name("d"), draw.of(_PAGES)
     name = f"f{len(known)}"
     state.disk[fd], state.files[fd] = name, (pages, [task])
-    return s.OpenFile(task=task, fd=fd, file=name, pages=pages, new=True)
+    step = s.OpenFile(task=task, fd=fd, file=name, pages=pages, new=True)
+    ahead = draw.of((None,) * 4 + _AHEAD)
+    if ahead is None:
+        return step
+    state.next = [step]
+    return s.ReadAhead(length=ahead * 4096)
 
 
 def _pick(draw: Draw, state: State) -> tuple[str, int, str] | None:
@@ -79,7 +87,7 @@ def _map(draw: Draw, state: State) -> s.Step | None:
         prot=draw.of((3, 3, 3, 3, 1)),
         flags=int(
             draw.of((MapFlag.SHARED, MapFlag.SHARED, MapFlag.PRIVATE))
-            | draw.of((0,) * 6 + (MapFlag.POPULATE,))
+            | draw.of((0,) * 6 + (0 if state.ahead else MapFlag.POPULATE,))
         ),
         page_offset=draw.of((0, 0, 0, 1, pages // 2)),
     )
@@ -136,7 +144,9 @@ def _drop(draw: Draw, state: State, task: str, fd: str, offset: int, length: int
     """The cache dropped, after all was written: what is being written at that moment stays or goes."""
     if draw.flip():
         offset = length = 0
-    state.next = [s.Fadvise(task=task, fd=fd, offset=offset, length=length, advice=draw.of((4, 4, 4, 0, 9)))]
+    state.next = [
+        s.Fadvise(task=task, fd=fd, offset=offset, length=length, advice=draw.of((4, 4, 4, 0, 1, 2, 9)))
+    ]
     return s.Fsync(task=task, fd=fd)
 
 
@@ -151,7 +161,7 @@ def _sequence(draw: Draw, state: State) -> s.Step | None:
         return None
     pages = state.areas[area]
     page = draw.integer(0, pages - 1)
-    count = draw.integer(1, pages - page)
+    count = 1 if state.ahead else draw.integer(1, pages - page)
     steps: list[s.Step] = []
     task = pick_task(draw, state)
     owner = draw.of(state.files[fd][1])
@@ -174,13 +184,49 @@ def _sequence(draw: Draw, state: State) -> s.Step | None:
     return steps[0]
 
 
+def _touch(draw: Draw, state: State) -> s.Step | None:
+    """An access to one page of a mapping of a file on the disk, often one after the last."""
+    areas = sorted(area for area in state.areas if area in state.mapped)
+    if not areas:
+        return _map(draw, state)
+    area, task = draw.of(areas), pick_task(draw, state)
+    pages = state.areas[area]
+    page = draw.integer(0, pages - 1)
+    write = draw.of((False, False, True))
+    first, *rest = (
+        s.Touch(task=task, area=area, page=one, pages=1, write=write)
+        for one in range(page, min(pages, page + draw.of((1, 1, 2, 4))))
+    )
+    state.next = [*rest]
+    return first
+
+
 #: By how often each is drawn, among all others.
-DISK = (*(open_disk_file,) * 3, *(_map,) * 8, *(_call,) * 22, *(_sequence,) * 14)
+DISK = (*(open_disk_file,) * 3, *(_map,) * 8, *(_call,) * 22, *(_sequence,) * 14, *(_touch,) * 6)
 
 
 def disk_compared(step: s.Step, state: State) -> bool:
     """Whether a step about files on a disk can be compared."""
-    if isinstance(step, s.Fallocate) and step.fd in state.disk and step.mode & 0x38:
-        return False  # blocks moved or zeroed are not modelled
-    # Huge pages asked for in a mapping of a file: as much is read ahead.
-    return not (isinstance(step, s.Advise) and step.advice == Madvise.HUGEPAGE and bool(state.disk))
+    if isinstance(step, s.ReadAhead):
+        state.ahead |= step.length > 0
+    if isinstance(step, s.Fallocate):
+        return step.fd not in state.disk or not step.mode & 0x38  # blocks moved or zeroed are not modelled
+    area = getattr(step, "area", "")
+    if area not in state.shared and not state.mixed:
+        return True
+    if isinstance(step, s.Advise) and step.advice == Madvise.HUGEPAGE:
+        state.ahead = True
+    return not state.ahead or _one_page(step)
+
+
+def _one_page(step: s.Step) -> bool:
+    """Whether a step has faults in one page alone: what is being read ahead may be there for the next, or not yet."""
+    if isinstance(step, s.Touch):
+        return step.pages == 1
+    if isinstance(step, s.Advise):
+        return step.pages == 1 or step.advice not in (Madvise.POPULATE_READ, Madvise.POPULATE_WRITE)
+    if isinstance(step, s.Read):
+        return step.offset % 4096 + step.length <= 4096
+    if isinstance(step, s.Write):
+        return step.offset % 4096 + len(step.text) <= 4096
+    return True

@@ -38,7 +38,7 @@ def map_memory(draw: Draw, state: State) -> s.Step | None:
 def map_shared(draw: Draw, state: State, name: str, huge: bool, pages: int) -> s.Step:
     """Shared anonymous memory, or a file."""
     align = HUGE * 4096 if huge else 4096
-    extra = int(draw.of((0,) * 8 + (MapFlag.POPULATE, MapFlag.NORESERVE)))
+    extra = int(draw.of((0,) * 8 + (0 if state.ahead else MapFlag.POPULATE, MapFlag.NORESERVE)))
     prot = draw.of((3,) * 8 + (1, 0, 2))
     state.areas[name] = pages
     state.shared.add(name)

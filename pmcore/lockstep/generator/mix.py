@@ -161,7 +161,7 @@ def random_program(
         state.next.clear()
         if merging and isinstance(step, s.Map):
             steps += ask(draw, step)
-        if isinstance(step, s.Map) and step.pages >= HUGE and not state.disk and draw.integer(0, 2):
+        if isinstance(step, s.Map) and step.pages >= HUGE and draw.integer(0, 2):
             steps.append(s.Advise(area=step.area, pages=step.pages, advice=int(Madvise.HUGEPAGE)))
     return Program(name="random", steps=tuple(steps[:max_steps]), thp=settings)
 

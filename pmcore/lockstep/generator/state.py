@@ -58,6 +58,8 @@ class State:
     #: Descriptors of files on the disk, with their names; areas that map such, with a descriptor that did it.
     disk: dict[str, str] = attrs.field(factory=dict)
     mapped: dict[str, str] = attrs.field(factory=dict)
+    #: Whether anything may be read ahead.
+    ahead: bool = False
     #: Areas that map files.
     shared: set[str] = attrs.field(factory=set)
     #: Areas of hugetlb, and the flags that they were mapped with.
