@@ -49,7 +49,7 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
         if pte & PRESENT:
             found[index] = True
         elif pte & SWAP and not is_marker(pte):
-            found[index] = core.swap.cached(pte & FIELD) >= 0
+            found[index] = core.swap.cached(pte & FIELD) >= 0  # whatever the file has there
     for extent in mm.tables.extents(start, end) if few is None else ():
         low, high = max(extent.start, start), min(extent.end, end)
         part = found[low - start >> shift : high - start >> shift]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.services import diskfile
+from pmcore.backends.sim.services.blocks import KIND, WRITTEN
 from pmcore.backends.sim.services.pagecache import Inode, OpenFile
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -32,18 +33,36 @@ IO_PAGES = 320
 _ALIGN = 4
 
 
-def _read(core: Core, inode: Inode, first: int, count: int, ahead: int) -> None:
-    """Read what is missing of `count` pages, clipped to the file, and mark the one that the last `ahead` begin with."""
+def _read(
+    core: Core,
+    inode: Inode,
+    first: int,
+    count: int,
+    ahead: int,
+    around: Callable[[], object] | None = None,
+    *,
+    waits: bool = True,
+) -> None:
+    """Read what is missing of `count` pages, clipped to the file, and mark the one that the last `ahead` begin with.
+
+    `around` is called when the pages are there that do not need the disk, and if who asks `waits`, also the others.
+    """
     size = core.geometry.page_size
     count = min(count, -(-inode.size // size) - first)
-    if count <= 0:
-        return
-    missing = np.flatnonzero(inode.index.load(first, count) == 0) + first
-    pfns = diskfile.read_in(core, inode, missing)
-    if 0 < ahead <= count:
-        place = int(np.searchsorted(missing, first + count - ahead))
-        if place < len(pfns) and missing[place] == first + count - ahead:
+    marked = first + count - ahead if 0 < ahead <= count else -1
+    missing = np.flatnonzero(inode.index.load(first, max(count, 0)) == 0) + first
+    parts = [missing]
+    if not waits:
+        slow = (inode.blocks.at(missing) & np.uint64(KIND)) == np.uint64(WRITTEN)
+        parts = [missing[~slow], missing[slow]]
+    for part in parts:
+        pfns = diskfile.read_in(core, inode, part) if len(part) else part
+        place = int(np.searchsorted(part, marked))
+        if place < len(pfns) and part[place] == marked:
             core.memory.frames.flags_at[int(pfns[place])] |= _MARK
+        if around is not None:
+            around()
+            around = None
 
 
 def force(core: Core, inode: Inode, first: int, end: int, *, pages_ahead: int = 0) -> None:
@@ -104,11 +123,21 @@ def _missed(core: Core, file: OpenFile, page: int, asked: int) -> None:
     _read(core, inode, *file.window)
 
 
-def met(core: Core, file: OpenFile, page: int, pfn: int, asked: int) -> None:
-    """Somebody met a marked page: the mark goes, the next window is read (page_cache_async_ra)."""
-    core.memory.frames.flags_at[pfn] &= ~_MARK
+def met(
+    core: Core,
+    file: OpenFile,
+    page: int,
+    pfn: int,
+    asked: int,
+    around: Callable[[], object] = lambda: None,
+) -> None:
+    """Somebody met a marked page: the mark goes, the next window is read (page_cache_async_ra).
+
+    `around` is called when of that those pages are there which do not need the disk.
+    """
     if not file.pages_ahead:
         return
+    core.memory.frames.flags_at[pfn] &= ~_MARK
     start, size, ahead = file.window
     most = _most(file, asked)
     if page == start + size - ahead:
@@ -117,6 +146,7 @@ def met(core: Core, file: OpenFile, page: int, pfn: int, asked: int) -> None:
         words = file.inode.index.load(page + 1, most)
         gaps = np.flatnonzero(words == 0)
         if not len(gaps):
+            around()
             return
         start = page + 1 + int(gaps[0])
         size = _next_size(start - page + asked, most)
@@ -125,7 +155,7 @@ def met(core: Core, file: OpenFile, page: int, pfn: int, asked: int) -> None:
         if (start + size) & -align > start:
             size -= (start + size) % align
     file.window = (start, size, size)
-    _read(core, file.inode, start, size, size)
+    _read(core, file.inode, start, size, size, around, waits=False)
 
 
 # -- who asks --------------------------------------------------------------------------------------------
@@ -144,25 +174,24 @@ def for_fault(core: Core, vma: VmArea, page: int, around: Callable[[], object]) 
     if word & PRESENT:
         pfn = word & FIELD
         if file.pages_ahead and core.memory.frames.flags_at[pfn] & _MARK and not vma.flags & VmFlag.RAND_READ:
-            core.memory.frames.flags_at[pfn] &= ~_MARK
-            around()
-            met(core, file, page, pfn, file.pages_ahead)
+            met(core, file, page, pfn, file.pages_ahead, around)
         return
+    waits = inode.blocks.get(page) & KIND == WRITTEN
     if vma.flags & VmFlag.HUGEPAGE and core.caps.thp:
         block = core.geometry.pmd_pages
         size = block if vma.flags & VmFlag.RAND_READ else 2 * block
         file.window = (file.window[0], size, block)
-        _read(core, inode, page & -block, size, block)
+        _read(core, inode, page & -block, size, block, around, waits=waits)
     elif vma.flags & VmFlag.RAND_READ:
         return
     elif vma.flags & VmFlag.SEQ_READ:
         _missed(core, file, page, file.pages_ahead)
+        around()
     else:
         most = file.pages_ahead
         start = max(0, page - most // 2)
         file.window = (start, most, most // 4)
-        _read(core, inode, *file.window)
-    around()
+        _read(core, inode, *file.window, around, waits=waits)
 
 
 def for_read(core: Core, file: OpenFile, page: int, end: int) -> int:

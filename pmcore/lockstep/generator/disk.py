@@ -207,16 +207,28 @@ DISK = (*(open_disk_file,) * 3, *(_map,) * 8, *(_call,) * 22, *(_sequence,) * 14
 
 def disk_compared(step: s.Step, state: State) -> bool:
     """Whether a step about files on a disk can be compared."""
-    if isinstance(step, s.ReadAhead):
-        state.ahead |= step.length > 0
-    if isinstance(step, s.Fallocate):
-        return step.fd not in state.disk or not step.mode & 0x38  # blocks moved or zeroed are not modelled
+    if isinstance(step, s.Fallocate) and step.fd in state.disk and step.mode & 0x38:
+        return False  # blocks moved or zeroed are not modelled
     area = getattr(step, "area", "")
-    if area not in state.shared and not state.mixed:
-        return True
-    if isinstance(step, s.Advise) and step.advice == Madvise.HUGEPAGE:
-        state.ahead = True
-    return not state.ahead or _one_page(step)
+    files = area in state.shared or (state.mixed and bool(area))
+    if _makes_holes(step, state, files=files):
+        state.holes |= not state.ahead
+        return not state.ahead
+    if (isinstance(step, s.ReadAhead) and step.length) or (
+        isinstance(step, s.Advise) and step.advice == Madvise.HUGEPAGE and files
+    ):
+        state.ahead |= not state.holes
+        return not state.holes
+    return not state.ahead or not files or _one_page(step)
+
+
+def _makes_holes(step: s.Step, state: State, *, files: bool) -> bool:
+    """Whether the blocks of a file on the disk lie in several pieces after a step: each is read by itself."""
+    if isinstance(step, s.Fallocate | s.Ftruncate):
+        return step.fd in state.disk
+    if isinstance(step, s.Pwrite):
+        return step.fd in state.disk and step.offset + len(step.text) > 4096 * state.files[step.fd][0]
+    return isinstance(step, s.Advise) and step.advice == Madvise.REMOVE and files
 
 
 def _one_page(step: s.Step) -> bool:

@@ -60,6 +60,8 @@ class State:
     mapped: dict[str, str] = attrs.field(factory=dict)
     #: Whether anything may be read ahead.
     ahead: bool = False
+    #: Whether files on the disk may have holes.
+    holes: bool = False
     #: Areas that map files.
     shared: set[str] = attrs.field(factory=set)
     #: Areas of hugetlb, and the flags that they were mapped with.
