@@ -182,20 +182,19 @@ def pread(
     file: OpenFile,
     length: int,
     offset: int,
-    batch: Callable[[Core, OpenFile, int, int], int],
+    ahead: Callable[[Core, OpenFile, int, int], object],
 ) -> bytes:
-    """Bytes of the file; what is read is in the cache afterwards, holes too. `batch`: see `readahead.for_read`."""
+    """Bytes of the file; what is read is in the cache afterwards, holes too. `ahead`: see `readahead.for_read`."""
     inode, size = file.inode, core.geometry.page_size
     end, wanted = min(offset + length, inode.size), -(-(offset + length) // size)
-    pieces, position, last, ready = [], offset, file.position, 0
+    pieces, position, last = [], offset, file.position
     while position < end:
         page = position // size
-        if page >= ready:
-            ready = page + batch(core, file, page, wanted)
+        ahead(core, file, page, wanted)
         stop = min(end, (position & -size) + size)
         pfn = get_page(core, inode, page)
         if page != (last - 1) // size:
-            accessed.mark(core, np.array([pfn], dtype=np.int64))
+            accessed.mark_one(core, pfn)
         row = core.memory.frames.content_at[pfn]
         pieces.append(core.memory.contents.read(row, position & size - 1, stop - position))
         position = last = stop
@@ -309,7 +308,7 @@ def _zero_block(core: Core, inode: Inode, page: int, low: int, high: int) -> Non
     word = inode.index.get(page)
     if word & PRESENT:
         pfn = word & FIELD
-        accessed.mark(core, np.array([pfn], dtype=np.int64))
+        accessed.mark_one(core, pfn)
     else:
         pfn = _new(core, inode, page, _REFERENCED)
     frames = core.memory.frames

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["for_fault", "for_read", "force", "met", "stops"]
 
-_PRESENT, _FIELD = np.uint64(PRESENT), np.uint64(FIELD)
 _MARK = int(PageFlag.RECLAIM)
 #: Pages that a disk takes in one request (max_sectors_kb of a loop device: 1280).
 IO_PAGES = 320
@@ -194,26 +193,15 @@ def for_fault(core: Core, vma: VmArea, page: int, around: Callable[[], object]) 
         _read(core, inode, *file.window, around, waits=waits)
 
 
-def for_read(core: Core, file: OpenFile, page: int, end: int) -> int:
-    """read(2) wants the pages from `page` to `end`: how many of them are there now, to be taken at once.
-
-    A batch ends with a page that is marked, or was not up to date, and has at most 31 pages.
-    """
-    inode = file.inode
-    if not inode.index.get(page):
+def for_read(core: Core, file: OpenFile, page: int, end: int) -> None:
+    """read(2) wants the pages from `page` to `end`, and has come to the first: what that has read ahead."""
+    at = file.inode.index
+    word = at.get(page)
+    if not word:
         _missed(core, file, page, end - page)
-    words = inode.index.load(page, min(31, end - page))
-    pfns = (words & _FIELD).view(np.int64)
-    flags = core.memory.frames.flags[pfns]
-    ready = (words != 0) & (
-        (flags & np.uint64(PageFlag.UPTODATE | PageFlag.RECLAIM)) == np.uint64(PageFlag.UPTODATE)
-    )
-    count = len(words) if ready.all() else int(np.argmin(ready))
-    if count == len(words) or not words[count]:
-        return max(count, 1)
-    if flags[count] & np.uint64(_MARK):
-        met(core, file, page + count, int(pfns[count]), end - (page + count))
-    return count + 1
+        word = at.get(page)
+    if word & PRESENT and core.memory.frames.flags_at[word & FIELD] & _MARK:
+        met(core, file, page, word & FIELD, end - page)
 
 
 def stops(core: Core, vma: VmArea) -> bool:

@@ -67,6 +67,8 @@ def fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: 
             return
     page = _page(core, vma, addr)
     if page >= _end(core, vma):
+        if write and not vma.flags & VmFlag.SHARED:
+            mm.prepare_anon(vma)  # what a copy needs comes first
         raise _behind(addr)
     if vma.flags & VmFlag.UFFD_MISSING and not inode.index.get(page):
         raise userfaultfd.blocked(vma, addr)
@@ -124,6 +126,8 @@ def inside(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool)
     if _page(core, vma, addr) >= _end(core, vma):
         if not write and not vma.flags & _NO_AROUND:
             map_around(core, mm, vma, addr)
+        elif write and not vma.flags & VmFlag.SHARED:
+            mm.prepare_anon(vma)
         raise _behind(addr)
 
 
