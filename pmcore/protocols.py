@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HEAP",
+    "MADE_PAGES",
     "BoolArray",
     "FileResidency",
     "FrameFile",
@@ -45,6 +46,8 @@ __all__ = [
 
 #: Where the heap of a task begins (`Task.brk`): free in any process, and the same on every workbench.
 HEAP = 0x0F00_0000_0000
+#: Pages of contents that a new file is made with, at most (`Task.open_file`); ftruncate makes it larger.
+MADE_PAGES = 1 << 16
 
 
 class FrameFile(enum.StrEnum):
@@ -352,7 +355,7 @@ class Task(Protocol):
         """Open (create) the regular file `name` in the workbench's own directory, readable and writable.
 
         With `pages` it is made anew, so many pages long and not cached: each begins with "NAME:NUMBER" and a newline,
-        the rest of it are zeros.
+        the rest of it are zeros. Raises ArgumentError for another name, or for more than `MADE_PAGES`.
         """
         ...
 

@@ -19,7 +19,7 @@ from pmcore.backends.sim.virtual import fault, touch
 from pmcore.backends.sim.virtual import fork as forking
 from pmcore.backends.sim.virtual.space import AddressSpace
 from pmcore.errors import ArgumentError, syscall_error
-from pmcore.protocols import Task
+from pmcore.protocols import MADE_PAGES, Task
 from pmcore.uapi import Errno, Madvise, MapFlag, MremapFlag, Prot, UffdFeature
 
 if TYPE_CHECKING:
@@ -190,6 +190,8 @@ class SimTask(Task):
         """open(2) of a file of the machine's disk."""
         if "/" in name or name in {"", ".", ".."}:
             raise ArgumentError(f"{name!r} is no plain file name")
+        if pages is not None and (not isinstance(pages, int) or not 0 <= pages <= MADE_PAGES):
+            raise ArgumentError(f"a file of {pages!r} pages", remedy=f"0 to {MADE_PAGES}")
         return int(self._call(file_calls.open_file, name, pages))
 
     def ftruncate(self, fd: int, length: int) -> None:

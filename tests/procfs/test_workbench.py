@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pmcore.errors import AddressSpaceFault, ArgumentError, ProcessGone
+from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, ProcessGone
 
 pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 PAGE = 4096
@@ -77,6 +77,25 @@ def test_nothing_is_left_behind():
     bench.close()
     assert not directory.exists()
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_nothing_of_a_disk_is_left_behind():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs a running Linux kernel")
+    from pmcore.backends.procfs.workbench import open_workbench
+
+    try:
+        bench = open_workbench(disk="8 MiB")
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    with bench:
+        disk = bench.disk
+        bench.spawn().open_file("kept", pages=3)
+        assert f" {disk.directory} ext4 " in Path("/proc/mounts").read_text()
+        assert (bench.directory / "kept").read_bytes()[4096:4103] == b"kept:1\n"
+    assert str(disk.directory) not in Path("/proc/mounts").read_text()
+    assert not disk.directory.exists()
+    assert not disk.image.exists()
 
 
 def test_the_arena_is_free_in_a_fresh_task(bench):

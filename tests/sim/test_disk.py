@@ -10,7 +10,7 @@ import pmcore
 from pmcore.backends.sim.check import BrokenInvariant
 from pmcore.backends.sim.machine import load_machine
 from pmcore.backends.sim.services import blocks
-from pmcore.errors import NotModelled, SyscallError
+from pmcore.errors import ArgumentError, NotModelled, SyscallError
 from pmcore.lockstep.programs import programs
 from pmcore.program import Run
 from pmcore.uapi import Errno, Madvise, PageFlag
@@ -110,6 +110,17 @@ def test_contents_survive_the_cache(machine):
     assert other.pread(fd, 7, 0) == b"file:0\n"
     assert machine.core.memory.free_total < free
     machine.check()
+
+
+@pytest.mark.parametrize("pages", [-1, "3", 1.5, 1 << 40])
+def test_what_is_no_number_of_pages(machine, pages):
+    task = machine.spawn()
+    digest = machine.digest()
+    with pytest.raises(ArgumentError):
+        task.open_file("file", pages=pages)
+    with pytest.raises(ArgumentError):
+        machine.set_readahead(-4096)
+    assert machine.digest() == digest
 
 
 def test_a_file_made_anew_is_another(machine):

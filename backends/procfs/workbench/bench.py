@@ -32,7 +32,7 @@ from pmcore.backends.procfs.workbench.monitor import Monitor, Watch
 from pmcore.backends.procfs.workbench.steady import drain_lru, steady, turn_thp
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
 from pmcore.geometry import parse_size
-from pmcore.protocols import HEAP, Task, Workbench
+from pmcore.protocols import HEAP, MADE_PAGES, Task, Workbench
 from pmcore.uapi import Madvise, MapFlag, MremapFlag, Prot, UffdFeature
 
 __all__ = ["ProcfsTask", "ProcfsWorkbench", "open_workbench"]
@@ -241,6 +241,8 @@ class ProcfsTask(Task):
         """A regular file in the workbench's directory."""
         if "/" in name or name in {"", ".", ".."}:
             raise ArgumentError(f"{name!r} is no plain file name")
+        if pages is not None and (not isinstance(pages, int) or not 0 <= pages <= MADE_PAGES):
+            raise ArgumentError(f"a file of {pages!r} pages", remedy=f"0 to {MADE_PAGES}")
         path = str(self._bench.directory / name)
         return int(self._ask("open", f"open({name!r})", path=path, pages=-1 if pages is None else pages)[0])
 

@@ -23,17 +23,21 @@ _MEMORY = Path("/dev/shm")
 
 
 class Disk:
-    """A place for a file system: a directory to mount it on, and a file for its image, which `mount` makes."""
+    """A file system to come: `prepare` makes the directory that `mount` mounts it on; its image is a file elsewhere."""
 
     def __init__(self, length: int) -> None:
         for tool in ("mkfs.ext4", "mount"):
             if shutil.which(tool, path=_path()) is None:
                 raise BackendUnavailable(f"no {tool}", remedy="install e2fsprogs and mount, or use no disk")
         self.length = length
+        self.directory = self.image = Path()
+        self._device: Path | None = None
+
+    def prepare(self) -> None:
+        """Make the directory, and name the image: whoever is to remove both can be told of them."""
         self.directory = Path(tempfile.mkdtemp(prefix="pmcore-disk-"))
         where = _MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
         self.image = where / f"{self.directory.name}.img"
-        self._device: Path | None = None
 
     def mount(self, readahead: int = 0) -> None:
         """Make the file system and mount it, with `readahead` bytes read ahead. Raises BackendUnavailable."""

@@ -103,6 +103,8 @@ def steady(
     try:
         area = swap if isinstance(swap, str) else _swap_file(swap) if swap else None
         areas = [area] if area else []
+        if disk:
+            disk.prepare()
         guardian = _guard(
             {
                 "swapoff": areas,
