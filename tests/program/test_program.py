@@ -143,6 +143,8 @@ def test_every_kind_of_step_runs(bench):
         s.Ftruncate(fd="m", length=4096),
         s.Fallocate(fd="m", length=4096),
         s.OpenFile(fd="d", file="data"),
+        s.Fadvise(fd="d"),
+        s.Sync(),
         s.CloseFd(fd="d"),
         s.UffdOpen(),
         s.UffdRegister(area="b", pages=2),
@@ -155,7 +157,8 @@ def test_every_kind_of_step_runs(bench):
         s.Exit(task="c"),
         s.Write(area="a", offset=3 * 4096, text="end"),
     )
-    administrator = {s.KsmScan, s.KsmUnmerge}  # they need a still machine: lockstep's kept programs
+    # They need a still machine: lockstep's kept programs.
+    administrator = {s.KsmScan, s.KsmUnmerge, s.DropCaches}
     assert {type(step) for step in steps} == set(STEPS.values()) - administrator
     state = run(Program(name="all", steps=steps), bench)
     failed = {
