@@ -210,6 +210,7 @@ def steps(repeat: int) -> None:
     file = task.mmap(64 * PAGE, flags=0x21)
     task.touch(file, 64 * PAGE)
     other.mmap(PAGE, addr=far, flags=0x8032)
+    task.mmap(PAGE, addr=far + 64 * PAGE, flags=0x8032)
     scan = ScanRequest(start=start, end=start + PAGE, vec_len=1, return_mask=8)
     arm = ScanRequest(start=watched, end=watched + PAGE, vec_len=1, flags=1, category_mask=2, return_mask=2)
     places: list[int] = []
@@ -243,6 +244,9 @@ def steps(repeat: int) -> None:
     def away() -> None:
         places[:] = [task.mmap(PAGE, addr=far, flags=0x8032)]
 
+    def move(target: int) -> None:
+        places.append(task.mremap(places.pop(), PAGE, PAGE, flags=3, new_addr=target))
+
     def back() -> None:
         task.munmap(places.pop(), PAGE)
 
@@ -268,18 +272,15 @@ def steps(repeat: int) -> None:
         ("touch, copied after fork", shared, touched, alone),
         ("touch, swapped in", swapped, touched, nothing),
         ("write", nothing, lambda: task.write(start, b"x"), nothing),
+        ("write, the first", empty, lambda: task.write(start, b"x"), nothing),
         ("read", nothing, lambda: task.read(start, 8), nothing),
         ("mmap", nothing, lambda: places.append(task.mmap(PAGE)), back),
         ("mmap, populated", nothing, lambda: places.append(task.mmap(PAGE, flags=0x8022)), back),
         ("munmap", mapped, lambda: task.munmap(places[0], PAGE), nothing),
         ("mprotect to read", nothing, protect(1), protect(3)),
         ("mprotect to write", protect(1), protect(3), nothing),
-        (
-            "mremap",
-            away,
-            lambda: places.append(task.mremap(places.pop(), PAGE, PAGE, flags=3, new_addr=far * 2)),
-            back,
-        ),
+        ("mremap", away, lambda: move(far + 8 * PAGE), back),
+        ("mremap to three new page tables", away, lambda: move(far * 2), back),
         ("mlock", nothing, lock, unlock),
         ("munlock", lock, unlock, nothing),
         ("mincore", nothing, lambda: task.mincore(start, PAGE), nothing),

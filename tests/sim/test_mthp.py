@@ -412,3 +412,32 @@ def test_a_folio_in_the_swap_cache_comes_back_whole():
     machine.check()
     task.exit()
     machine.check()
+
+
+def test_folios_that_two_processes_map_whole_cost_no_objects():
+    """fork and exit count a GiB of folios as words: the same as counting each, which looking at one shows."""
+    machine = pmcore.open("sim", memory="64 MiB", kernel="6.18", policy={"thp_sizes": {"16kB": "always"}})
+    task = machine.spawn()
+    start = task.mmap(64 * PAGE)
+    task.touch(start, 64 * PAGE)
+    large, alone = machine.core.memory.large, machine.core.memory.frames.whole.copy()
+    child = task.fork()
+    machine.check()
+    assert large.words == len(large) > 0
+    mine, theirs = task.mm.number, child.mm.number
+    for folio in large.values():
+        assert folio.by_mm == folio.known == {mine: folio.pages, theirs: folio.pages}
+        assert folio.shared
+        assert (folio.mapped, folio.entire) == (2 * folio.pages, 0)
+    digest = machine.digest()
+    for head, _ in list(large.items()):
+        assert large[head].shared  # an object from here on
+    assert large.words == 0
+    assert machine.digest() == digest
+    third = task.fork()
+    machine.check()
+    third.exit()
+    machine.check()
+    child.exit()
+    machine.check()
+    assert (machine.core.memory.frames.whole == alone).all()

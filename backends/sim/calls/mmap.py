@@ -102,7 +102,8 @@ def mmap(
         vm_flags |= VmFlag.ACCOUNT
     if core.caps.soft_dirty:
         vm_flags |= VmFlag.SOFTDIRTY
-    _unmap(core, mm, addr, addr + length)
+    if flags & _FIXED:
+        _unmap(core, mm, addr, addr + length)
     if kind == _SHARED and inode is None:
         inode, pgoff = pagecache.make(core, FileSystem.SHMEM, "/dev/zero (deleted)", length), 0
     name = "" if inode is None else inode.name

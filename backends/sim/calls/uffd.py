@@ -32,7 +32,7 @@ def api(core: Core, mm: AddressSpace, features: int) -> Userfaultfd:
         features |= UffdFeature.WP_UNPOPULATED
     if features & UffdFeature.EVENT_FORK and not core.privileged:
         refuse(Errno.EPERM, call, "UFFD_FEATURE_EVENT_FORK needs CAP_SYS_PTRACE")
-    return Userfaultfd(mm, features)
+    return Userfaultfd(mm, int(features))  # a plain number: it is asked at each fault
 
 
 def _context(mm: AddressSpace, fd: int, call: str) -> Userfaultfd:

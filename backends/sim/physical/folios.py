@@ -1,8 +1,7 @@
 """Large folios that processes map: who maps how much of each.
 
-Most are mapped whole by one process, a PTE a page, from the fault on to the end: of those the frame table holds one
-word, `Frames.whole`, so that a GiB of them costs no objects. Who asks for one gets a `LargeFolio`, that counts from
-then on.
+Most are mapped whole by one process, or after a fork by two, a PTE a page: of those the frame table holds one word,
+`Frames.whole`, so that a GiB of them costs no objects. Who asks for one gets a `LargeFolio`, that counts from then on.
 """
 
 from __future__ import annotations
@@ -13,14 +12,16 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from pmcore.arrays import BoolArray
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.frames import Frames
 
 __all__ = ["LargeFolio", "LargeFolios", "whole_word"]
 
-#: Bits of a word that hold the order.
-_ORDER_BITS = 6
-_ORDER = (1 << _ORDER_BITS) - 1
+#: Bits of a word: the order, above it the address space, above that the second one, or 0. The lower number is first.
+_ORDER_BITS, _MM_BITS = 6, 28
+_ORDER, _MM = (1 << _ORDER_BITS) - 1, (1 << _MM_BITS) - 1
+_SECOND = _ORDER_BITS + _MM_BITS
 
 
 @attrs.define(slots=True)
@@ -71,13 +72,16 @@ class LargeFolio:
 
 def _whole(head: int, word: int) -> LargeFolio:
     """The folio that a word stands for."""
-    mm, order = word >> _ORDER_BITS, word & _ORDER
-    return LargeFolio(head, order, 0, 1 << order, {mm: 1 << order}, {mm: 1 << order})
+    order = word & _ORDER
+    counts = {mm: 1 << order for mm in (word >> _ORDER_BITS & _MM, word >> _SECOND) if mm}
+    shared = len(counts) > 1
+    return LargeFolio(head, order, 0, len(counts) << order, counts, dict(counts), shared)
 
 
-def whole_word(mm: int, order: int) -> int:
-    """The word of a folio of that order whose pages `mm` maps by one PTE each, and nobody else does."""
-    return mm << _ORDER_BITS | order
+def whole_word(mm: int, order: int, other: int = 0) -> int:
+    """The word of a folio of that order whose pages `mm` maps by one PTE each, and nobody else but `other` does."""
+    first, second = (mm, other) if not other or mm < other else (other, mm)
+    return second << _SECOND | first << _ORDER_BITS | order
 
 
 class LargeFolios:
@@ -157,6 +161,34 @@ class LargeFolios:
         words = self._frames.whole[heads]
         return np.where(words >> _ORDER_BITS == mm, words & _ORDER, 0)
 
+    def add_many(self, heads: Pfns, counts: NDArray[np.int64], mm: int) -> BoolArray:
+        """Count `counts` mappings more of each by `mm`, where that only makes another word; which these were."""
+        words = self._frames.whole[heads]
+        first = words >> _ORDER_BITS
+        done: BoolArray = (words != 0) & (first <= _MM) & (first != mm) & (counts == 1 << (words & _ORDER))
+        if mm > _MM:
+            done[:] = False
+        chosen, order = first[done], words[done] & _ORDER
+        low, high = np.minimum(chosen, mm), np.maximum(chosen, mm)
+        self._frames.whole[heads[done]] = high << _SECOND | low << _ORDER_BITS | order
+        return done
+
+    def remove_many(self, heads: Pfns, counts: NDArray[np.int64], mm: int) -> BoolArray:
+        """Count so many mappings less, where that only makes another word; which these were."""
+        self.settle(heads)
+        words = self._frames.whole[heads]
+        first, second = words >> _ORDER_BITS & _MM, words >> _SECOND
+        done: BoolArray = (second != 0) & ((first == mm) | (second == mm)) & (counts == 1 << (words & _ORDER))
+        left = np.where(first == mm, second, first)[done]
+        self._frames.whole[heads[done]] = left << _ORDER_BITS | words[done] & _ORDER
+        return done
+
+    def alone(self, heads: Pfns) -> BoolArray:
+        """Which of them one process maps whole, as a word says; of the others it is not known."""
+        words = self._frames.whole[heads]
+        alone: BoolArray = (words != 0) & (words >> _SECOND == 0)
+        return alone
+
     def orders(self, heads: Pfns) -> NDArray[np.int64]:
         """The orders of folios."""
         orders: NDArray[np.int64] = self._frames.whole[heads] & _ORDER
@@ -174,12 +206,17 @@ class LargeFolios:
         chosen = list(self._counted) if heads is None else heads.tolist() if self._counted else []
         for head in chosen:
             folio = self._counted.get(head)
-            if folio is None or folio.entire or folio.shared or folio.mapped != folio.pages:
+            if folio is None or folio.entire or folio.known != folio.by_mm:
                 continue
-            if len(folio.by_mm) == 1 and folio.known == folio.by_mm:
-                [mm] = folio.by_mm
+            mms = sorted(folio.by_mm)
+            if (
+                folio.shared == (len(mms) == 2)
+                and 1 <= len(mms) <= 2
+                and mms[-1] <= _MM
+                and all(count == folio.pages for count in folio.by_mm.values())
+            ):
                 del self._counted[head]
-                self._frames.whole_at[head] = whole_word(mm, folio.order)
+                self._frames.whole_at[head] = whole_word(mms[0], folio.order, *mms[1:])
                 self.words += 1
 
     def move(self, head: int, target: int) -> None:

@@ -92,9 +92,8 @@ def _whole_runs(core: Core, start: int, entries: U64Array) -> tuple[Runs, BoolAr
     """The runs that cover their folio, and whether each of those is all that maps it."""
     runs = large_runs(core, start, entries)
     runs = runs.take(runs.whole)
-    words = core.memory.frames.whole[runs.head] != 0
-    alone = words.copy()
-    for index in np.flatnonzero(~words).tolist():
+    alone = core.memory.large.alone(runs.head)
+    for index in np.flatnonzero(~alone).tolist():
         folio = core.memory.large[int(runs.head[index])]
         alone[index] = folio.mapped == folio.pages
     return runs, alone

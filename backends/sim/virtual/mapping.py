@@ -67,9 +67,19 @@ def add_pages(core: Core, mm: AddressSpace, pfns: Pfns) -> None:
     else:
         frames.mapcount[pfns] += 1
     if core.memory.large:
-        heads = (pfns - frames.behind[pfns])[(frames.flags[pfns] & _COMPOUND) != 0]
-        for head, count in zip(*(a.tolist() for a in np.unique(heads, return_counts=True)), strict=True):
+        heads, counts = _by_head((pfns - frames.behind[pfns])[(frames.flags[pfns] & _COMPOUND) != 0])
+        rest = ~core.memory.large.add_many(heads, counts, mm.number)
+        for head, count in zip(heads[rest].tolist(), counts[rest].tolist(), strict=True):
             core.memory.large[head].add(mm.number, count)
+
+
+def _by_head(heads: Pfns) -> tuple[Pfns, NDArray[np.int64]]:
+    """Each of the heads once, ascending, and how often it is there."""
+    begins = np.flatnonzero(np.diff(heads, prepend=-1))
+    once = heads[begins]
+    if (once[1:] < once[:-1]).any():
+        return np.unique(heads, return_counts=True)
+    return once, np.diff(begins, append=len(heads))
 
 
 def remove_page(core: Core, mm: AddressSpace, vma: VmArea, pfn: int) -> None:
@@ -108,8 +118,11 @@ def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
         compound = pfns[(flags & _COMPOUND) != 0]
         if len(compound):
             frames.mapcount[compound] -= 1
-            heads, counts = np.unique(compound - frames.behind[compound], return_counts=True)
+            heads, counts = _by_head(compound - frames.behind[compound])
             heads, counts = _free_whole(core, mm, heads, counts)
+            if not vma.flags & VmFlag.LOCKED:
+                rest = ~memory.large.remove_many(heads, counts, mm.number)
+                heads, counts = heads[rest], counts[rest]
             for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
                 folio = memory.large[head]
                 folio.add(mm.number, -count)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.arrays import U64Array
-from pmcore.backends.sim.virtual import accessed, hugetlb, mlock_batch, touch
+from pmcore.backends.sim.virtual import accessed, fault, hugetlb, mlock_batch, touch
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.errors import AddressSpaceFault
@@ -19,6 +19,7 @@ from pmcore.uapi import PageFlag
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
 
 __all__ = ["fault_in"]
 
@@ -37,7 +38,7 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
         mm.tables.few(start, end) if vma is not None and vma.file is None and not core.memory.large else None
     )
     if few is not None:
-        _few_in(core, mm, start, end, few, write=write)
+        _few_in(core, mm, vma, start, end, few, write=write)
         return
     before = [
         (extent.start, extent.huge, extent.size, extent.entries.copy())
@@ -48,8 +49,8 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
         late = mlock_batch.Batch(core, mm, vma, start, end, around=not write)
     try:
         touch.touch(core, mm, start, end, write=write)
-    except AddressSpaceFault as fault:
-        end = fault.address & -core.geometry.page_size
+    except AddressSpaceFault as failed:
+        end = failed.address & -core.geometry.page_size
         raise
     finally:
         _put_back(core, mm, before, end, write=write)
@@ -59,13 +60,16 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
             _mark(core, mm, start, end)
 
 
-def _few_in(core: Core, mm: AddressSpace, start: int, end: int, few: range, *, write: bool) -> None:
+def _few_in(
+    core: Core, mm: AddressSpace, vma: VmArea | None, start: int, end: int, few: range, *, write: bool
+) -> None:
     """`fault_in` for few pages, where there are no large folios; `few`: their entries' places, if they have a table."""
     before = [core.pool.at[slot] for slot in few]
     try:
-        touch.touch(core, mm, start, end, write=write)
-    except AddressSpaceFault as fault:
-        end = fault.address & -core.geometry.page_size
+        for addr in range(start, end, core.geometry.page_size):
+            fault.access(core, mm, addr, write=write, vma=vma)
+    except AddressSpaceFault as failed:
+        end = failed.address & -core.geometry.page_size
         raise
     finally:
         at, flags, wanted = core.pool.at, core.memory.frames.flags_at, PRESENT | WRITE if write else PRESENT

@@ -98,15 +98,15 @@ def move_entries(
 def _move_few(core: Core, mm: AddressSpace, slots: range, new_start: int, *, drop_uffd: bool) -> None:
     """Move few entries, no whole page table."""
     size = core.geometry.page_size
-    mm.tables.make(new_start, new_start + len(slots) * size)
+    targets = [mm.tables.make_pte_slot(new_start + place * size) for place in range(len(slots))]
     at = core.pool.at
-    for place, slot in enumerate(slots):
+    for slot, target in zip(slots, targets, strict=True):
         pte = at[slot]
         if pte & (PRESENT | SWAP):
             pte |= core.soft_dirty
         if drop_uffd:
             pte = 0 if pte & ~SOFT_DIRTY == UFFD_MARKER else pte & ~UFFD_WP
-        at[mm.tables.pte_slot(new_start + place * size)] = pte
+        at[target] = pte
         at[slot] = 0
 
 
