@@ -20,8 +20,8 @@ from .conftest import PAGE
 class RealFile:
     """A file of the running kernel, called as one of a view."""
 
-    def __init__(self, path, flags):
-        self.fd = os.open(path, flags)
+    def __init__(self, fd):
+        self.fd = fd
 
     def __del__(self):
         os.close(self.fd)
@@ -45,7 +45,7 @@ def opened(bench, task):
 
     def open_it(name, flags=os.O_RDONLY):
         path = name if name.startswith("/") else f"/proc/{task.pid}/{name}"
-        return RealFile(path, flags) if view is None else view.open(path, flags)
+        return RealFile(os.open(path, flags)) if view is None else view.open(path, flags)
 
     return open_it
 
