@@ -70,6 +70,8 @@ class Capabilities:
     split_maps_zero: bool
     swapin_not_mlocked: bool
     swap_zeromap: bool
+    #: Whether unmerging gives pages for zero pages that ksmd has placed.
+    ksm_unmerges_zero: bool
     khugepaged_swap: bool
     khugepaged_shared: bool
     thp_exclusive_of_head: bool
@@ -170,6 +172,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         swapin_not_mlocked=has("quirk.swapin_not_mlocked"),
         thp_exclusive_of_head=has("quirk.thp_exclusive_of_head") or has("quirk.thp_exclusive_of_first"),
         swap_zeromap=has("mm.swap_zeromap"),
+        ksm_unmerges_zero=has("mm.ksm_unmerges_zero"),
         khugepaged_swap=has("mm.khugepaged_swap"),
         khugepaged_shared=has("mm.khugepaged_shared"),
         mremap_dontunmap=has("mm.mremap_dontunmap"),

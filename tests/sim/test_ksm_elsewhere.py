@@ -285,3 +285,18 @@ def test_merging_is_told_to_whoever_observes(machine):
     assert changes[0].addresses.tolist() == [start, start + PAGE]
     [fault] = [event for event in events if type(event).__name__ == "Fault"]
     assert (fault.outcome, fault.addresses.tolist()) == ("copy", [start])
+
+
+@pytest.mark.rule("KS-007")
+@pytest.mark.parametrize(("kernel", "back"), [("6.18", True), ("6.6", True), ("6.1", False)])
+def test_unmerging_zero_pages_by_kernel(kernel, back):
+    """Before 6.6 nothing told a zero page that ksmd had placed from one that was read: it stayed."""
+    machine = pmcore.open("sim", memory="64 MiB", kernel=kernel)
+    task = machine.spawn()
+    start = mapped(task, "\0", "\0")
+    machine.ksm.use_zero_pages = True
+    machine.ksm.run(2)
+    assert set(pfns(task, start, 2)) == {machine.core.zero_pfn}
+    task.madvise(start, 2 * PAGE, Madvise.UNMERGEABLE)
+    assert (machine.core.zero_pfn not in pfns(task, start, 2)) is back
+    machine.check()

@@ -116,7 +116,7 @@ def merge(core: Core, mm: AddressSpace, vma: VmArea, address: int, pfn: int, kep
         return True
     if kept == core.zero_pfn:
         # Dirty, so that it is known for one of ours.
-        at[slot] = kept | PRESENT | SPECIAL | DIRTY | YOUNG
+        at[slot] = kept | PRESENT | SPECIAL | YOUNG | (DIRTY if core.caps.ksm_unmerges_zero else 0)
     else:
         frames.mapcount_at[kept] += 1
         at[slot] = kept | PRESENT | YOUNG
