@@ -115,3 +115,21 @@ def test_a_page_that_a_batch_holds_stays_for_a_scan(sides):
         s.KsmScan(scans=2, zero_pages=True),
         s.KsmScan(zero_pages=True),
     )
+
+
+@pytest.mark.rule("KS-019")
+def test_what_is_merged_into_a_lazily_freed_page_is_lost(sides):
+    """Area "c" is never under MADV_FREE (DV-030)."""
+    one_page = [
+        (
+            s.Map(area=area, pages=1),
+            s.Advise(area=area, pages=1, advice=int(Madvise.MERGEABLE)),
+            s.Write(area=area, text="precious"),
+        )
+        for area in ("a", "b", "c")
+    ]
+    sides.do(*one_page[0], *one_page[1], s.KsmScan(scans=2), s.Unmap(area="b", pages=1))
+    sides.do(s.Advise(area="a", pages=1, advice=int(Madvise.FREE)))
+    sides.do(*one_page[2], s.KsmScan(scans=2), s.ClearRefs(what=int(ClearRefs.ALL)))
+    sides.empty()
+    assert [run.task("main").read(run.area("c")[0], 8) for run in sides.runs] == [bytes(8)] * 2

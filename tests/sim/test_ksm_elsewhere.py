@@ -300,3 +300,31 @@ def test_unmerging_zero_pages_by_kernel(kernel, back):
     task.madvise(start, 2 * PAGE, Madvise.UNMERGEABLE)
     assert (machine.core.zero_pfn not in pfns(task, start, 2)) is back
     machine.check()
+
+
+@pytest.mark.rule("KS-019")
+def test_what_is_merged_into_a_lazily_freed_page_is_lost(machine):
+    """As the kernel does it (DV-030): only the first of the three mappings was under MADV_FREE."""
+    task = machine.spawn()
+    given_up, gone = mapped(task, "precious"), mapped(task, "precious")
+    machine.ksm.run(2)
+    task.munmap(gone, PAGE)
+    task.madvise(given_up, PAGE, Madvise.FREE)
+    kept = mapped(task, "precious")
+    machine.ksm.run(2)
+    assert pfns(task, kept) == pfns(task, given_up)
+    task.process.clear_refs(ClearRefs.ALL)
+    machine.reclaim(10)
+    assert task.read(kept, 8) == bytes(8)
+
+
+@pytest.mark.rule("KS-004")
+def test_a_merged_page_is_marked_as_often_as_it_is_mapped(machine):
+    """And active only after that: three times leave it active and not referenced."""
+    task = machine.spawn()
+    start = mapped(task, "", "same", "same", "same", "")
+    machine.ksm.run(2)
+    task.madvise(start + PAGE, 3 * PAGE, Madvise.POPULATE_READ)
+    flags = machine.kpageflags(pfns(task, start + PAGE)[0], 1)
+    assert flags.has(PageFlag.ACTIVE).all()
+    assert not flags.has(PageFlag.REFERENCED).any()

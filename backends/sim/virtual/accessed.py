@@ -32,8 +32,9 @@ def mark(core: Core, pfns: Pfns) -> None:
         pfns, flags = pfns[~compound], flags[~compound]
     merged = (flags & np.uint64(_KSM)) != 0
     if merged.any():  # the same page, as often as it is mapped
-        for pfn in pfns[merged].tolist():
-            _folio(core, pfn, 1)
+        again, times = np.unique(pfns[merged], return_counts=True)
+        for pfn, count in zip(again.tolist(), times.tolist(), strict=True):
+            _merged(core, pfn, count)
         pfns, flags = pfns[~merged], flags[~merged]
     referenced = (flags & np.uint64(_REFERENCED)) != 0
     frames.flags[pfns[~referenced]] |= np.uint64(_REFERENCED)
@@ -52,6 +53,19 @@ def mark_one(core: Core, pfn: int) -> None:
         frames.flags_at[pfn] = flags | _REFERENCED
     elif not flags & (_UNEVICTABLE | _ACTIVE):
         frames.flags_at[pfn] = flags & ~_REFERENCED | _ACTIVE
+        core.memory.on_lru(pfn)
+
+
+def _merged(core: Core, pfn: int, times: int) -> None:
+    """`mark` for a merged page: a batch makes it active, after it has been marked as often as it is mapped (KS-004)."""
+    flags, activated = core.memory.frames.flags_at[pfn], False
+    for _ in range(times):
+        if not flags & _REFERENCED:
+            flags |= _REFERENCED
+        elif not flags & (_UNEVICTABLE | _ACTIVE):
+            flags, activated = flags & ~_REFERENCED, True
+    core.memory.frames.flags_at[pfn] = flags | (_ACTIVE if activated else 0)
+    if activated:
         core.memory.on_lru(pfn)
 
 

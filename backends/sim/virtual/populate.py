@@ -84,6 +84,9 @@ def _few_in(
                 at[slot] = at[slot] & ~(YOUNG | DIRTY) | old & (YOUNG | DIRTY)
                 if write and not old & DIRTY:
                     flags[at[slot] & FIELD] |= _DIRTY
+        if core.ksm.nodes:  # several of them may be one merged page
+            _mark(core, mm, start, max(start, end))
+            few = few[:0]
         for slot in few:
             pte = at[slot]
             if pte & PRESENT and pte & FIELD != core.zero_pfn:
