@@ -123,8 +123,9 @@ def _text(report: Report) -> None:
             say(f"          {finding}")
         if len(result.findings) > _SHOWN:
             say(f"          ... and {len(result.findings) - _SHOWN} more")
-        if result.silent and result.verdict != "failed":
-            say(f"          says nothing of {', '.join(result.silent)}")
+        if result.silent:
+            told = ", ".join(f"{key} ({rule})" for key, rule in result.silent)
+            say(f"          says nothing of {told}")
         if result.note:
             say(f"          {result.note}")
     counts = dict.fromkeys(("right", "wrong", "failed", "silent", "refused", "skipped"), 0)
@@ -135,5 +136,7 @@ def _text(report: Report) -> None:
     )
     for rule, names in report.broken.items():
         say(f"breaks {rule} ({spec.rule(rule).title}): {', '.join(names)}")
-    if report.well:
+    for (key, rule), names in report.untold.items():
+        say(f"does not tell {key} ({rule} {spec.rule(rule).title}): {', '.join(names)}")
+    if not report.broken:
         say("breaks no rule")

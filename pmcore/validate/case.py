@@ -37,7 +37,7 @@ class Case:
     seen: str
     #: The rule that the mistake breaks first; others by what is told wrong.
     rules: tuple[str, ...]
-    #: Rule by key, where it is another than the usual one for that key.
+    #: Rule by key, where it is another than the usual one for that key; "": of ending with an error.
     rule_of: Mapping[str, str]
     #: What a tool has to tell to be judged by this case.
     asks: tuple[str, ...]
@@ -97,7 +97,7 @@ def load_case(text: str, *, source: str = "case") -> Case:
             right=data["right"],
             seen=data.get("seen", ""),
             rules=tuple(dict.fromkeys(data["rules"].values())),
-            rule_of={key: rule for key, rule in data["rules"].items() if key},
+            rule_of=dict(data["rules"]),
             asks=tuple(data["asks"]),
             kernels=tuple(data["kernels"]),
             machine=data.get("machine", {}),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from typing import Any
 
 from pmcore.errors import BackendUnavailable
+from pmcore.mounted import Tree, execute
 from pmcore.procview import ProcView
 from pmcore.validate.case import cases
 from pmcore.validate.run import UNAVAILABLE
@@ -20,11 +19,9 @@ def main(arguments: list[str]) -> int:
     [case] = cases([name])
     scene = case.scene(kernel)
     try:
-        mounted: Any = import_module("pmcore.mounted")
         view = ProcView(scene.shown, owner=scene.owner, self_pid=scene.pid)
-        tree = mounted.Tree(view, opener=lambda _uid: scene.opener)
-        return int(mounted.execute(tree, command))
-    except (BackendUnavailable, ModuleNotFoundError) as error:
+        return execute(Tree(view, opener=lambda _uid: scene.opener), command)
+    except BackendUnavailable as error:
         print(error, file=sys.stderr)
         return UNAVAILABLE
 

@@ -20,7 +20,7 @@ from pmcore.validate.adapters import ADAPTERS, Adapter
 from pmcore.validate.case import Case, Scene, cases
 from pmcore.validate.report import Finding, Report, Result
 from pmcore.validate.says import compare, read_says
-from pmcore.validate.truth import Truth
+from pmcore.validate.truth import RULES, Truth
 
 __all__ = ["CommandTool", "FunctionTool", "Tool", "validate"]
 
@@ -89,7 +89,7 @@ class CommandTool:
             raise ArgumentError("no command")
         self.name = " ".join(command)
         self._command = list(command)
-        self._adapter = _adapter(command[0] if adapter is None else adapter, guess=adapter is None)
+        self._adapter = _adapter(_by_name(command) if adapter is None else adapter)
         if runner not in ("auto", "mount", "python"):
             raise ArgumentError(f"runner {runner!r}", remedy="auto, mount or python")
         self._runner = runner
@@ -143,11 +143,14 @@ class CommandTool:
 UNAVAILABLE = 241
 
 
-def _adapter(wanted: str | Adapter, *, guess: bool) -> Adapter:
+def _by_name(command: Sequence[str]) -> str:
+    """The adapter that has the name of the command, or of the script in it."""
+    return next((name for name in (Path(word).stem for word in command[:2]) if name in ADAPTERS), "json")
+
+
+def _adapter(wanted: str | Adapter) -> Adapter:
     if not isinstance(wanted, str):
         return wanted
-    if guess:
-        return ADAPTERS.get(Path(wanted).name, ADAPTERS["json"])
     if wanted not in ADAPTERS:
         raise ArgumentError(f"no adapter {wanted!r}", remedy=f"there are: {', '.join(ADAPTERS)}")
     return ADAPTERS[wanted]
@@ -204,11 +207,15 @@ def validate(
 
 def _result(tool: Tool, case: Case, kernel: str) -> Result:
     began = time.monotonic()
-    result = Result(case=case.name, kernel=kernel, rules=case.rules, verdict="right")
+    failing = case.rule_of.get("", "")
+    result = Result(case=case.name, kernel=kernel, rules=case.rules, failing=failing, verdict="right")
     with _closing(case.scene(kernel)) as scene:
         try:
             told, findings = tool.ask(scene)
-            silent = tuple(key for key in case.asks if not set(key.split("|")) & set(told))
+            asked = (keys for keys in case.asks if not set(keys.split("|")) & set(told))
+            silent = tuple(
+                (key, case.rule_of.get(key, RULES[key])) for keys in asked for key in keys.split("|")[:1]
+            )
             verdict = "wrong" if findings else "silent" if silent else "right"
             result = attrs.evolve(result, verdict=verdict, told=told, silent=silent, findings=findings)
         except _Failed as failed:

@@ -1,0 +1,109 @@
+"""Other people's mistakes on the running kernel: the same programs and the same readers, unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pmcore.program import run
+from pmcore.registry import open_workbench
+from pmcore.validate import Truth, cases
+from pmcore.validate.says import compare, read_says
+
+from .careful import careful
+from .misuses import WRONG, in_core
+
+pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
+CASES = {case.name: case for case in cases()}
+#: Those that a running 6.18 shows, too.
+LIVE = (
+    "walk-end-is-not-the-end",
+    "dirty-and-swapped",
+    "categories-come-with-kernels",
+    "clear-bit-without-registration",
+    "not-in-core-is-not-gone",
+    "clear-refs-is-for-everybody",
+    "words-are-64-bits",
+    "not-empty-is-not-swapped",
+    "protected-pages",
+    "one-frame-many-pages",
+    "mapped-twice-by-one",
+    "private-copies-are-not-the-file",
+    "the-zero-page",
+    "swap-field-is-no-frame",
+    "empty-pages-are-written",
+)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs a running Linux kernel")
+    with open_workbench("procfs") as workbench:
+        if not workbench.kernel.pfn_visible:
+            pytest.skip("needs CAP_SYS_ADMIN: frame numbers are hidden")
+        yield workbench
+
+
+@pytest.mark.rule("AC-012", "PM-012", "PM-024", "SC-011", "SC-014", "SC-018", "SC-026", "SC-039")
+@pytest.mark.parametrize("name", LIVE)
+def test_on_the_running_kernel(bench, name):
+    """The right reader says what the kernel's interfaces say through pmcore; the wrong one does not."""
+    case = CASES[name]
+    state = run(case.program, bench)
+    try:
+        bench.settle()
+        pid, areas = (
+            state.task("main").pid,
+            [(start, start + length) for start, length in state.areas.values()],
+        )
+        truth = Truth.of(bench.kernel, pid, within=areas)
+        assert compare(read_says(careful(pid, areas)), truth, case) == ()
+        reader = WRONG.get(name) or in_core(state)
+        if name == "categories-come-with-kernels":
+            with pytest.raises(OSError, match="Invalid argument"):
+                reader(pid, areas)
+            return
+        said = reader(pid, areas)
+        assert {finding.rule for finding in compare(read_says(said), truth, case)} & set(case.rules)
+    finally:
+        for task in list(state.tasks.values()):
+            task.exit()
+
+
+HIDDEN = """
+import ctypes, json, mmap, sys
+sys.path.insert(0, {folder!r})
+from validate.careful import careful
+from validate.misuses import WRONG
+area = mmap.mmap(-1, 16 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(8):
+    area[page * 4096] = 1
+start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+areas = [(start, start + 16 * 4096)]
+readers = (careful, WRONG["hidden-frame-numbers"])
+print(json.dumps([reader("self", areas)["pages"] for reader in readers]))
+"""
+
+
+@pytest.mark.rule("AC-003", "AC-004")
+def test_hidden_frame_numbers():
+    """Without CAP_SYS_ADMIN: the right reader says it does not know, the wrong one that all is in frame 0."""
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("needs root and setpriv, to give a capability away")
+    script = HIDDEN.format(folder=str(Path(__file__).resolve().parents[1]))
+    command = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    right, wrong = json.loads(done.stdout)
+    assert (
+        [page["present"] for page in right] == [page["present"] for page in wrong] == [True] * 8 + [False] * 8
+    )
+    assert {page["pfn"] for page in right} == {None}
+    assert {page["pfn"] for page in wrong[:8]} == {0}
