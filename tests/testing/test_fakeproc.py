@@ -187,7 +187,7 @@ def test_the_machine_as_such(machine, area):
     with fake_proc(machine):
         assert os.sysconf("SC_PAGE_SIZE") == os.sysconf("SC_PAGESIZE") == mmap.PAGESIZE == PAGE
         assert os.sysconf(os.sysconf_names["SC_PAGE_SIZE"]) == resource.getpagesize() == PAGE
-        assert 0 < os.sysconf("SC_PHYS_PAGES") <= machine.frame_count()
+        assert 0 < os.sysconf("SC_AVPHYS_PAGES") < os.sysconf("SC_PHYS_PAGES") <= machine.frame_count()
         with fake_proc(small):
             assert os.sysconf("SC_PHYS_PAGES") <= small.frame_count()
         os.kill(1, 0)

@@ -25,7 +25,7 @@ Limits:
   file system (`os.unlink`, `mkdir`, `chdir`, ...) is refused below /proc and /sys (NotModelled).
 - The replacement is of the whole process: all threads see it, calls take turns, and a context ends for all of them.
   Contexts nest: the innermost answers, files stay with the one that opened them, and answer EBADF after it.
-- `os.getuid` and the like stay real: privilege is that of `opener`.
+- `os.getuid` and the like stay real: privilege is that of `opener`. So does `os.uname`; /proc/version is the machine's.
 """
 
 from __future__ import annotations

@@ -425,20 +425,22 @@ def _sysconf(name: Any, /) -> Any:
         size = fake.machine.geometry.page_size
         if names & set(_SYSCONF_PAGE):
             return size
-        if "SC_PHYS_PAGES" in names:
-            with answering():
-                return _memory(fake) // size
+        for each, line in (("SC_PHYS_PAGES", "MemTotal:"), ("SC_AVPHYS_PAGES", "MemFree:")):
+            if each in names:
+                with answering():
+                    found = _memory(fake, line)
+                    return fake.machine.frame_count() if found is None else found // size
     return real("os.sysconf", name)
 
 
-def _memory(fake: FakeProc) -> int:
-    """Bytes of memory: what meminfo says, or all frames where it does not."""
+def _memory(fake: FakeProc, label: str) -> int | None:
+    """Bytes that a line of meminfo counts; None where there is none."""
     kernel = fake.machine
     if "meminfo" in kernel.files():
         for line in kernel.pread("meminfo", 0, 1 << 20).decode().splitlines():
-            if line.startswith("MemTotal:"):
+            if line.startswith(label):
                 return int(line.split()[1]) << 10
-    return kernel.frame_count() * kernel.geometry.page_size
+    return None
 
 
 def _getpagesize() -> Any:

@@ -46,7 +46,7 @@ _REPLACEMENTS: dict[str, _Replacement] = {
 _CONSTANTS: dict[str, dict[str, Any]] = {
     "os": {
         **dict.fromkeys(("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NOCTTY", "O_SYNC"), 0),
-        "sysconf_names": {"SC_PAGESIZE": 30, "SC_PAGE_SIZE": 30, "SC_PHYS_PAGES": 85},
+        "sysconf_names": {"SC_PAGESIZE": 30, "SC_PAGE_SIZE": 30, "SC_PHYS_PAGES": 85, "SC_AVPHYS_PAGES": 86},
     },
     "mmap": {
         "PROT_READ": 1,
