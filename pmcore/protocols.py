@@ -438,6 +438,11 @@ class Workbench(Protocol):
         """To provide: the kernel that its tasks run on, for looking."""
         ...
 
+    @property
+    def watched(self) -> bool:
+        """Whether others sample accesses meanwhile (a DAMON monitor), which moves accessed bits about and sets IDLE."""
+        return False
+
     def spawn(self) -> Task:
         """To provide: a fresh task with nothing of the program mapped."""
         ...

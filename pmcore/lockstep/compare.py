@@ -40,8 +40,10 @@ class Difference:
 class Comparer:
     """Holds the looks of two sides against each other, step after step."""
 
-    def __init__(self, *, limit: int = 12) -> None:
+    def __init__(self, *, limit: int = 12, watched: bool = False) -> None:
         self.limit = limit
+        #: Whether somebody samples accesses on one of the machines: more masks apply then.
+        self.watched = watched
         #: How often each mask hid a difference.
         self.masked: Counter[str] = Counter()
         self._before: tuple[Look, Look] | None = None
@@ -111,7 +113,7 @@ class Comparer:
                 for key in {**mine, **theirs}:
                     if mine.get(key) == theirs.get(key):
                         continue
-                    if key in COUNTER_MASKS:
+                    if self.watched and key in COUNTER_MASKS:
                         self.masked[COUNTER_MASKS[key]] += 1
                         continue
                     yield Difference(f"smaps {key}", where, str(mine.get(key)), str(theirs.get(key)))
@@ -146,6 +148,8 @@ class Comparer:
         flags = left.kpageflags[ia], right.kpageflags[ib]
         differ = flags[0] ^ flags[1]
         for mask in FLAG_MASKS:
+            if mask.watched and not self.watched:
+                continue
             hidden = (differ & np.uint64(mask.bits)) != 0
             if mask.where:
                 shown = flags[0] | flags[1] if mask.either else flags[0] & flags[1]

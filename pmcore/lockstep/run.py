@@ -45,7 +45,7 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
     The tasks are ended; the workbenches stay open. Raises ArgumentError for a program that names what it has not made.
     """
     runs = Run(program, left), Run(program, right)
-    comparer, reached = Comparer(), Reached()
+    comparer, reached = Comparer(watched=left.watched or right.watched), Reached()
     scans = 0
     try:
         for number, step in enumerate(program.steps):

@@ -29,7 +29,7 @@ from pmcore.backends.procfs.process import ProcfsProcess
 from pmcore.backends.procfs.workbench.disk import Disk
 from pmcore.backends.procfs.workbench.ksm import Ksmd
 from pmcore.backends.procfs.workbench.monitor import Monitor, Watch
-from pmcore.backends.procfs.workbench.steady import drain_lru, steady, turn_thp
+from pmcore.backends.procfs.workbench.steady import drain_lru, monitors, steady, turn_thp
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
 from pmcore.geometry import parse_size
 from pmcore.protocols import HEAP, MADE_PAGES, Task, Workbench
@@ -352,6 +352,7 @@ class ProcfsWorkbench(Workbench):
         self._pools = dict(pools or {})
         #: Whether the machine is kept still for us; whether sizes of huge pages have been set.
         self._still, self._set = held is not None, False
+        self._watched = bool(monitors())
         self._held = held or ExitStack()
         self._ksmd: Ksmd | None = None
         #: Whether ksmd has looked at tasks since it was last told to forget everything.
@@ -376,6 +377,11 @@ class ProcfsWorkbench(Workbench):
     def kernel(self) -> ProcfsKernel:
         """The kernel that the tasks run on."""
         return self._kernel
+
+    @property
+    def watched(self) -> bool:
+        """Whether a DAMON monitor ran when the workbench was opened."""
+        return self._watched
 
     def spawn(self) -> ProcfsTask:
         """A fresh task."""

@@ -26,12 +26,14 @@ from pmcore.backends.procfs.workbench import ksm
 from pmcore.backends.procfs.workbench.disk import Disk
 from pmcore.errors import BackendUnavailable, syscall_error
 
-__all__ = ["drain_lru", "steady", "turn_thp"]
+__all__ = ["drain_lru", "monitors", "steady", "turn_thp"]
 
 _SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
 _MADV_HUGEPAGE = 14
 #: Seconds to wait for another process that keeps the machine still.
 _PATIENCE = 300
+#: What samples accesses to all memory: accessed bits move from entries to frames, and frames become IDLE.
+_MONITORS = Path("/sys/kernel/mm/damon/admin/kdamonds")
 _THP = "/sys/kernel/mm/transparent_hugepage"
 _KNOBS = {
     "/proc/sys/vm/page-cluster": "0",
@@ -43,6 +45,11 @@ _KNOBS = {
 _DISK_KNOBS = {"/proc/sys/vm/dirty_writeback_centisecs": "0"}
 #: With a swap area: compressed in memory, so that a page that is paged out is gone at once.
 _SWAP_KNOBS = {"/sys/module/zswap/parameters/enabled": "Y"}
+
+
+def monitors() -> list[str]:
+    """The DAMON monitors that run, each by the file that switches it off."""
+    return [str(path) for path in sorted(_MONITORS.glob("*/state")) if _read(str(path)) == "on"]
 
 
 def drain_lru() -> bool:
@@ -77,7 +84,7 @@ def steady(
     knobs: Mapping[str, str] | None = None,
     disk: Disk | None = None,
 ) -> Iterator[None]:
-    """Pin this process to one processor, quieten khugepaged, ksmd and swap readahead; all is put back on leaving.
+    """Pin this process to one processor, quieten khugepaged, ksmd, DAMON and swap readahead; put back on leaving.
 
     `swap` bytes of compressed swap, or the swap area on the block device of that path, are switched on
     (BackendUnavailable where that cannot be), `knobs` are further files of /proc and /sys with what to write. Knobs
@@ -90,6 +97,7 @@ def steady(
     compressed = swap if isinstance(swap, int) else 0
     wanted = {
         **_KNOBS,
+        **dict.fromkeys(monitors(), "off"),
         **(_SWAP_KNOBS if compressed else {}),
         **(_DISK_KNOBS if disk else {}),
         **(knobs or {}),

@@ -37,34 +37,46 @@ _ALL = (1 << 64) - 1
 _WP_UNPOPULATED = int(UffdFeature.WP_UNPOPULATED)
 
 
-def _told(vma: VmArea) -> bool:
-    """Whether somebody has to be told of the first write to a page of a shared mapping."""
-    return bool(vma.flags & VmFlag.UFFD_WP) or (vma.file is not None and vma.file.on_disk)
+def _all_may(core: Core, vma: VmArea) -> bool | None:
+    """Of a shared mapping: whether all pages may be written without a fault, or none. None: the dirty ones may.
+
+    Who tracks writes is told of each first one, also to what is dirty; a disk's file system of those to clean pages.
+    """
+    if vma.file is not None and vma.file.on_disk:
+        return None
+    return not vma.flags & VmFlag.UFFD_WP and (not core.soft_dirty or bool(vma.flags & VmFlag.SOFTDIRTY))
 
 
 def _may_write(core: Core, vma: VmArea, entries: U64Array) -> BoolArray:
     """Which present entries may be written at once, without a fault (can_change_pte_writable)."""
     may: BoolArray = (entries & np.uint64(DIRTY)) != 0
     if vma.flags & VmFlag.SHARED:
-        if not _told(vma):
-            may[:] = True
+        every = _all_may(core, vma)
+        if every is not None:
+            may[:] = every
+            return may
     elif core.caps.mprotect_makes_clean_writable:
         may[:] = True
     if core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY:
         may &= (entries & np.uint64(SOFT_DIRTY)) != 0
     if vma.flags & VmFlag.UFFD_WP:
         may &= (entries & np.uint64(UFFD_WP)) == 0
-    if vma.flags & VmFlag.SHARED:
-        return may
-    pfns = (entries & np.uint64(FIELD)).view(np.int64)
-    may[may] = (core.memory.frames.flags[pfns[may]] & np.uint64(ANON_EXCLUSIVE)) != 0
+    if not vma.flags & VmFlag.SHARED:
+        pfns = (entries & np.uint64(FIELD)).view(np.int64)
+        may[may] = (core.memory.frames.flags[pfns[may]] & np.uint64(ANON_EXCLUSIVE)) != 0
     return may
 
 
 def _may_write_one(core: Core, vma: VmArea, pte: int) -> bool:
     """`_may_write` for one entry."""
     flags = vma.flags
-    clean = not _told(vma) if flags & VmFlag.SHARED else core.caps.mprotect_makes_clean_writable
+    if flags & VmFlag.SHARED:
+        every = _all_may(core, vma)
+        if every is not None:
+            return every
+        clean = False
+    else:
+        clean = core.caps.mprotect_makes_clean_writable
     if not pte & DIRTY and not clean:
         return False
     if core.soft_dirty and not flags & VmFlag.SOFTDIRTY and not pte & SOFT_DIRTY:
