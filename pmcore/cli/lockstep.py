@@ -257,7 +257,9 @@ def _session(
     def save(difference: Result) -> None:
         saved.append(difference)
         if options["save"]:
-            save_program(difference.program, options["save"] + (f".{len(saved)}" if len(saved) > 1 else ""))
+            note = "; ".join(map(str, difference.differences[:4]))
+            place = options["save"] + (f".{len(saved)}" if len(saved) > 1 else "")
+            save_program(attrs.evolve(difference.program, note=note), place)
 
     with progress_bar("lockstep", wanted=not options["no_progress"]) as progress:
         report = session(
