@@ -60,6 +60,7 @@ class Capabilities:
     huge_zero_write_gives_huge: bool
     mprotect_makes_writable: bool
     mprotect_makes_clean_writable: bool
+    mprotect_batch: bool
     lazyfree_discards_pmd: bool
     collapse_needs_writable: bool
     mprotect_unaccounts: bool
@@ -162,6 +163,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         huge_zero_write_gives_huge=has("mm.huge_zero_write_gives_huge"),
         mprotect_makes_writable=has("mm.mprotect_makes_writable"),
         mprotect_makes_clean_writable=has("mm.mprotect_makes_clean_writable"),
+        mprotect_batch=has("mm.mprotect_batch"),
         lazyfree_discards_pmd=has("mm.lazyfree_discards_pmd"),
         collapse_needs_writable=has("mm.collapse_needs_writable"),
         mprotect_unaccounts=has("mm.mprotect_unaccounts"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Runs", "large_runs"]
 
-_FIELD, _PRESENT, _SPECIAL, _UFFD_WP = (np.uint64(bits) for bits in (FIELD, PRESENT, SPECIAL, UFFD_WP))
+_FIELD, _PRESENT, _SPECIAL = (np.uint64(bits) for bits in (FIELD, PRESENT, SPECIAL))
 _COMPOUND = np.uint64(COMPOUND)
 
 
@@ -53,8 +53,8 @@ class Runs(NamedTuple):
         return every
 
 
-def large_runs(core: Core, start: int, entries: U64Array) -> Runs:
-    """The runs among PTEs from the address `start` on."""
+def large_runs(core: Core, start: int, entries: U64Array, *, differ: int = UFFD_WP) -> Runs:
+    """The runs among PTEs from the address `start` on; a run ends also where one of the bits `differ` does."""
     none = np.zeros(0, dtype=np.int64)
     if not core.memory.large:
         return Runs(none, none, none, none)
@@ -66,13 +66,13 @@ def large_runs(core: Core, start: int, entries: U64Array) -> Runs:
     if not len(index):
         return Runs(none, none, none, none)
     heads = pfns - frames.behind[pfns]
-    guarded = entries[index] & _UFFD_WP
+    bits = entries[index] & np.uint64(differ)
     table = (start >> core.geometry.page_shift) + index >> core.geometry.pmd_order
     breaks = (
         (np.diff(index) != 1)
         | (np.diff(pfns) != 1)
         | (heads[1:] != heads[:-1])
-        | (guarded[1:] != guarded[:-1])
+        | (bits[1:] != bits[:-1])
         | (table[1:] != table[:-1])
     )
     begins = np.concatenate([[0], np.flatnonzero(breaks) + 1])

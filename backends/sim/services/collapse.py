@@ -83,10 +83,10 @@ def _one(
     except NoMemory:
         return Errno.ENOMEM, True
     guard = (entries & np.uint64(GUARD)) != 0
-    if guard.any():
-        core.memory.free_folio(folio)
-        return Errno.EINVAL, True
-    for index in np.flatnonzero(swap_entries(entries)).tolist():
+    for index in np.flatnonzero(guard | swap_entries(entries)).tolist():
+        if guard[index]:  # what came before it has been read back
+            core.memory.free_folio(folio)
+            return Errno.EINVAL, True
         swapping.swap_in(
             core,
             mm,

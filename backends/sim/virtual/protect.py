@@ -8,6 +8,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.services.batches import large_runs
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
@@ -18,6 +19,7 @@ from pmcore.backends.sim.virtual.pte import (
     UFFD_MARKER,
     UFFD_WP,
     WRITE,
+    YOUNG,
     is_marker,
 )
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -83,7 +85,7 @@ def _may_write_one(core: Core, vma: VmArea, pte: int) -> bool:
         return False
     if flags & VmFlag.UFFD_WP and pte & UFFD_WP:
         return False
-    return bool(flags & VmFlag.SHARED or core.memory.frames.flags_at[pte & FIELD] & ANON_EXCLUSIVE)
+    return bool(core.memory.frames.flags_at[pte & FIELD] & ANON_EXCLUSIVE)
 
 
 def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> None:
@@ -94,7 +96,7 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
     writable = bool(vma.flags & VmFlag.WRITE)
-    few = mm.tables.few(start, end)
+    few = mm.tables.few(start, end) if not core.memory.large else None
     if few is not None:
         for slot in few:
             _change_one(core, vma, slot, writable=writable)
@@ -102,6 +104,8 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
     for extent in mm.tables.extents(start, end):
         entries = extent.entries
         present = (entries & _PRESENT) != 0
+        if core.memory.large and not extent.huge:
+            _share_marks(core, extent.start, entries)
         if writable:
             if vma.flags & VmFlag.SHARED:
                 entries[present] &= np.uint64(~WRITE & _ALL)
@@ -116,6 +120,20 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
             entries[index[may]] |= np.uint64(WRITE)
         else:
             entries[present] &= np.uint64(~WRITE & _ALL)
+
+
+def _share_marks(core: Core, start: int, entries: U64Array) -> None:
+    """Entries of a large folio that are changed in one piece share their accessed and dirty marks."""
+    if not core.caps.mprotect_batch:
+        return
+    runs = large_runs(core, start, entries, differ=WRITE | SOFT_DIRTY | UFFD_WP)
+    runs = runs.take(runs.pages > 1)
+    if not len(runs.first):
+        return
+    index = runs.entries()
+    begins = np.cumsum(runs.pages) - runs.pages
+    marks = np.bitwise_or.reduceat(entries[index] & np.uint64(YOUNG | DIRTY), begins)
+    entries[index] |= np.repeat(marks, runs.pages)
 
 
 def _change_one(core: Core, vma: VmArea, slot: int, *, writable: bool) -> None:
@@ -141,7 +159,7 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
     markers = bool(features & _WP_UNPOPULATED) or vma.file is not None
     if protect and markers:
         mm.tables.make(start, end)
-    few = mm.tables.few(start, end)
+    few = mm.tables.few(start, end) if not core.memory.large else None
     if few is not None:
         for slot in few:
             _wp_one(core, vma, slot, protect=protect, markers=markers)
@@ -149,6 +167,8 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
     for extent in mm.tables.extents(start, end):
         entries = extent.entries
         present = (entries & _PRESENT) != 0
+        if core.memory.large and not extent.huge:
+            _share_marks(core, extent.start, entries)
         swap = swap_entries(entries) if not extent.huge else np.zeros(len(entries), np.bool_)
         if protect:
             entries[present] = (entries[present] | np.uint64(UFFD_WP)) & np.uint64(~WRITE & _ALL)
