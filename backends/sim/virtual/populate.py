@@ -101,8 +101,12 @@ def _put_back(
     wanted = np.uint64(PRESENT | WRITE if write else PRESENT)
     for start, huge, size, old in before:
         stop = min(start + len(old) * size, end)
-        if start >= stop or huge:
-            continue  # a huge page's entry is marked as accessed like any other
+        if start >= stop:
+            continue
+        if huge:
+            if not write:  # for writing a huge page's entry is marked like any other
+                _put_back_huge(mm, start, stop, size, old)
+            continue
         old = old[: stop - start >> core.geometry.page_shift]
         good = (old & wanted) == wanted
         if not good.any():
@@ -125,6 +129,17 @@ def _put_back(
                 chosen
             ] & np.uint64(bits)
             position = part.stop
+
+
+def _put_back_huge(mm: AddressSpace, start: int, stop: int, size: int, old: U64Array) -> None:
+    """Populating for reading leaves the entries of huge pages that are there as they are (touch_pmd on x86)."""
+    young = np.uint64(YOUNG)
+    for extent in mm.tables.extents(start, stop):
+        if extent.huge:
+            first = (extent.start - start) // size
+            was = old[first : first + len(extent.entries)]
+            same = ((extent.entries ^ was) & ~young) == 0
+            extent.entries[same] = was[same]
 
 
 def _mark(core: Core, mm: AddressSpace, start: int, end: int) -> None:
