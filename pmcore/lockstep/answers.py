@@ -52,6 +52,8 @@ class Answers:
     looks: tuple[Look, ...]
     #: What kind of swap area the machine had, as the simulated one names them: "compressed", "device" or "disk".
     swap_kind: str = "compressed"
+    #: Whether somebody sampled accesses meanwhile (`Workbench.watched`); taken for granted where a file does not say.
+    watched: bool = False
 
 
 def ask(
@@ -76,12 +78,13 @@ def ask(
         outcomes=tuple(outcomes),
         looks=tuple(looks),
         swap_kind=swap_kind,
+        watched=workbench.watched,
     )
 
 
 def replay(answers: Answers, workbench: Workbench) -> Result:
     """Lockstep of `workbench` (left) with the recorded answers (right); ends at the first step that differs."""
-    run, comparer = Run(answers.program, workbench), Comparer()
+    run, comparer = Run(answers.program, workbench), Comparer(watched=answers.watched)
     try:
         for number, step in enumerate(answers.program.steps):
             outcome = _outcome(run.advance(step))
@@ -98,7 +101,7 @@ def replay(answers: Answers, workbench: Workbench) -> Result:
 
 def changes(old: Answers, new: Answers) -> Result:
     """Lockstep of two recordings of one program; ends at the first step that differs."""
-    comparer = Comparer()
+    comparer = Comparer(watched=old.watched or new.watched)
     for number, step in enumerate(old.program.steps):
         looks = old.looks[number], new.looks[number]
         both = old.outcomes[number], new.outcomes[number]
@@ -210,6 +213,7 @@ def answers_to_json(answers: Answers) -> str:
         "kernel": answers.version,
         "pfn_visible": answers.pfn_visible,
         "swap_kind": answers.swap_kind,
+        "watched": answers.watched,
         "profile": profile_row(answers.profile),
         "program": json.loads(program_to_json(answers.program)),
         "vmas": [json.loads(text) for text in vmas],
@@ -275,6 +279,7 @@ def answers_from_json(text: str, *, source: str = "answers") -> Answers:
             outcomes=tuple(json.dumps(step["outcome"]) for step in data["steps"]),
             looks=tuple(looks),
             swap_kind=str(data["swap_kind"]),
+            watched=bool(data.get("watched", True)),
         )
     except FormatError:
         raise
