@@ -6,7 +6,7 @@ import attrs
 
 from pmcore.pageflags import flag_rows
 from pmcore.profile import KernelProfile
-from pmcore.uapi import Madvise, PageFlag, UffdFeature
+from pmcore.uapi import SWP_PTE_MARKER, Madvise, PageFlag, UffdFeature
 
 __all__ = ["Capabilities", "capabilities"]
 
@@ -20,6 +20,7 @@ _TAIL_FLAGS = (
     | PageFlag.ZERO_PAGE
     | PageFlag.OWNER_2
 )
+_SEQ_READ, _RAND_READ = 0x8000, 0x10000
 _ADVICE = {
     Madvise.FREE: "madv.free",
     Madvise.HUGEPAGE: "madv.hugepage",
@@ -101,6 +102,14 @@ class Capabilities:
     hugetlb: bool
     hugetlb_dontneed: bool
     hugetlb_small_indices: bool
+    #: The swap type that markers show.
+    marker_type: int
+    mmap_says_why: bool
+    swapin_writable: bool
+    ksm_unshares: bool
+    ksm_checks_change_first: bool
+    #: Flags of mappings whose accesses leave no trace on the pages of files (VmFlag).
+    no_recency: int
     hugetlb_promises_again: bool
     hugetlb_promises_while_shared: bool
     uffd_unregister_own: bool
@@ -199,6 +208,12 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         uffd_wp=has("uffd.wp"),
         hugetlb=has("mm.hugetlb"),
         hugetlb_dontneed=has("mm.hugetlb_dontneed"),
+        marker_type=SWP_PTE_MARKER - has("quirk.swapin_error_type"),
+        mmap_says_why=has("mm.mmap_says_why"),
+        swapin_writable=has("mm.swapin_writable"),
+        ksm_unshares=has("mm.ksm_unshares"),
+        ksm_checks_change_first=has("mm.ksm_checks_change_first"),
+        no_recency=_SEQ_READ | (_RAND_READ if has("mm.random_leaves_no_trace") else 0),
         hugetlb_small_indices=has("mm.hugetlb_small_indices"),
         hugetlb_promises_again=has("mm.hugetlb_promises_again"),
         hugetlb_promises_while_shared=has("quirk.hugetlb_promises_while_shared"),

@@ -2,6 +2,8 @@
 
     tox -e kernels                                   each kernel of kernels.toml: kept programs, 50 random ones
     tox -e kernels -- --kernel 6.12 --programs 500   one of them, longer
+    tox -e kernels -- --kernel 6.12 --ask            it only answers, and is compared here: half the time
+    tox -e kernels -- --kernel 6.12 --again          what it answered last is compared again, nothing is booted
     tox -e kernels -- --kernel live                  the running kernel by the same programs (as root)
     tox -e kernels -- --table                        spec/kernels.md anew from the results that are kept
 
@@ -26,10 +28,12 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # at the end: the installed project comes first
 
 from tests.kernels.archive import HERE, KernelTree, MatrixError, choices, fetch  # noqa: E402
+from tests.kernels.asked import compared, saved  # noqa: E402
 from tests.kernels.job import inside  # noqa: E402
 from tests.kernels.table import summary, write_table  # noqa: E402
 
 RESULTS = HERE / "results"
+ANSWERS = ROOT / "tests" / "lockstep" / "answers"
 LIVE = "live"
 
 
@@ -40,11 +44,12 @@ def main() -> int:
         wanted = [choice for choice in choices() if not options.kernel or choice.name in options.kernel]
         failed = False
         if options.table:
-            write_table(RESULTS, ROOT / "spec" / "kernels.md")
+            write_table(RESULTS, ROOT / "spec" / "kernels.md", ANSWERS)
             return 0
         for choice in wanted:
             tree = fetch(choice, options.cache)
-            failed |= _report(choice.name, _guest(tree, options), options)
+            told = _asked(tree, options) if options.ask or options.again else _guest(tree, options)
+            failed |= _report(choice.name, told, options)
         if options.kernel and LIVE in options.kernel:
             failed |= _report(LIVE, _live(options), options)
     except MatrixError as error:
@@ -65,6 +70,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=25, help="for each kernel, then it ends")
     parser.add_argument("--replay", type=Path, action="append", help="this program instead of the kept ones")
+    parser.add_argument("--ask", action="store_true", help="have it answer only, and compare here")
+    parser.add_argument("--again", action="store_true", help="compare what it answered last with that seed")
     parser.add_argument("--record", action="store_true", help="keep the result for the table of spec/")
     parser.add_argument("--table", action="store_true", help="write spec/kernels.md and end")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pmcore-kernels"
@@ -91,17 +98,44 @@ def _guest(tree: KernelTree, options: argparse.Namespace) -> dict[str, Any]:
         _progress(tree.choice.name, line)
 
     wanted = _wanted(options, smaller=bool(options.replay))
-    told = inside(tree, wanted, _kept(options), cache=options.cache, listen=listen)
+    inside(tree, wanted, _kept(options), cache=options.cache, listen=listen)
+    return {"lines": lines, "kernel": _kernel(tree)}
+
+
+def _asked(tree: KernelTree, options: argparse.Namespace) -> dict[str, Any]:
+    """What a guest answered, kept in the cache, compared here."""
+    place = options.cache / f"asked-{tree.choice.name}-{options.seed}.jsonl"
+    if not options.again:
+        count = 0
+        with place.with_suffix(".part").open("w", encoding="utf-8") as out:
+
+            def listen(line: dict[str, Any]) -> None:
+                nonlocal count
+                out.write(json.dumps(line) + "\n")
+                out.flush()
+                count += line["kind"] == "answers"
+                if line["kind"] == "answers" and count % 25 == 0:
+                    print(f"{tree.choice.name}: {count} programs answered", flush=True)
+
+            inside(tree, _wanted(options, answers=True), _kept(options), cache=options.cache, listen=listen)
+        place.with_suffix(".part").rename(place)
+    if not place.exists():
+        raise MatrixError(f"{tree.choice.name}: nothing was asked with seed {options.seed}: --ask first")
+    lines = []
+    for line in compared(saved(place)):
+        lines.append(line)
+        if line.get("found"):
+            print(f"{tree.choice.name}: program {line['program']}: a difference", flush=True)
+    return {"lines": lines, "kernel": _kernel(tree)}
+
+
+def _kernel(tree: KernelTree) -> dict[str, Any]:
     config = tree.config.read_text(encoding="utf-8")
     return {
-        "lines": lines,
-        "kernel": {
-            "release": tree.release,
-            "package": tree.package,
-            "memory_kib": told.ready["memory_kib"],
-            "config": [line for line in config.splitlines() if line.partition("=")[0] in _CONFIG],
-            "swap": "device-mapper over a disk of memory",
-        },
+        "release": tree.release,
+        "package": tree.package,
+        "config": [line for line in config.splitlines() if line.partition("=")[0] in _CONFIG],
+        "swap": "device-mapper over a disk of memory",
     }
 
 
@@ -167,7 +201,7 @@ def _report(name: str, told: dict[str, Any], options: argparse.Namespace) -> boo
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps({"date": time.strftime("%Y-%m-%d"), **found}, indent=1, sort_keys=True)
         (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-        write_table(RESULTS, ROOT / "spec" / "kernels.md")
+        write_table(RESULTS, ROOT / "spec" / "kernels.md", ANSWERS)
     print(
         f"{name} ({found['release']}): {found['kept']} kept and {found['programs']} random programs, "
         f"{found['steps']} steps, {found['differences']} differences, masks {found['masks'] or 'none'}, "

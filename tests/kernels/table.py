@@ -12,6 +12,7 @@ _COLUMNS = (
         "kernel",
         "release",
         "date",
+        "answers kept",
         "kept programs",
         "random programs",
         "seed",
@@ -26,7 +27,8 @@ _HEAD = f"""# Kernels that the simulated machine was held against
 Made by `tox -e kernels -- --table` from `tests/kernels/results/`; a row is renewed by
 `tox -e kernels -- --kernel NAME --programs 500 --seed N --record`. Each guest is booted under qemu's software emulation
 with one processor; `live` is the kernel that this project is developed on. Programs are compared after each step in
-everything visible (`spec/lockstep.md`).
+everything visible (`spec/lockstep.md`). Answers to kept programs (`tests/lockstep/answers`) are replayed by every run
+of the tests; kept and random programs are those of the last run of the matrix.
 
 | {" | ".join(_COLUMNS)} |
 {"|---" * len(_COLUMNS)}|
@@ -73,8 +75,8 @@ def summary(told: dict[str, Any], *, seed: int) -> dict[str, Any]:
     }
 
 
-def write_table(results: Path, target: Path) -> None:
-    """The table of all results that are kept."""
+def write_table(results: Path, target: Path, answers: Path | None = None) -> None:
+    """The table of all results that are kept; `answers` is where answers to kept programs are, by kernel."""
     rows = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")}
     order = sorted(
         rows,
@@ -88,6 +90,7 @@ def write_table(results: Path, target: Path) -> None:
             name,
             row["release"],
             row["date"],
+            len(list(answers.glob(f"{name}/*.json"))) if answers else 0,
             row["kept"],
             row["programs"],
             row["seed"],

@@ -1,13 +1,20 @@
 """The parts of the kernel matrix that can be tried without booting anything."""
 
+import base64
 import io
 import json
 import shutil
 import subprocess
+import zlib
 
+import numpy as np
 import pytest
 
+from pmcore.lockstep.answers import answers_from_json, answers_to_json, ask
+from pmcore.lockstep.generator import Seeded, random_program
+from pmcore.registry import open_workbench
 from tests.kernels.archive import choices
+from tests.kernels.asked import compared, machine_for
 from tests.kernels.image import Cpio
 from tests.kernels.table import summary, write_table
 
@@ -79,3 +86,25 @@ def test_the_table_shows_where_kernels_differ(tmp_path):
     assert text.index("| 6.1 |") < text.index("| 6.12 |")
     assert "| `scan` |  | yes |" in text
     assert "`pagemap`" not in text
+
+
+def test_answers_are_compared_where_nothing_is_booted():
+    """A machine's own answers agree with it; with one bit changed they are told as a difference."""
+    program = random_program(Seeded("3:1"), None, max_steps=12)
+    with_machine = ask(program, open_workbench("sim", memory="64 MiB", swap="8 MiB", kernel="6.12"))
+    answers = answers_from_json(answers_to_json(with_machine))
+    assert machine_for(answers).kernel.profile == answers.profile
+
+    def line():
+        text = base64.b64encode(zlib.compress(answers_to_json(answers).encode())).decode()
+        return {"kind": "answers", "program": "3:1", "text": text}
+
+    last = {"kind": "end", "complete": True}
+    same, end = compared([line(), last])
+    assert (same["kind"], same["programs"], same["found"]) == ("random", 1, [])
+    assert end == last
+    answers.looks[-1].tasks["main"].words[-1] ^= np.uint64(1 << 57)
+    (other,) = compared([line()])
+    assert other["found"][0]["at"] == len(program.steps) - 1
+    (cannot,) = compared([{"kind": "answers", "program": "k", "cannot": "no such size"}])
+    assert cannot == {"kind": "kept", "program": "k", "not_modelled": "no such size"}

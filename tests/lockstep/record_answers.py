@@ -11,12 +11,9 @@ answers are the same is left as it is.
 from __future__ import annotations
 
 import argparse
-import base64
 import os
 import re
 import sys
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +26,8 @@ from pmcore.lockstep.answers import Answers, answers_from_json, answers_to_json,
 from pmcore.program import load_program  # noqa: E402
 from pmcore.registry import open_workbench  # noqa: E402
 from tests.kernels.archive import MatrixError, choices, fetch  # noqa: E402
+from tests.kernels.asked import POOL, answers_of  # noqa: E402
 from tests.kernels.job import inside  # noqa: E402
-
-#: Hugetlb pages set aside, and surplus ones allowed: as everywhere in lockstep.
-POOL: dict[int | str, tuple[int, int]] = {"2 MiB": (8, 2)}
 
 
 def main() -> int:
@@ -109,28 +104,15 @@ def running(paths: list[Path], keeper: Keeper) -> None:
 
 def emulated(tree: Any, paths: list[Path], keeper: Keeper, cache: Path) -> None:
     """An emulated kernel's answers."""
-    inside(
-        tree,
-        {"programs": 0, "seed": 0, "seconds": 1500, "answers": True},
-        paths,
-        cache=cache,
-        listen=hearer(keeper.keep),
-    )
-
-
-def hearer(keep: Callable[[str, Answers], object]) -> Callable[[dict[str, Any]], None]:
-    """Takes the lines of a guest, gives the answers among them to `keep` with the program's name."""
 
     def listen(line: dict[str, Any]) -> None:
-        if line["kind"] != "answers":
-            return
-        if "cannot" in line:
+        if line["kind"] == "answers" and "cannot" in line:
             print(f"{line['program']}: cannot be asked: {line['cannot']}")
-            return
-        text = zlib.decompress(base64.b64decode(line["text"])).decode()
-        keep(line["program"], answers_from_json(text, source=line["program"]))
+        elif line["kind"] == "answers":
+            keeper.keep(line["program"], answers_of(line))
 
-    return listen
+    wanted = {"programs": 0, "seed": 0, "seconds": 1500, "answers": True}
+    inside(tree, wanted, paths, cache=cache, listen=listen)
 
 
 if __name__ == "__main__":

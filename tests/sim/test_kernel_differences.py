@@ -314,3 +314,86 @@ def test_mincore_of_hugetlb_without_tables(held, kernel, seen):
     assert task.mincore(start, 2 * HUGE).tolist() == seen
     task.touch(start + HUGE, 1)
     assert task.mincore(start, 2 * HUGE).tolist() == [False] * 512 + [True] * 512
+
+
+@pytest.mark.rule("HT-003")
+@pytest.mark.parametrize(("kernel", "name"), [("6.1", "ENOMEM"), ("6.12", "EINVAL")])
+def test_a_mapping_over_a_part_of_a_huge_page(held, kernel, name):
+    task = held.enter_context(open_workbench("sim", kernel=kernel, hugepages={"2 MiB": 2})).spawn()
+    start = task.mmap(HUGE, flags=0x40022)
+    with pytest.raises(SyscallError, match=name):
+        task.mmap(PAGE, addr=start + PAGE, flags=0x32)
+
+
+@pytest.mark.rule("KX-016")
+@pytest.mark.parametrize(("kernel", "dirty"), [("6.1", 3), ("6.12", 0)])
+def test_unmerging_writes_on_old_kernels(held, kernel, dirty):
+    machine = held.enter_context(open_workbench("sim", kernel=kernel))
+    task = machine.spawn()
+    start = task.mmap(3 * PAGE)
+    task.madvise(start, 3 * PAGE, Madvise.MERGEABLE)
+    for page in range(3):
+        task.write(start + page * PAGE, b"same")
+    machine.kernel.ksm.run(2)
+    task.madvise(start, 3 * PAGE, Madvise.UNMERGEABLE)
+    (entry,) = task.process.smaps(start, start + 3 * PAGE)
+    assert entry.counters["Private_Dirty"] == dirty * PAGE
+    machine.kernel.check()
+
+
+@pytest.mark.rule("KX-016")
+@pytest.mark.parametrize(("kernel", "joined"), [("6.1", 2), ("6.12", 1)])
+def test_a_page_like_a_merged_one_joins_at_the_first_look(held, kernel, joined):
+    machine = held.enter_context(open_workbench("sim", kernel=kernel))
+    task = machine.spawn()
+    start = task.mmap(3 * PAGE)
+    task.madvise(start, 3 * PAGE, Madvise.MERGEABLE)
+    for page in range(2):
+        task.write(start + page * PAGE, b"same")
+    machine.kernel.ksm.run(2)
+    task.write(start + 2 * PAGE, b"same")
+    assert machine.kernel.ksm.run(1)["pages_sharing"] == joined
+    machine.kernel.check()
+
+
+@pytest.mark.rule("KX-017")
+@pytest.mark.parametrize(("kernel", "kind"), [("6.1", 30), ("6.12", 31)])
+def test_the_type_of_markers(held, kernel, kind):
+    task = task_on(held, kernel)
+    start = task.mmap(2 * PAGE, flags=0x21)
+    fd = task.userfaultfd(1 << 12)
+    task.uffd_register(fd, start, 2 * PAGE, 2)
+    task.uffd_writeprotect(fd, start, 2 * PAGE, protect=True)
+    words = task.process.pagemap(start, start + 2 * PAGE).values
+    assert {int(word) & 0x1F for word in words} == {kind}
+
+
+@pytest.mark.rule("KX-018")
+@pytest.mark.parametrize(("kernel", "dirty"), [("6.1", False), ("6.12", True)])
+def test_a_lock_after_a_page_was_read_back(held, kernel, dirty):
+    """As the kept program clean-page-writable-again shows."""
+    bench = held.enter_context(open_workbench("sim", kernel=kernel, swap="8 MiB", swap_kind="device"))
+    task = bench.spawn()
+    start = task.mmap(PAGE)
+    task.touch(start, PAGE)
+    task.madvise(start, PAGE, Madvise.PAGEOUT)
+    task.read(start, 1)
+    task.mlock(start, PAGE)
+    word = int(task.process.pagemap(start, start + PAGE).values[0])
+    flags = int(task.process.kernel.kpageflags(word & PM_PFRAME_MASK, 1).values[0])
+    assert bool(flags & PageFlag.DIRTY) is dirty
+    bench.kernel.check()
+
+
+@pytest.mark.rule("FM-010")
+@pytest.mark.parametrize(("kernel", "noted"), [("6.1", True), ("6.12", False)])
+def test_accesses_of_random_mappings(held, kernel, noted):
+    task = task_on(held, kernel)
+    start = task.mmap(PAGE, flags=0x21)
+    task.madvise(start, PAGE, Madvise.RANDOM)
+    task.touch(start, PAGE)
+    task.madvise(start, PAGE, Madvise.DONTNEED)
+    task.touch(start, PAGE, write=False)
+    word = int(task.process.pagemap(start, start + PAGE).values[0])
+    flags = int(task.process.kernel.kpageflags(word & PM_PFRAME_MASK, 1).values[0])
+    assert bool(flags & PageFlag.REFERENCED) is noted

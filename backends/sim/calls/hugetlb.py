@@ -55,7 +55,7 @@ def map_file(
     offset: int,
 ) -> int:
     """Map a file of hugetlbfs; `length` is a multiple of its page size."""
-    from pmcore.backends.sim.calls.mmap import populate, unmap
+    from pmcore.backends.sim.calls.mmap import make_room, populate
 
     task_size, size = core.geometry.task_size, file.pool.size
     if length > task_size:
@@ -91,7 +91,7 @@ def map_file(
     if core.caps.soft_dirty:
         vm_flags |= VmFlag.SOFTDIRTY
     # What was there is gone before the file is asked, which may still refuse.
-    unmap(core, mm, addr, addr + length)
+    make_room(core, mm, call, addr, addr + length)
     if offset & size - 1:
         refuse(Errno.EINVAL, call, "an offset inside a huge page")
     if not _reserve(core, file, offset // size, (offset + length) // size, vm_flags):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
-from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.calls.refuse import Call, refuse
 from pmcore.backends.sim.services import pagecache
 from pmcore.backends.sim.services.pagecache import FileSystem, OpenFile
 from pmcore.backends.sim.virtual import hugetlb, protect, zap
 from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
-from pmcore.errors import AddressSpaceFault
+from pmcore.errors import AddressSpaceFault, SyscallError
 from pmcore.geometry import align_up
 from pmcore.protocols import HEAP
 from pmcore.uapi import Errno, MapFlag, Prot
@@ -103,7 +103,7 @@ def mmap(
     if core.caps.soft_dirty:
         vm_flags |= VmFlag.SOFTDIRTY
     if flags & _FIXED:
-        _unmap(core, mm, addr, addr + length)
+        make_room(core, mm, call, addr, addr + length)
     if kind == _SHARED and inode is None:
         inode, pgoff = pagecache.make(core, FileSystem.SHMEM, "/dev/zero (deleted)", length), 0
     name = "" if inode is None else inode.name
@@ -196,8 +196,18 @@ def _unmap(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         pagecache.put(core, inode)
 
 
+def make_room(core: Core, mm: AddressSpace, call: Call, start: int, end: int) -> None:
+    """Take away what a new mapping replaces. Before 6.12 a boundary that cannot be is ENOMEM (HT-003)."""
+    try:
+        _unmap(core, mm, start, end)
+    except SyscallError as error:
+        if core.caps.mmap_says_why:
+            raise
+        refuse(Errno.ENOMEM, call, str(error))
+
+
 unmap = _unmap
-__all__ += ["unmap"]
+__all__ += ["make_room", "unmap"]
 
 
 def mprotect(core: Core, mm: AddressSpace, start: int, length: int, prot: int) -> None:

@@ -297,6 +297,8 @@ class Ksm(StableTree):
         candidates = ~merged & ~fresh & (slot.sums[items] == hashes)
         special = merged & ~settled | ~merged & (known == STABLE)
         special |= self._likely(slot, candidates, hashes, int(addresses[0]))
+        if not core.caps.ksm_checks_change_first:
+            special |= ~merged & np.isin(hashes, np.array([key[1] for key in self.stable], dtype=np.uint64))
         # What happens in between concerns nobody else: many pages at once.
         events = [(index, 1, -1) for index in np.flatnonzero(special).tolist()]
         before = np.searchsorted(addresses, slot.addresses[gone]).tolist()
@@ -407,16 +409,30 @@ class Ksm(StableTree):
                 self._append(slot, item, node)  # of a fork: no limit for those
             return False
         self._out(slot, item)
-        if slot.sums[item] != value:
-            slot.sums[item] = value
-            return False
         splits = core.counters["split_folio"]
         content = self._bytes(pfn)
-        self._merge(slot, vma, address, pfn, value, item, content)
+        joined = not core.caps.ksm_checks_change_first and self._joined(
+            slot, vma, address, pfn, value, item, content
+        )
+        if not joined and slot.sums[item] != value:
+            slot.sums[item] = value
+            return False
+        if not joined:
+            self._merge(slot, vma, address, pfn, value, item, content)
         if core.counters["split_folio"] == splits:
             return False
         self.tree.shape(self._content)
         return True
+
+    def _joined(
+        self, slot: Slot, vma: VmArea, address: int, pfn: int, value: int, item: int, content: bytes
+    ) -> bool:
+        """Whether the stable tree has a page like this one, which is then merged with it, if that can be."""
+        core = self._core
+        node = self._stable_search((0 if self._across else core.memory.zone_of(pfn).node, value), content)
+        if node and merging.merge(core, slot.mm, vma, address, pfn, self.nodes[node].pfn):
+            self._append(slot, item, node)
+        return bool(node)
 
     def _merge(
         self, slot: Slot, vma: VmArea, address: int, pfn: int, value: int, item: int, content: bytes
@@ -429,10 +445,7 @@ class Ksm(StableTree):
         ):
             return
         key = (0 if self._across else core.memory.zone_of(pfn).node, value)
-        node = self._stable_search(key, content)
-        if node:
-            if merging.merge(core, mm, vma, address, pfn, self.nodes[node].pfn):
-                self._append(slot, item, node)
+        if self._joined(slot, vma, address, pfn, value, item, content):
             return
         place = (mm.number, address)
         other = self._unstable_search(place, value, content)

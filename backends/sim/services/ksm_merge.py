@@ -138,7 +138,10 @@ def _put_off(core: Core, pfn: int) -> None:
 
 
 def unshare(core: Core, mm: AddressSpace, vma: VmArea, address: int) -> None:
-    """A page of its own for an entry that maps a merged one, or the zero page for one: not writable yet, clean."""
+    """A page of its own for an entry that maps a merged one, or the zero page for one: not writable yet, clean.
+
+    On kernels before 6.2 as if it had been written (KX-016).
+    """
     slot = mm.tables.pte_slot(address)
     pte = core.pool.at[slot]
     pfn = pte & FIELD
@@ -147,7 +150,10 @@ def unshare(core: Core, mm: AddressSpace, vma: VmArea, address: int) -> None:
     if frames.content_at[pfn]:
         frames.content[copy] = core.memory.contents.copies(frames.content[pfn : pfn + 1])[0]
     frames.mapcount_at[copy] = 1
-    core.pool.at[slot] = copy | PRESENT | YOUNG | pte & (SOFT_DIRTY | UFFD_WP)
+    new = copy | PRESENT | YOUNG | pte & (SOFT_DIRTY | UFFD_WP)
+    if not core.caps.ksm_unshares:
+        new |= DIRTY | core.soft_dirty | (WRITE if vma.flags & VmFlag.WRITE and not pte & UFFD_WP else 0)
+    core.pool.at[slot] = new
     core.count("ksm_unshared")
     if pfn != core.zero_pfn:
         mapping.remove_page(core, mm, vma, pfn)

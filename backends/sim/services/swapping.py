@@ -97,7 +97,8 @@ def swap_in(
         frames.flags_at[pfn] |= ANON_EXCLUSIVE
         protected = pte & UFFD_WP and vma.flags & VmFlag.UFFD_WP
         clean = core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY and not pte & SOFT_DIRTY
-        if vma.flags & VmFlag.WRITE and not protected and not clean:
+        may = vma.flags & VmFlag.WRITE and not protected and not clean
+        if may and (write or core.caps.swapin_writable):
             entry |= WRITE
             if write:
                 entry |= DIRTY | core.soft_dirty
@@ -136,7 +137,8 @@ def _large_in(
         frames.set_bits(pfn, count, ANON_EXCLUSIVE)
         protected = pte & UFFD_WP and vma.flags & VmFlag.UFFD_WP
         clean = core.soft_dirty and not vma.flags & VmFlag.SOFTDIRTY and not pte & SOFT_DIRTY
-        if vma.flags & VmFlag.WRITE and not protected and not clean:
+        may = vma.flags & VmFlag.WRITE and not protected and not clean
+        if may and (write or core.caps.swapin_writable):
             entry |= WRITE | (DIRTY | core.soft_dirty if write else 0)
     frames.set_bits(folio.head, folio.pages, _ANON)
     frames.mapcount[pfn : pfn + count] += 1
@@ -193,7 +195,7 @@ def swap_in_many(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *
         core.swap.cache(pfns[kept_from:], fields[kept_from:])
     area.give_back(slots[:kept_from])
     new = pfns.view(np.uint64) | np.uint64(PRESENT | YOUNG) | done & np.uint64(SOFT_DIRTY | UFFD_WP)
-    if vma.flags & VmFlag.WRITE:
+    if vma.flags & VmFlag.WRITE and (write or core.caps.swapin_writable):
         may = exclusive
         if vma.flags & VmFlag.UFFD_WP:
             may = may & ((done & np.uint64(UFFD_WP)) == 0)

@@ -11,7 +11,17 @@ from pmcore.backends.sim.views import hugetlb as huge_view
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SHOWN, SOFT_DIRTY, SPECIAL
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.uapi import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PFRAME_MASK, PM_UFFD_WP, PageFlag
+from pmcore.uapi import (
+    PM_FILE,
+    PM_MMAP_EXCLUSIVE,
+    PM_PFRAME_MASK,
+    PM_PRESENT,
+    PM_SWAP,
+    PM_SWAP_TYPE_MASK,
+    PM_UFFD_WP,
+    SWP_PTE_MARKER,
+    PageFlag,
+)
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -23,6 +33,8 @@ _ALL = (1 << 64) - 1
 #: Where a PTE has no bit of its own for it: set on the way to the view.
 _FILE = PM_FILE
 _FIELD, _PRESENT, _SHOWN = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SHOWN)
+_MARKER = np.uint64(PM_SWAP | SWP_PTE_MARKER)
+_MARKER_MASK = np.uint64(PM_PRESENT | PM_SWAP | PM_SWAP_TYPE_MASK)
 #: Where kernels before 4.2 have the page shift, in empty entries as well (rule PM-005).
 _PAGE_SHIFT_AT = 55
 _PAGE_SHIFT_FIELD = np.uint64(0x3F << _PAGE_SHIFT_AT)
@@ -78,6 +90,9 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
         if core.caps.soft_dirty and vma.flags & VmFlag.SOFTDIRTY:
             low, high = max(vma.start, start), min(vma.end, end)
             out[(low >> shift) - start_vpn : (high >> shift) - start_vpn] |= np.uint64(SOFT_DIRTY)
+    if core.caps.marker_type != SWP_PTE_MARKER and visible:
+        markers = out[:count] & _MARKER_MASK == _MARKER
+        out[:count][markers] -= np.uint64(SWP_PTE_MARKER - core.caps.marker_type)
     if core.caps.page_shift and not core.numbers.get("soft_dirty_cleared"):
         out[:count] = out[:count] & ~_PAGE_SHIFT_FIELD | np.uint64(shift << _PAGE_SHIFT_AT)
     return count

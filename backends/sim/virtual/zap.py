@@ -128,7 +128,7 @@ def _zap_file(
     # What the entries knew of the pages of the file goes over to them.
     dirty = cached & ((old & np.uint64(DIRTY)) != 0)
     frames.flags[pfns[dirty]] = frames.flags[pfns[dirty]] & _NOT_RECLAIM | np.uint64(PageFlag.DIRTY)
-    if not vma.flags & (VmFlag.SEQ_READ | VmFlag.RAND_READ):
+    if not vma.flags & core.caps.no_recency:
         accessed.mark(core, pfns[cached & ((old & np.uint64(YOUNG)) != 0)])
     mapped = pfns[gone & present]
     if len(mapped):
