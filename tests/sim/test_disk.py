@@ -112,6 +112,22 @@ def test_contents_survive_the_cache(machine):
     machine.check()
 
 
+@pytest.mark.rule("DF-003")
+@pytest.mark.parametrize("other", [False, True])
+def test_a_marked_page_before_the_last_where_no_page_table_is(machine, other):
+    """As Linux 6.18.44 does: the fault maps the marked page alone; where a page table is, the last one, too."""
+    machine.set_readahead(8 * PAGE)
+    task = machine.spawn()
+    fd = task.open_file("file", pages=3)
+    start = task.mmap(5 * PAGE, addr=1 << 44, flags=SHARED | 0x100000, fd=fd, offset=PAGE)
+    if other:
+        task.mmap(PAGE, addr=(1 << 44) + 8 * PAGE, flags=0x100022)
+        task.touch((1 << 44) + 8 * PAGE, PAGE)
+    task.touch(start, 8, write=False)
+    assert task.process.pagemap(start, start + 2 * PAGE).present.tolist() == [True, other]
+    machine.check()
+
+
 @pytest.mark.parametrize("pages", [-1, "3", 1.5, 1 << 40])
 def test_what_is_no_number_of_pages(machine, pages):
     task = machine.spawn()

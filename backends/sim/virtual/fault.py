@@ -116,13 +116,21 @@ def _access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool
         if pte & PRESENT:
             _write_protected(core, mm, vma, addr, slot, pte)
         elif not pte or is_marker(pte):
-            _missing(core, mm, vma, addr, slot, pte, write=write)
+            _missing(core, mm, vma, addr, slot, pte, write=write, fresh=not pmd)
         else:
             swapping.swap_in(core, mm, vma, slot, pte, write=write, addr=addr)
 
 
 def _missing(
-    core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: int, *, write: bool
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    addr: int,
+    slot: int,
+    pte: int,
+    *,
+    write: bool,
+    fresh: bool,
 ) -> None:
     if pte & GUARD:
         raise segfault(addr, "a guard region")
@@ -131,7 +139,7 @@ def _missing(
     if vma.flags & VmFlag.UFFD_MISSING and vma.file is None:
         raise userfaultfd.blocked(vma, addr)
     if vma.file is not None:
-        filemap.fault(core, mm, vma, addr, slot, pte, write=write)
+        filemap.fault(core, mm, vma, addr, slot, pte, write=write, fresh=fresh)
         return
     protected = pte & UFFD_WP
     if not write:

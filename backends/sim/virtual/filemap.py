@@ -57,12 +57,22 @@ def _may_write(core: Core, vma: VmArea) -> bool:
     return not vma.flags & VmFlag.UFFD_WP and (not core.soft_dirty or bool(vma.flags & VmFlag.SOFTDIRTY))
 
 
-def fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: int, *, write: bool) -> None:
-    """An access to an address whose entry is empty, or a uffd-wp marker."""
+def fault(
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    addr: int,
+    slot: int,
+    pte: int,
+    *,
+    write: bool,
+    fresh: bool = False,
+) -> None:
+    """An access to an address whose entry is empty, or a uffd-wp marker; `fresh`: its page table was made for it."""
     inode = vma.file
     assert inode is not None
     if not write and not vma.flags & _NO_AROUND:
-        map_around(core, mm, vma, addr)
+        fresh = not map_around(core, mm, vma, addr, fresh=fresh) and fresh
         if core.pool.at[slot] & PRESENT:
             return
     page = _page(core, vma, addr)
@@ -80,7 +90,7 @@ def fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, pte: 
 
         def again() -> None:
             if not write and not vma.flags & _NO_AROUND:
-                map_around(core, mm, vma, addr)
+                map_around(core, mm, vma, addr, fresh=fresh)
 
         readahead.for_fault(core, vma, page, again)
         if core.pool.at[slot] & PRESENT:
@@ -144,37 +154,41 @@ def window(core: Core, vma: VmArea, addr: int) -> tuple[int, int]:
     return low, min(low + around, vma.end, table + core.geometry.pmd_size)
 
 
-def map_around(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> None:
-    """Map the pages of the cache around the address whose entries are empty (do_fault_around)."""
-    _map_cached(core, mm, vma, *window(core, vma, addr))
+def map_around(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, fresh: bool = False) -> bool:
+    """Map the pages of the cache around the address whose entries are empty (do_fault_around); whether any was."""
+    return _map_cached(core, mm, vma, *window(core, vma, addr), fresh=fresh)
 
 
-def _map_cached(core: Core, mm: AddressSpace, vma: VmArea, low: int, high: int) -> None:
-    """Map what is in the cache and up to date of one range below one PMD, where entries are empty."""
+def _map_cached(
+    core: Core, mm: AddressSpace, vma: VmArea, low: int, high: int, *, fresh: bool = False
+) -> bool:
+    """Map what is in the cache and up to date of one range below one PMD, where entries are empty; whether any was."""
     assert vma.file is not None
     first = _page(core, vma, low)
     count = min(high - low >> core.geometry.page_shift, _end(core, vma) - first)
     if count <= 0:
-        return
+        return False
     words = vma.file.index.load(first, count)
     if not words.any():
-        return
+        return False
     slot = mm.tables.pte_slot(low)
     pfns = (words & _FIELD).view(np.int64)
     ready = (words & _PRESENT) != 0
     ready[ready] = (core.memory.frames.flags[pfns[ready]] & (_UPTODATE | _READAHEAD)) == _UPTODATE
     if (
-        slot < 0
+        (slot < 0 or fresh)
         and vma.file.on_disk
         and core.caps.around_last_page_no_table
         and not ready[: _end(core, vma) - first - 1].any()
     ):
-        return  # a page table comes with what could be part of a larger folio: not with the last page of the file
+        return False  # a page table comes with what could be part of a larger folio: not with the last page of the file
     if slot >= 0:
         ready &= core.pool.flat[slot : slot + count] == 0
     if ready.any():
         slot = mm.tables.make_pte_slot(low)
         core.pool.flat[slot : slot + count][ready] = _map(core, vma, pfns[ready])
+        return True
+    return False
 
 
 def _map(core: Core, vma: VmArea, pfns: Pfns) -> U64Array:
