@@ -19,13 +19,18 @@ PAGE = 4096
 
 
 def pieces(run, step):
-    """How many mappings, and holes between them, the step's range has."""
+    """How many mappings, and holes between them, the step's range has; one more where it ends inside a huge page.
+
+    There the boundary at its start is made, and stays, before the one at its end is refused (HT-003).
+    """
     if getattr(step, "area", None) not in run.areas or not hasattr(step, "page"):
         return 0
     start = run.areas[step.area][0] + step.page * PAGE
     end = start + step.pages * PAGE
     vmas = run.tasks[step.task].mm.vmas
-    return len(vmas.within(start, end)) + (not vmas.covers(start, end))
+    last = vmas.at(end - 1)
+    cuts = last is not None and last.huge is not None and end % last.huge.file.pool.size != 0
+    return len(vmas.within(start, end)) + (not vmas.covers(start, end)) + cuts
 
 
 def half_done(step, parts, number):
