@@ -331,7 +331,7 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Sync: lambda r, st: r.task(st.task).sync(),
     s.Fadvise: lambda r, st: r.task(st.task).fadvise(r.fd(st.fd), st.offset, st.length, st.advice),
     s.ReadAhead: lambda r, st: r.workbench.set_readahead(st.length),
-    s.DropCaches: lambda r, st: r.workbench.drop_caches() and None,
+    s.DropCaches: lambda r, st: [r.workbench.drop_caches(), None][1],  # how many pages is no outcome
     s.CloseFd: _close,
     s.UffdOpen: _open_uffd,
     s.UffdRegister: lambda r, st: (
