@@ -32,7 +32,8 @@ class Sides:
         self.live, self.group, self.immediate = live, group, immediate
         self.runs = Run(NOTHING, self.machine), Run(NOTHING, live)
         (group / "cgroup.procs").write_text(str(self.runs[1].task("main").pid))
-        self.comparer = Comparer()
+        # Referenced is left out: that reclaim keeps accessed bits in locked mappings is not modelled yet.
+        self.comparer = Comparer(watched=True)
 
     def do(self, *steps: s.Step) -> None:
         for step in steps:
