@@ -45,7 +45,7 @@ LIVE = (
 def bench():
     if not sys.platform.startswith("linux"):
         pytest.skip("needs a running Linux kernel")
-    with open_workbench("procfs") as workbench:
+    with open_workbench("procfs", still=True, swap="64 MiB") as workbench:
         if not workbench.kernel.pfn_visible:
             pytest.skip("needs CAP_SYS_ADMIN: frame numbers are hidden")
         yield workbench
