@@ -119,7 +119,13 @@ def started() -> Iterator[Any]:
     running: list[subprocess.Popen[str]] = []
 
     def go(*arguments: str, **more: Any) -> subprocess.Popen[str]:
-        running.append(subprocess.Popen([*PMCORE, *arguments], stdout=subprocess.PIPE, text=True, **more))
+        # Whoever runs the tests in the background has these ignored, and so would have what is started here.
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+        try:
+            running.append(subprocess.Popen([*PMCORE, *arguments], stdout=subprocess.PIPE, text=True, **more))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return running[-1]
 
     yield go
