@@ -32,8 +32,7 @@ class Sides:
         self.live, self.group, self.immediate = live, group, immediate
         self.runs = Run(NOTHING, self.machine), Run(NOTHING, live)
         (group / "cgroup.procs").write_text(str(self.runs[1].task("main").pid))
-        # Referenced is left out: that reclaim keeps accessed bits in locked mappings is not modelled yet.
-        self.comparer = Comparer(watched=True)
+        self.comparer = Comparer(watched=self.live.watched)
 
     def do(self, *steps: s.Step) -> None:
         for step in steps:
@@ -49,7 +48,9 @@ class Sides:
                 break
             time.sleep(0.002)
         self.live.settle()
-        return self.comparer.compare(*(take(run) for run in self.runs))
+        found = self.comparer.compare(*(take(run) for run in self.runs))
+        # Not modelled yet: reclaim leaves the accessed bits of entries in locked mappings alone.
+        return [difference for difference in found if difference.kind != "smaps Referenced"]
 
     def compare(self) -> None:
         found = self.differences()
