@@ -487,6 +487,26 @@ class Workbench(Protocol):
         """
         raise NotModelled("ksmd on this workbench")
 
+    def make_group(self, path: str) -> None:
+        """To provide where there are memory cgroups: make one. `path` ("a", "a/b") is below the group of the workbench.
+
+        Raises ArgumentError for what is no path, SyscallError as mkdir(2) does, BackendUnavailable where there are
+        none.
+        """
+        raise BackendUnavailable("this workbench makes no cgroups", remedy="leave them out of the program")
+
+    def remove_group(self, path: str) -> None:
+        """To provide with them: remove one, as rmdir(2) does; what is charged to it stays charged."""
+        raise BackendUnavailable("this workbench makes no cgroups", remedy="leave them out of the program")
+
+    def move_task(self, task: Task, path: str) -> None:
+        """To provide with them: put `task` into one (cgroup.procs), or into the group of the workbench ("")."""
+        raise BackendUnavailable("this workbench makes no cgroups", remedy="leave them out of the program")
+
+    def groups(self) -> Mapping[str, int]:
+        """To provide with them: those that are there by path, with what kpagecgroup shows for them."""
+        return {}
+
     def set_readahead(self, length: int) -> None:
         """To provide where that can be set: how many bytes files that are opened from now on read ahead; at first none.
 

@@ -80,7 +80,7 @@ def probe_all(root: str) -> tuple[Probe, ...]:
     found += [_procmap_query(root), _clear_refs(root), _guard(), _idle()]
     found += [_directory("mm.thp", "transparent huge pages", "/sys/kernel/mm/transparent_hugepage")]
     found += [_directory("mm.ksm", "same-page merging", "/sys/kernel/mm/ksm")]
-    found += [_hugetlb(), _swap(root)]
+    found += [_hugetlb(), _swap(root), _groups(root)]
     return tuple(found)
 
 
@@ -321,6 +321,24 @@ def _hugetlb() -> Probe:
         seen=", ".join(pools) or "not configured",
         remedy="" if sizes else "needs CONFIG_HUGETLBFS",
         capability="mm.hugetlb",
+    )
+
+
+def _groups(root: str) -> Probe:
+    """Whether the memory controller has a hierarchy of version 1: it is then one of those with a number."""
+    version, seen = 0, "not configured"
+    with suppress(OSError):
+        for line in Path(root, "cgroups").read_text().splitlines():
+            name, number, _, enabled = line.split()[:4]
+            if name == "memory" and enabled == "1":
+                version = 2 if number == "0" else 1
+                seen = f"version {version}"
+    return Probe(
+        name="memory cgroups of version 1",
+        ok=version == 1,
+        seen=seen,
+        remedy="" if version else "needs CONFIG_MEMCG, and no cgroup_disable=memory",
+        capability="memcg.v1",
     )
 
 

@@ -101,6 +101,10 @@ class Capabilities:
     uffd_wp: bool
     hugetlb: bool
     hugetlb_dontneed: bool
+    #: Whether there are memory cgroups, whether in a hierarchy of version 1, and whether tails show their folio's.
+    memcg: bool
+    memcg_v1: bool
+    memcg_of_tails: bool
     hugetlb_small_indices: bool
     #: The swap type that markers show.
     marker_type: int
@@ -208,6 +212,9 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         uffd_wp=has("uffd.wp"),
         hugetlb=has("mm.hugetlb"),
         hugetlb_dontneed=has("mm.hugetlb_dontneed"),
+        memcg=has("kpagecgroup"),
+        memcg_v1=has("memcg.v1"),
+        memcg_of_tails=has("kpagecgroup.tails"),
         marker_type=SWP_PTE_MARKER - has("quirk.swapin_error_type"),
         mmap_says_why=has("mm.mmap_says_why"),
         swapin_writable=has("mm.swapin_writable"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from pmcore.backends.sim.check_disk import Finding, disk_findings
 from pmcore.backends.sim.check_disk import some as _some
+from pmcore.backends.sim.check_groups import group_findings
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
 from pmcore.backends.sim.services import blocks, ksm_state
@@ -62,6 +63,7 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     yield from _swap(core, maps)
     yield from _owners(core, maps)
     yield from _contents(core)
+    yield from group_findings(core, spaces)
     place = core.khugepaged.address
     if place % core.geometry.pmd_size or not 0 <= place <= core.geometry.task_size:
         yield Finding("khugepaged goes on at the start of a block", f"{place:#x}")

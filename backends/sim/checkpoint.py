@@ -63,6 +63,8 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
     }
     arrays["pool.rows"], arrays["pool.pfns"] = pool.capture()
     arrays["contents"] = contents.capture()
+    if memory.grouped:
+        arrays["frames.group"] = frames.group[:rows].copy()
     uffds: dict[int, tuple[int, Userfaultfd]] = {}
 
     def uffd(context: object) -> int | None:
@@ -86,7 +88,8 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
             arrays[f"inode.{inode.number}.{name}.pages"], arrays[f"inode.{inode.number}.{name}"] = pages, held
     for area in core.swap.areas:
         if area is not None:
-            arrays |= {f"swap.{area.number}.{name}": getattr(area, name).copy() for name in _AREA}
+            names = (*_AREA, "group") if memory.grouped else _AREA
+            arrays |= {f"swap.{area.number}.{name}": getattr(area, name).copy() for name in names}
     words = {
         "pmcore_sim_state": _VERSION,
         "scalars": {name: getattr(core, name) for name in _SCALARS},
@@ -129,6 +132,10 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         words["hugetlb"] = _hugetlb(core, files)
     if memory.offline:
         words["offline"] = [[number, *zone] for number, zone in sorted(memory.offline.items())]
+    if memory.grouped:
+        words["groups"] = [
+            [g.number, g.parent, g.path, g.inode, g.online] for g in core.groups.there.values()
+        ]
     more, columns = ksm_state.capture(core)
     return State(words | more, arrays | columns)
 
@@ -230,6 +237,7 @@ def _space(mm: AddressSpace, uffd: Any, descriptor: Any, files: HugeFiles) -> di
         "brk": [mm.brk_start, mm.brk],
         "soft_dirty_cleared": mm.soft_dirty_cleared,
         "files": [[fd, *descriptor(file)] for fd, file in sorted(mm.files.items())],
+        **({"group": mm.group} if mm.group else {}),
     }
 
 
@@ -241,7 +249,10 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     frames = memory.frames
     frames.count = count
     touched = {start: min(frontier, rows) for start, _, _, _, frontier, _ in words["zones"]}
-    frames.replace({name: arrays[f"frames.{name}"].copy() for name in _FRAMES}, rows, touched)
+    columns = {name: arrays[f"frames.{name}"].copy() for name in _FRAMES}
+    group = arrays.get("frames.group")
+    columns["group"] = np.zeros(rows, dtype=np.int32) if group is None else group.copy()
+    frames.replace(columns, rows, touched)
     memory.zones[:] = [_rebuild_zone(core, *zone) for zone in words["zones"]]
     for name, value in words["memory"].items():
         setattr(memory, name, value)
@@ -294,6 +305,8 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     core.spaces = dict(spaces)
     for space in words["spaces"]:
         _rebuild_space(spaces[space["number"]], space, anon, contexts, huge, opened)
+    core.groups.restore(words.get("groups"))
+    memory.charging = 0
     ksm_state.rebuild(core, words, arrays, spaces)
     return {pid: spaces[space["number"]] for pid, space in zip(words["pids"], words["spaces"], strict=True)}
 
@@ -314,6 +327,9 @@ def _rebuild_area(number: int, words: list[Any], arrays: dict[str, NDArray[Any]]
     area.merged = {slot: tuple(reader) for slot, *reader in merged}
     for name in _AREA:
         setattr(area, name, arrays[f"swap.{number}.{name}"].copy())
+    group = arrays.get(f"swap.{number}.group")
+    if group is not None:
+        area.group = group.copy()
     return area
 
 
@@ -342,6 +358,7 @@ def _rebuild_space(
     mm.def_flags = words["def_flags"]
     mm.brk_start, mm.brk = words["brk"]
     mm.soft_dirty_cleared = words["soft_dirty_cleared"]
+    mm.group = words.get("group", 0)
     mm.files = {fd: (opened if kind == "file" else contexts)[n] for fd, kind, n in words["files"]}
 
 

@@ -30,6 +30,7 @@ from pmcore.backends.sim.services import swapoff as swapping_areas
 from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.khugepaged import Khugepaged
 from pmcore.backends.sim.services.ksm import Ksm
+from pmcore.backends.sim.services.memcg import Groups
 from pmcore.backends.sim.services.pagecache import Inode
 from pmcore.backends.sim.services.shrink import Reclaimed
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
@@ -41,7 +42,7 @@ from pmcore.backends.sim.virtual.tables import TablePool
 from pmcore.errors import ArgumentError, FormatError, syscall_error
 from pmcore.geometry import Geometry, parse_size
 from pmcore.profile import KernelProfile, preset
-from pmcore.protocols import FrameFile, Kernel, Workbench
+from pmcore.protocols import FrameFile, Kernel, Task, Workbench
 from pmcore.uapi import Errno, PageFlag
 
 __all__ = ["Core", "Policy", "SimMachine", "SwapSettings", "load_machine", "make_machine"]
@@ -64,6 +65,7 @@ class Core:
         self.privileged = privileged
         self.memory = memory
         self.swap = SwapSpace(memory)
+        self.groups = Groups(self)
         self.hugetlb = Hugetlb(self)
         _boot(memory)
         self.zero_pfn = memory.block(0, kernel=True)
@@ -197,6 +199,7 @@ class SimMachine(Kernel, Workbench):
 
     def spawn(self) -> SimTask:
         """A fresh task with an empty address space."""
+        self.core.memory.charging = 0
         return self.adopt(AddressSpace(self.core, self.core.number("space")))
 
     def adopt(self, mm: AddressSpace) -> SimTask:
@@ -261,6 +264,29 @@ class SimMachine(Kernel, Workbench):
     def ksm_unmerge(self) -> dict[str, int]:
         """Unmerge all pages; the counters afterwards."""
         return self.core.ksm.unmerge()
+
+    def make_group(self, path: str) -> None:
+        """mkdir of a memory cgroup (rules CG-001 to CG-011). Raises ArgumentError, SyscallError as mkdir(2) does."""
+        if not self.core.caps.memcg:
+            raise syscall_error(
+                int(Errno.ENOENT), f"make_group({path!r})", remedy="a kernel with CONFIG_MEMCG"
+            )
+        self.core.groups.make(path)
+
+    def remove_group(self, path: str) -> None:
+        """rmdir of it."""
+        self.core.groups.remove(path)
+
+    def move_task(self, task: Task, path: str) -> None:
+        """Write the task's number to the group's cgroup.procs; "" is the root."""
+        if self._tasks.get(task.pid) is not task:
+            raise syscall_error(int(Errno.ESRCH), f"move_task({task.pid})", remedy="the task is gone")
+        assert isinstance(task, SimTask)
+        self.core.groups.move(task.mm, path)
+
+    def groups(self) -> Mapping[str, int]:
+        """The groups by path, with the inode numbers of their directories."""
+        return {group.path: group.inode for group in self.core.groups.online}
 
     # -- the kernel ------------------------------------------------------------------------------------
 
@@ -396,6 +422,7 @@ class SimMachine(Kernel, Workbench):
 
         Only what is free above the watermark: for a balloon nothing is reclaimed (rule HP-008). Raises ArgumentError.
         """
+        self.core.memory.charging = 0
         return hotplug.inflate(self.core, self._pages("balloon_inflate", amount))
 
     def balloon_deflate(self, amount: int | str) -> int:
@@ -454,6 +481,7 @@ class SimMachine(Kernel, Workbench):
 
         Refused with EINVAL if there is none of that number; with ENOMEM, nothing half-done, if they do not fit.
         """
+        self.core.memory.charging = 0
         return swapping_areas.swapoff(self.core, number)
 
     def swaps(self) -> tuple[SwapRow, ...]:

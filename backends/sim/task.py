@@ -53,6 +53,8 @@ class SimTask(Task):
     def _ready(self, call: str) -> None:
         if not self.alive:
             raise syscall_error(int(Errno.ESRCH), call, remedy="the task is gone")
+        if self._core.memory.grouped:
+            self._core.memory.charging = self.mm.group
 
     def _call(self, what: Any, *arguments: Any, **named: Any) -> Any:
         self._ready(what.__name__)
@@ -262,6 +264,7 @@ class SimTask(Task):
         while True:
             child = AddressSpace(self._core, self._core.number("space"))
             child.files = dict(self.mm.files)
+            child.group = self.mm.group
             try:
                 watching = forking.fork(self._core, self.mm, child)
                 break

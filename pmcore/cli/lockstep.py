@@ -96,7 +96,7 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
     "--focus",
     type=click.Choice(FOCUSES),
     metavar="SUBJECT",
-    help="What programs are biased to: ksm, or disk.",
+    help="What programs are biased to: cgroups, disk, or ksm.",
 )
 @click.option(
     "--replay", type=click.Path(dir_okay=False), metavar="FILE", help="Run this one program instead."

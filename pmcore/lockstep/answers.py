@@ -67,8 +67,7 @@ def ask(
             outcomes.append(_outcome(run.advance(step)))
             looks.append(numbers.renumbered(take(run)))
     finally:
-        for task in list(run.tasks.values()):
-            task.exit()
+        run.end()
     kernel = workbench.kernel
     return Answers(
         program=program,
@@ -94,8 +93,7 @@ def replay(answers: Answers, workbench: Workbench) -> Result:
             if found:
                 break
     finally:
-        for task in list(run.tasks.values()):
-            task.exit()
+        run.end()
     return _result(answers.program, number, found, looks, comparer.masked)
 
 
@@ -190,6 +188,7 @@ class _Numbers:
             pfns=pfns[order],
             kpageflags=look.kpageflags[order],
             kpagecount=look.kpagecount[order],
+            groups=look.groups[order] if len(look.groups) else look.groups,
             pool=look.pool,
         )
 
@@ -229,6 +228,7 @@ def _look_parts(look: Look, vmas: dict[str, int]) -> dict[str, Any]:
         "flags": _runs(look.kpageflags),
         "counts": _runs(look.kpagecount),
         "pool": list(look.pool),
+        **({"groups": _runs(look.groups)} if len(look.groups) else {}),
     }
     for name, task in look.tasks.items():
         rows = [vmas.setdefault(json.dumps(_vma_row(entry)), len(vmas)) for entry in task.vmas]
@@ -313,6 +313,7 @@ def _look(parts: dict[str, Any], vmas: list[SmapsEntry]) -> Look:
         pfns=_array(parts["pfns"]),
         kpageflags=_array(parts["flags"]),
         kpagecount=_array(parts["counts"]),
+        groups=_array(parts.get("groups", "")),
         pool=tuple(map(str, parts["pool"])),
     )
 

@@ -145,6 +145,11 @@ class Comparer:
             yield Difference(
                 "kpagecount", places(int(first[index])), str(counts[0][index]), str(counts[1][index])
             )
+        if len(left.groups) and len(right.groups):
+            owners = left.groups[ia], right.groups[ib]
+            for index in np.flatnonzero(owners[0] != owners[1]).tolist():
+                words = [_group(int(side[index])) for side in owners]
+                yield Difference("kpagecgroup", places(int(first[index])), *words)
         flags = left.kpageflags[ia], right.kpageflags[ib]
         differ = flags[0] ^ flags[1]
         for mask in FLAG_MASKS:
@@ -253,6 +258,10 @@ def _entry(word: np.uint64) -> str:
         if getattr(entry, n)
     ]
     return f"{int(word):#x} ({','.join(names)})"
+
+
+def _group(number: int) -> str:
+    return ("nobody", "another group")[number] if number < 2 else f"group {number - 1} of the program"
 
 
 def _bits(array: NDArray[np.bool_] | None) -> str:

@@ -38,6 +38,9 @@ class Look:
     pfns: U64Array
     kpageflags: U64Array
     kpagecount: U64Array
+    #: Whom each is charged to: 0 nobody, 1 a cgroup that is not the program's, from 2 on the groups that it has made,
+    #: in that order. Empty where it has made none.
+    groups: U64Array = attrs.field(factory=lambda: np.zeros(0, dtype=np.uint64))
     #: The hugetlb pool as meminfo has it: its lines.
     pool: tuple[str, ...] = ()
 
@@ -65,8 +68,21 @@ def take(run: Run) -> Look:
         pfns=pfns,
         kpageflags=kernel.frames_at(FrameFile.KPAGEFLAGS, pfns),
         kpagecount=kernel.frames_at(FrameFile.KPAGECOUNT, pfns),
+        groups=_groups(run, pfns),
         pool=_pool(kernel),
     )
+
+
+def _groups(run: Run, pfns: U64Array) -> U64Array:
+    if not run.groups:
+        return np.zeros(0, dtype=np.uint64)
+    words = run.workbench.kernel.frames_at(FrameFile.KPAGECGROUP, pfns)
+    found = (words != 0).astype(np.uint64)
+    there = run.workbench.groups()
+    for number, path in enumerate(run.groups):
+        if path in there:
+            found[words == np.uint64(there[path])] = number + 2
+    return found
 
 
 def _pool(kernel: Kernel) -> tuple[str, ...]:

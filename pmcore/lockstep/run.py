@@ -75,8 +75,7 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
         )
     finally:
         for run in runs:
-            for task in list(run.tasks.values()):
-                task.exit()
+            run.end()
 
 
 def renewed(run: Run, step: Step) -> tuple[int, int]:

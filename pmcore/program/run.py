@@ -59,6 +59,8 @@ class Run:
     #: The tasks that hold userfaultfds, as they were opened: what comes of a fork is called DESCRIPTOR_CHILD.
     openers: dict[str, str] = attrs.field(factory=dict)
     outcomes: list[Outcome] = attrs.field(factory=list)
+    #: Paths of the memory cgroups that it has made, in that order.
+    groups: list[str] = attrs.field(factory=list)
     _next: int = ARENA
 
     def __attrs_post_init__(self) -> None:
@@ -98,6 +100,16 @@ class Run:
             outcome = Outcome(errno=error.errno)
         self.outcomes.append(outcome)
         return outcome
+
+    def end(self) -> None:
+        """End the tasks, and remove the cgroups that it made."""
+        for task in list(self.tasks.values()):
+            task.exit()
+        if self.groups:
+            there = self.workbench.groups()
+            for path in sorted(self.groups, key=lambda path: -path.count("/")):
+                if path in there:
+                    self.workbench.remove_group(path)
 
     def where(self, address: int) -> str:
         """An address in words that do not depend on where the areas lie."""
@@ -244,6 +256,12 @@ def _exit(state: Run, step: s.Exit) -> None:
     del state.tasks[step.task]
 
 
+def _make_group(state: Run, step: s.MakeGroup) -> None:
+    state.workbench.make_group(step.group)
+    if step.group not in state.groups:
+        state.groups.append(step.group)
+
+
 def _scan(state: Run, step: s.Scan) -> dict[str, Any]:
     start, length = _range(state, step)
     result = state.task(step.task).process.pagemap_scan(
@@ -350,4 +368,7 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
         st.scans, use_zero_pages=st.zero_pages, max_page_sharing=st.sharing
     ),
     s.KsmUnmerge: lambda r, st: r.workbench.ksm_unmerge(),
+    s.MakeGroup: _make_group,
+    s.RemoveGroup: lambda r, st: r.workbench.remove_group(st.group),
+    s.MoveTask: lambda r, st: r.workbench.move_task(r.task(st.task), st.group),
 }

@@ -31,10 +31,12 @@ __all__ = [
     "Lock",
     "LockAll",
     "Lseek",
+    "MakeGroup",
     "Map",
     "MemfdCreate",
     "Mincore",
     "Move",
+    "MoveTask",
     "Msync",
     "OpenFile",
     "PagemapRead",
@@ -43,6 +45,7 @@ __all__ = [
     "Pwrite",
     "Read",
     "ReadAhead",
+    "RemoveGroup",
     "Scan",
     "Step",
     "Sync",
@@ -73,6 +76,12 @@ def _vec(_instance: object, attribute: attrs.Attribute[str], value: str) -> None
         raise ArgumentError(
             f"{attribute.name}={value!r}", remedy='"null", "there", or "" for what vec_len says'
         )
+
+
+def _group(_instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+    """The path of a cgroup: names with a slash between."""
+    for part in value.split("/") if isinstance(value, str) else [""]:
+        _name(_instance, attribute, part)
 
 
 def name(default: Any = attrs.NOTHING) -> Any:
@@ -423,6 +432,27 @@ class KsmUnmerge(Step):
     """The administrator unmerges all pages; the value is ksmd's counters. `task` does nothing."""
 
 
+@attrs.frozen(kw_only=True)
+class MakeGroup(Step):
+    """The administrator makes a memory cgroup: `group` is its path ("a/b" lies in "a"). `task` does nothing."""
+
+    group: str = attrs.field(validator=_group)
+
+
+@attrs.frozen(kw_only=True)
+class RemoveGroup(Step):
+    """The administrator removes a memory cgroup. `task` does nothing."""
+
+    group: str = attrs.field(validator=_group)
+
+
+@attrs.frozen(kw_only=True)
+class MoveTask(Step):
+    """The administrator puts `task` into a memory cgroup, or back where it came from (""); its charges stay."""
+
+    group: str = attrs.field(default="", validator=attrs.validators.or_(attrs.validators.in_(("",)), _group))
+
+
 #: Steps by the name that they have in JSON.
 STEPS: dict[str, type[Step]] = {
     kind.__name__.lower(): kind
@@ -466,5 +496,8 @@ STEPS: dict[str, type[Step]] = {
         PagemapRead,
         KsmScan,
         KsmUnmerge,
+        MakeGroup,
+        RemoveGroup,
+        MoveTask,
     )
 }

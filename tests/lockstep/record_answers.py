@@ -4,8 +4,8 @@
     .venv/bin/python tests/lockstep/record_answers.py --kernel 6.12 --kernel 6.1
 
 The first asks the running kernel, the second kernels of tests/kernels, booted under software emulation, without a disk.
-Answers are written to tests/lockstep/answers/RELEASE/, those to programs of kept/disk to its folder disk. A file whose
-answers are the same is left as it is.
+Answers are written to tests/lockstep/answers/RELEASE/, those to programs of a folder of kept (disk, cgroups) to one of
+its own. A file whose answers are the same is left as it is.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def running(paths: list[Path], keeper: Keeper) -> None:
             except (ArgumentError, BackendUnavailable, NotModelled) as error:
                 print(f"{path.stem}: cannot be asked: {error}")
                 continue
-            disk = path.resolve().parent == KEPT / "disk"
-            name = f"disk/{path.stem}" if disk else path.stem
+            below = path.resolve().parent
+            name = f"{below.name}/{path.stem}" if below.parent == KEPT else path.stem
             keeper.keep(name, answers_from_json(answers_to_json(answers)))
 
 

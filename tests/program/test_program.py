@@ -158,7 +158,15 @@ def test_every_kind_of_step_runs(bench):
         s.Write(area="a", offset=3 * 4096, text="end"),
     )
     # They need a still machine: lockstep's kept programs.
-    administrator = {s.KsmScan, s.KsmUnmerge, s.DropCaches, s.ReadAhead}
+    administrator = {
+        s.KsmScan,
+        s.KsmUnmerge,
+        s.DropCaches,
+        s.ReadAhead,
+        s.MakeGroup,
+        s.RemoveGroup,
+        s.MoveTask,
+    }
     assert {type(step) for step in steps} == set(STEPS.values()) - administrator
     state = run(Program(name="all", steps=steps), bench)
     failed = {

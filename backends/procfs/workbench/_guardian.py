@@ -1,7 +1,8 @@
 """Puts the machine back when its parent is done with it, or dead: its end of the pipe closes in any case.
 
 Run as `python -I -S -B _guardian.py JSON` with a pipe as standard input; JSON names the swap files to switch off, the
-file systems to unmount, the knobs with the values that they had, and the files to remove.
+file systems to unmount, the knobs with the values that they had, the files to remove, and the cgroup to remove with all
+in it once their tasks are gone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import json
 import os
 import signal
 import sys
+import time
+
+_PATIENCE = 10.0
 
 
 def main() -> None:
@@ -22,15 +26,15 @@ def main() -> None:
     while os.read(0, 4096):
         pass
     libc = ctypes.CDLL(None)
-    for path in todo["swapoff"]:
+    for path in todo.get("swapoff", ()):
         libc.swapoff(path.encode())
-    for path in todo["umount"]:
+    for path in todo.get("umount", ()):
         libc.umount2(path.encode(), 2)  # MNT_DETACH: whoever still has a file open keeps it until then
         try:
             os.rmdir(path)  # noqa: PTH106
         except OSError:
             continue
-    for path, value in todo["knobs"]:
+    for path, value in todo.get("knobs", ()):
         try:
             with open(path) as knob:  # noqa: PTH123
                 if f"[{value}]" in knob.read():
@@ -39,11 +43,23 @@ def main() -> None:
                 knob.write(value)
         except OSError:
             continue
-    for path in todo["remove"]:
+    for path in todo.get("remove", ()):
         try:
             os.unlink(path)  # noqa: PTH108
         except OSError:
             continue
+    if "groups" in todo:
+        _remove_groups(todo["groups"])
+
+
+def _remove_groups(base: str) -> None:
+    end = time.monotonic() + _PATIENCE
+    while os.path.isdir(base) and time.monotonic() < end:  # noqa: PTH112
+        for directory, _, _ in os.walk(base, topdown=False):
+            try:
+                os.rmdir(directory)  # noqa: PTH106
+            except OSError:
+                time.sleep(0.01)
 
 
 if __name__ == "__main__":

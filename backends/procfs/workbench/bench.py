@@ -27,12 +27,13 @@ from pmcore.backends.procfs import open_kernel
 from pmcore.backends.procfs.kernel import ProcfsKernel
 from pmcore.backends.procfs.process import ProcfsProcess
 from pmcore.backends.procfs.workbench.disk import Disk
+from pmcore.backends.procfs.workbench.groups import Groups
 from pmcore.backends.procfs.workbench.ksm import Ksmd
 from pmcore.backends.procfs.workbench.monitor import Monitor, Watch
 from pmcore.backends.procfs.workbench.steady import drain_lru, monitors, steady, turn_thp
-from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, syscall_error
+from pmcore.errors import AddressSpaceFault, ArgumentError, BackendUnavailable, SyscallError, syscall_error
 from pmcore.geometry import parse_size
-from pmcore.protocols import HEAP, MADE_PAGES, Task, Workbench
+from pmcore.protocols import HEAP, MADE_PAGES, FrameFile, Task, Workbench
 from pmcore.uapi import ClearRefs, Madvise, MapFlag, MremapFlag, Prot, UffdFeature
 
 __all__ = ["ProcfsTask", "ProcfsWorkbench", "open_workbench"]
@@ -373,6 +374,7 @@ class ProcfsWorkbench(Workbench):
         self._ksmd: Ksmd | None = None
         #: Whether ksmd has looked at tasks since it was last told to forget everything.
         self._merged = False
+        self._groups: Groups | None = None
         self._tasks: list[ProcfsTask] = []
         self.monitor = Monitor()
         self.directory = Path(tempfile.mkdtemp(prefix="pmcore-", dir=directory))
@@ -436,6 +438,49 @@ class ProcfsWorkbench(Workbench):
         if self.disk is not None:
             self.disk.settle()
         drain_lru()
+
+    # -- cgroups ---------------------------------------------------------------------------------------
+
+    def make_group(self, path: str) -> None:
+        """mkdir of a memory cgroup, in a directory of the workbench's own."""
+        if self._groups is None:
+            self._groups = Groups()
+        self._groups.make(path)
+
+    def remove_group(self, path: str) -> None:
+        """rmdir of it; while tasks are alive it is waited for that kpagecgroup shows it no more."""
+        if self._groups is None or path not in self._groups.there:
+            raise syscall_error(errno.ENOENT, f"rmdir({path!r})")
+        if not self._tasks:
+            self._groups.remove(path)
+            return
+        # A page that is charged to the group, and nobody's but ours, shows when it is offline.
+        canary = self.spawn()
+        try:
+            size = self.kernel.geometry.page_size
+            with contextlib.suppress(
+                SyscallError
+            ):  # a group with others in it takes no task, and does not go
+                self._groups.move(canary.pid, path)
+            place = canary.mmap(size)
+            canary.touch(place, size)
+            self._groups.move(canary.pid, "")
+            pfns = canary.process.pagemap(place, place + size).pfn
+            words = self.kernel.frames_at
+            self._groups.remove(path, lambda inode: int(words(FrameFile.KPAGECGROUP, pfns)[0]) != inode)
+        finally:
+            canary.exit()
+
+    def move_task(self, task: Task, path: str) -> None:
+        """Write the task's number to cgroup.procs."""
+        if path and (self._groups is None or path not in self._groups.there):
+            raise syscall_error(errno.ENOENT, f"move_task({task.pid}, {path!r})")
+        if self._groups is not None:
+            self._groups.move(task.pid, path)
+
+    def groups(self) -> Mapping[str, int]:
+        """Those that it made, with their inode numbers."""
+        return {} if self._groups is None else dict(self._groups.there)
 
     def set_readahead(self, length: int) -> None:
         """Write to read_ahead_kb of the disk."""
@@ -513,6 +558,8 @@ class ProcfsWorkbench(Workbench):
         self._remove()
         if self._ksmd is not None:
             self._ksmd.close()
+        if self._groups is not None:
+            self._groups.close()
         self._held.close()
 
 

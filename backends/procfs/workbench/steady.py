@@ -26,7 +26,7 @@ from pmcore.backends.procfs.workbench import ksm
 from pmcore.backends.procfs.workbench.disk import Disk
 from pmcore.errors import BackendUnavailable, syscall_error
 
-__all__ = ["drain_lru", "monitors", "steady", "turn_thp"]
+__all__ = ["drain_lru", "guard", "monitors", "steady", "turn_thp"]
 
 _SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
 _MADV_HUGEPAGE = 14
@@ -113,7 +113,7 @@ def steady(
         areas = [area] if area else []
         if disk:
             disk.prepare()
-        guardian = _guard(
+        guardian = guard(
             {
                 "swapoff": areas,
                 "umount": [str(disk.directory)] if disk else [],
@@ -225,14 +225,15 @@ def _lock() -> int:
     )
 
 
-def _guard(todo: dict[str, object], lock: int) -> subprocess.Popen[bytes]:
+def guard(todo: dict[str, object], lock: int | None = None) -> subprocess.Popen[bytes]:
+    """A process that does what `todo` says (see `_guardian.py`) once its standard input ends, which it does with us."""
     script = Path(__file__).with_name("_guardian.py")
     guardian = subprocess.Popen(
         [sys.executable, "-I", "-S", "-B", str(script), json.dumps(todo)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
-        pass_fds=[lock],  # held until all is put back, also if we are dead by then
+        pass_fds=[] if lock is None else [lock],  # held until all is put back, also if we are dead by then
     )
     assert guardian.stdout is not None
     guardian.stdout.readline()  # from here on it ignores signals: nothing may be turned before

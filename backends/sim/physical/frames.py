@@ -50,6 +50,8 @@ class Frames:
         # Number of the inode whose page it is, and which page.
         ("owner", np.int32),
         ("index", np.int64),
+        # Number of the memory cgroup that it is charged to, 0 for the root's and for what is charged to nobody.
+        ("group", np.int32),
         # 1 + order for the first page of a free block, else 0.
         ("free_order", np.uint8),
     )
@@ -63,6 +65,7 @@ class Frames:
     whole: NDArray[np.int64]
     owner: NDArray[np.int32]
     index: NDArray[np.int64]
+    group: NDArray[np.int32]
     free_order: NDArray[np.uint8]
     flags_at: memoryview[int]
     mapcount_at: memoryview[int]
@@ -73,6 +76,7 @@ class Frames:
     whole_at: memoryview[int]
     owner_at: memoryview[int]
     index_at: memoryview[int]
+    group_at: memoryview[int]
     free_order_at: memoryview[int]
 
     def __init__(self, count: int) -> None:

@@ -51,6 +51,9 @@ class Memory:
         self.reserve = 0
         #: Counts evictions and activations: how far apart an eviction and a refault are.
         self.age = 0
+        #: The memory cgroup that whoever runs is charged to (0: the root); whether there ever was one beside the root.
+        self.charging = 0
+        self.grouped = False
         #: Frames in a memory block; blocks that are offline, with name and node of the zone that they come from.
         self.block_pages = block_pages
         self.offline: dict[int, tuple[str, int]] = {}
@@ -84,6 +87,8 @@ class Memory:
         """One frame with these flags, of zeros. Raises NoMemory."""
         pfn = self.block(0)
         self.frames.flags_at[pfn] = flags
+        if self.charging:
+            self.frames.group_at[pfn] = self.charging
         return pfn
 
     def pages(self, count: int, flags: int) -> Pfns:
@@ -101,6 +106,8 @@ class Memory:
             self.frames.flags[int(pfns[0]) : int(pfns[-1]) + 1] = flags
         else:
             self.frames.flags[pfns] = flags
+        if self.charging:
+            self.frames.group[pfns] = self.charging
         return pfns
 
     def folio(self, order: int, flags: int) -> LargeFolio:
@@ -110,6 +117,8 @@ class Memory:
         frames.flags[head] = flags | HEAD
         frames.flags[head + 1 : head + pages] = flags | TAIL
         frames.behind[head : head + pages] = np.arange(pages, dtype=np.int32)
+        if self.charging:
+            frames.group[head : head + pages] = self.charging
         folio = self.large[head] = LargeFolio(head, order)
         return folio
 
@@ -143,6 +152,8 @@ class Memory:
             frames.mapcount[every] = 1
             frames.behind[every] = np.tile(tail, len(heads))
         frames.flags[heads] = flags | HEAD
+        if self.charging:
+            frames.group[(heads[:, None] + tail).reshape(-1)] = self.charging
         self.large.add_whole(heads, mm, order)
         return heads
 
@@ -150,6 +161,8 @@ class Memory:
         """The head of a compound page that the kernel keeps for itself."""
         folio = self.folio(order, flags)
         del self.large[folio.head]  # processes do not map it
+        if self.charging:
+            self.frames.group[folio.head : folio.head + folio.pages] = 0
         self.kernel_folios[folio.head] = order
         return folio.head
 
@@ -240,12 +253,16 @@ class Memory:
                 frames.content[part] = 0
             frames.behind[part] = 0
             frames.lru[part] = 0
+            if self.grouped:
+                frames.group[part] = 0
         else:
             row = frames.content_at[pfn]
             if row:
                 self.contents.give_back(frames.content[pfn : pfn + 1])
                 frames.content_at[pfn] = 0
             frames.lru_at[pfn] = 0
+            if self.grouped:
+                frames.group_at[pfn] = 0
         self.zone_of(pfn).give(pfn, order)
 
     def free_pages(self, pfns: Pfns) -> None:
@@ -256,6 +273,8 @@ class Memory:
             self.contents.give_back(rows)
             frames.content[pfns] = 0
         frames.lru[pfns] = 0
+        if self.grouped:
+            frames.group[pfns] = 0
         if len(self.zones) == 1:
             self.zones[0].give_pages(pfns)
             return
@@ -278,6 +297,8 @@ class Memory:
             self.contents.give_back(rows)
             frames.content[every] = 0
         frames.mapcount[every] = frames.behind[every] = frames.lru[every] = 0
+        if self.grouped:
+            frames.group[every] = 0
         self.large.drop(heads)
         for zone in self.zones:
             mine = heads[(heads >= zone.start) & (heads < zone.end)]
@@ -320,6 +341,8 @@ class Memory:
         """A frame for a page table. Raises NoMemory."""
         pfn = self.block(0, kernel=True)
         self.frames.flags_at[pfn] = _PGTABLE
+        if self.charging:
+            self.frames.group_at[pfn] = self.charging
         return pfn
 
     def table_pages(self, count: int) -> list[int]:
@@ -327,6 +350,8 @@ class Memory:
         if count > 8 and self.zones[0].free_pages >= count:
             found = self.zones[0].take_pages(count)
             self.frames.flags[found] = _PGTABLE
+            if self.charging:
+                self.frames.group[found] = self.charging
             return [int(pfn) for pfn in found]
         pfns: list[int] = []
         try:
@@ -340,6 +365,8 @@ class Memory:
     def free_tables(self, pfns: Iterable[int]) -> None:
         """Free frames of page tables."""
         for pfn in pfns:
+            if self.grouped:
+                self.frames.group_at[pfn] = 0
             self.zone_of(pfn).give(pfn, 0)
 
     def fits(self, order: int) -> bool:

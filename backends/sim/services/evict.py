@@ -332,6 +332,8 @@ def leave(core: Core, pfns: Pfns, fields: NDArray[np.int64], *, folio: LargeFoli
         slots = there[mine] >> 5
         area.cached[slots] = 0
         area.content[slots] = frames.content[left[mine]]
+        if memory.grouped:
+            core.groups.swapped_out(area, slots, left[mine])
         # All of them left at one time: what lies between an eviction and a refault is counted from the last.
         area.shadow[slots] = memory.age + 1
     frames.content[left] = 0
@@ -362,6 +364,8 @@ def leave_one(core: Core, pfn: int, field: int) -> None:
             area.merged[slot] = ()
         area.cached[slot], area.content[slot], area.shadow[slot] = 0, row, memory.age + 1
         frames.content_at[pfn] = frames.swap_at[pfn] = 0
+        if memory.grouped:
+            core.groups.swapped_out(area, slot, pfn)
         memory.free(pfn)
         return
     core.swap.cache_one(pfn, field)

@@ -103,6 +103,7 @@ class Khugepaged:
         for mm in [mm for number, mm in sorted(core.spaces.items()) if number >= self.space]:
             if mm.number != self.space:
                 self.space, self.address = mm.number, 0
+            core.memory.charging = mm.group
             left = self._space(mm, left, limits, blocks, waiting)
             if left <= 0:
                 return Step(blocks=tuple(blocks), full_scan=False)

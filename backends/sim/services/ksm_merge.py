@@ -162,6 +162,7 @@ def unshare(core: Core, mm: AddressSpace, vma: VmArea, address: int) -> None:
 def unmerge(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> None:
     """Pages of their own for all merged ones of a range. Raises NoMemory with those before it done."""
     frames, size = core.memory.frames, core.geometry.page_size
+    core.memory.charging = mm.group
     places: list[int] = []
     for extent in mm.tables.extents(start, end):
         if extent.huge:

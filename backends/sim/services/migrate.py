@@ -23,7 +23,7 @@ __all__ = ["move"]
 
 _ALL = (1 << 64) - 1
 _DIRTY, _LRU = int(PageFlag.DIRTY), int(PageFlag.LRU)
-_COLUMNS = ("flags", "mapcount", "behind", "content", "swap", "whole", "owner", "index")
+_COLUMNS = ("flags", "mapcount", "behind", "content", "swap", "whole", "owner", "index", "group")
 
 
 def move(core: Core, old: Pfns, new: Pfns) -> None:

@@ -55,6 +55,8 @@ class SwapArea:
     content: NDArray[np.int32] = attrs.field(init=False)
     #: The clock of evictions when its page was reclaimed, plus 1: what refaults are measured with.
     shadow: NDArray[np.int64] = attrs.field(init=False)
+    #: The memory cgroup that its page was charged to when it left memory, see `Groups`.
+    group: NDArray[np.int32] = attrs.field(init=False)
     used: int = 0
     #: No slot below this one is free.
     hint: int = 1
@@ -69,6 +71,7 @@ class SwapArea:
         self.cached = np.zeros(self.slots, dtype=np.int64)
         self.content = np.zeros(self.slots, dtype=np.int32)
         self.shadow = np.zeros(self.slots, dtype=np.int64)
+        self.group = np.zeros(self.slots, dtype=np.int32)
 
     @property
     def free(self) -> int:
@@ -258,6 +261,8 @@ class SwapSpace:
             bare = done[cached == 0]
             self.memory.contents.give_back(area.content[bare])
             area.content[bare] = 0
+            if self.memory.grouped:
+                area.group[bare] = 0
             area.give_back(bare)
             for pfn in (cached[cached != 0] - 1).tolist():
                 if self.memory.frames.swap_at[pfn]:  # a large folio goes at once

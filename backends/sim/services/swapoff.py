@@ -10,6 +10,7 @@ from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.services import ksm_swap, lru, pagecache, shrink
+from pmcore.backends.sim.services.memcg import NOBODY
 from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, SWAP_EXCLUSIVE, UFFD_WP
@@ -114,6 +115,9 @@ def _bring_back(core: Core, area: SwapArea) -> NDArray[np.int64]:
     frames.flags[pfns[(shadow != 0) & (memory.age - (shadow - 1) <= memory.managed)]] |= np.uint64(_ACTIVE)
     frames.content[pfns] = area.content[slots]
     memory.on_lru_pages(pfns)
+    if memory.grouped:
+        frames.group[pfns] = core.groups.back_to(area.group[slots], NOBODY)
+        area.group[slots] = 0
     area.content[slots] = area.shadow[slots] = 0
     core.swap.cache(pfns, slots << 5 | area.number)
     back = np.zeros(area.slots, dtype=np.int64)
@@ -123,7 +127,8 @@ def _bring_back(core: Core, area: SwapArea) -> NDArray[np.int64]:
 
 def _replace(core: Core, area: SwapArea, back: NDArray[np.int64]) -> None:
     """Have every entry that names the area map its page: not accessed, not writable, all else as it was."""
-    frames, large = core.memory.frames, core.memory.large
+    frames, large, grouped = core.memory.frames, core.memory.large, core.memory.grouped
+    _replace_files(core, area)
     for mm in core.spaces.values():
         for extent in mm.tables.extents(0, core.geometry.task_size):
             if extent.huge:
@@ -138,13 +143,14 @@ def _replace(core: Core, area: SwapArea, back: NDArray[np.int64]) -> None:
             frames.flags[pfns[exclusive]] |= np.uint64(ANON_EXCLUSIVE)
             frames.flags[pfns] |= np.uint64(PageFlag.ANON)
             np.add.at(frames.mapcount, pfns, 1)
+            if grouped:  # of a group that is gone: charged to who has it
+                frames.group[pfns[frames.group[pfns] == NOBODY]] = mm.group
             entries[index] = pfns.view(np.uint64) | np.uint64(PRESENT) | old & np.uint64(SOFT_DIRTY | UFFD_WP)
             if large:
                 compound = pfns[(frames.flags[pfns] & np.uint64(COMPOUND)) != 0]
                 heads, counts = np.unique(compound - frames.behind[compound], return_counts=True)
                 for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
                     large[head].add(mm.number, count)
-    _replace_files(core, area)
     area.counts[:] = 0
 
 
@@ -157,5 +163,7 @@ def _replace_files(core: Core, area: SwapArea) -> None:
         if not mine.any():
             continue
         pfns = area.cached[(words[mine] & np.uint64(FIELD)).view(np.int64) >> 5] - 1
+        if core.memory.grouped:
+            frames.group[pfns[frames.group[pfns] == NOBODY]] = 0  # to who switches the area off
         frames.flags[pfns] = frames.flags[pfns] & ~np.uint64(PageFlag.ANON) | np.uint64(CACHED | _DIRTY)
         pagecache.add_at(core, inode, pages[mine], pfns)

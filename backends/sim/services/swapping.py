@@ -53,6 +53,8 @@ def bring_in(core: Core, field: int) -> int:
     pfn = core.memory.page(flags)
     core.memory.on_lru(pfn)
     area.shadow[slot] = 0
+    if core.memory.grouped:
+        core.groups.swapped_in(area, slot, pfn)
     core.memory.frames.content_at[pfn] = row
     area.content[slot] = 0
     core.swap.cache_one(pfn, field)
@@ -185,6 +187,8 @@ def swap_in_many(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *
     flags[(shadow != 0) & (memory.age - (shadow - 1) <= memory.managed)] |= np.uint64(PageFlag.ACTIVE)
     flags[:kept_from] |= np.uint64(_DIRTY)
     frames.content[pfns] = rows
+    if memory.grouped:
+        core.groups.swapped_in(area, slots, pfns)
     area.content[slots] = area.shadow[slots] = area.counts[slots] = 0
     exclusive = (done & np.uint64(SWAP_EXCLUSIVE)) != 0
     exclusive[:kept_from] = True

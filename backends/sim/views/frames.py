@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, SHOWN
+from pmcore.backends.sim.services import memcg
 from pmcore.protocols import FrameFile
 from pmcore.uapi import PageFlag
 
@@ -64,7 +65,18 @@ def fill(core: Core, file: FrameFile, start: int, out: U64Array) -> int:
             _heads_only(core, start, out)
     else:
         out[:] = 0
+        if core.memory.grouped:
+            _groups(core, start, touched)
     return count
+
+
+def _groups(core: Core, start: int, touched: U64Array) -> None:
+    """The cgroup's inode of each frame that is charged (KG-001); without groups nobody keeps account."""
+    end = start + len(touched)
+    there = memcg.charged(core, start, end)
+    if not core.caps.memcg_of_tails:
+        there &= (core.memory.frames.flags[start:end] & _TAIL) == 0
+    touched[there] = core.groups.inodes(core.memory.frames.group[start:end][there])
 
 
 def _mapped_by_pmd(core: Core, heads: NDArray[np.int64]) -> BoolArray:

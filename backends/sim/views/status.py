@@ -93,6 +93,12 @@ def _rollup(core: Core, mm: AddressSpace, _pid: int) -> str:
     return text if mm.vmas.first(0) is not None else text.replace("00000000-00000001", "00000000-00000000", 1)
 
 
+def _cgroup(core: Core, mm: AddressSpace, _pid: int) -> str:
+    """The group of each hierarchy: version 1 has one of its own for memory (rule CG-010)."""
+    path = f"/{core.groups.there[mm.group].path}"
+    return f"1:memory:{path}\n0::/\n" if core.caps.memcg_v1 else f"0::{path}\n"
+
+
 def _name(pid: int) -> str:
     return f"task-{pid}"
 
@@ -104,7 +110,7 @@ TEXTS: dict[str, Callable[[Core, AddressSpace, int], str]] = {
     "statm": _statm,
     "comm": lambda _core, _mm, pid: f"{_name(pid)}\n",
     "cmdline": lambda _core, _mm, pid: f"{_name(pid)}\0",
-    "cgroup": lambda _core, _mm, _pid: "0::/\n",
+    "cgroup": _cgroup,
 }
 
 

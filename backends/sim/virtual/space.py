@@ -37,6 +37,8 @@ class AddressSpace:
         self.alive = True
         #: Open descriptors.
         self.files: dict[int, object] = {}
+        #: Number of the memory cgroup that its task is in.
+        self.group = 0
         core.spaces[number] = self
 
     def grow_stack(self, addr: int) -> VmArea | None:

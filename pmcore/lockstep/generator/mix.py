@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pmcore.errors import ArgumentError
 from pmcore.lockstep.generator.accesses import exit_task, fork, huge_page, lock_all, sequence, write
+from pmcore.lockstep.generator.cgroups import CGROUPS
 from pmcore.lockstep.generator.disk import DISK, disk_compared
 from pmcore.lockstep.generator.draw import Draw
 from pmcore.lockstep.generator.files import file
@@ -30,7 +31,7 @@ from pmcore.uapi import Madvise
 __all__ = ["FOCUSES", "random_program", "random_thp"]
 
 #: Subjects that programs may be biased to.
-FOCUSES = ("disk", "ksm")
+FOCUSES = ("cgroups", "disk", "ksm")
 
 _EITHER = (False, True)
 #: PROT_GROWSDOWN, PROT_GROWSUP.
@@ -143,6 +144,8 @@ def random_program(
         compared(first, state)
     elif focus == "disk":
         kinds = (*kinds, *DISK)
+    elif focus == "cgroups":
+        kinds = (*kinds, *CGROUPS)
     steps: list[s.Step] = [first, *(ask(draw, first) if merging else ())]
     if first.pages >= HUGE and draw.flip():
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))

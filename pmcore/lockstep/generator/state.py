@@ -72,6 +72,8 @@ class State:
     locked_all: bool = False
     #: Whether there may be children.
     may_fork: bool = True
+    #: Paths of memory cgroups that may be there.
+    groups: list[str] = attrs.field(factory=list)
     made: int = 0
     #: Pages of the smaller huge pages that may be met: ranges like their edges.
     folios: tuple[int, ...] = ()

@@ -1,0 +1,99 @@
+"""Lockstep of memory cgroups: the kernel has groups of the workbench's own, the model its tree."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pmcore.errors import BackendUnavailable
+from pmcore.lockstep import lockstep
+from pmcore.lockstep.answers import answers_from_json, replay
+from pmcore.lockstep.session import session
+from pmcore.program import load_program, program_to_json
+from pmcore.program import steps as s
+from pmcore.registry import open_workbench
+
+HERE = Path(__file__).parent
+KEPT = sorted((HERE / "kept" / "cgroups").glob("*.json"))
+ANSWERS = sorted((HERE / "answers").glob("*/cgroups/*.json"))
+POOL = {"2 MiB": (8, 2)}
+SETTINGS = {"memory": "256 MiB", "swap": "256 MiB", "hugepages": POOL}
+
+
+@pytest.fixture(scope="module")
+def live():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs a running Linux kernel")
+    try:
+        bench = open_workbench("procfs", swap="256 MiB", hugepages=POOL)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    with bench:
+        if not bench.kernel.pfn_visible:
+            pytest.skip("needs CAP_SYS_ADMIN: frame numbers are hidden")
+        if not bench.kernel.profile.has("mm.mremap_many"):
+            pytest.skip("the model is held against kernels of its own version: this one is older than 6.17")
+        try:
+            bench.make_group("here")
+        except BackendUnavailable as error:
+            pytest.skip(str(error))
+        bench.remove_group("here")
+        yield bench
+
+
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+@pytest.mark.rule(
+    "CG-001", "CG-002", "CG-003", "CG-004", "CG-005", "CG-006", "CG-007", "CG-008", "CG-009", "KG-004"
+)
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_kept_programs_agree(live, path):
+    live.renew()
+    result = lockstep(load_program(path), open_workbench("sim", **SETTINGS, kernel=live.kernel.profile), live)
+    assert result.agrees, "\n".join(map(str, result.differences))
+    assert not live.groups()
+
+
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+def test_the_model_agrees_with_the_running_kernel(live):
+    """Fixed seeds; PMCORE_LOCKSTEP names how many programs, PMCORE_LOCKSTEP_SEED where they begin."""
+    programs = int(os.environ.get("PMCORE_LOCKSTEP", "60"))
+    report = session(
+        lambda: open_workbench("sim", **SETTINGS, kernel=live.kernel.profile),
+        lambda: live.renew() or live,
+        programs=programs,
+        seed=int(os.environ.get("PMCORE_LOCKSTEP_SEED", "1")),
+        profile=live.kernel.profile,
+        focus="cgroups",
+    )
+    told = [
+        line
+        for found in report.differences
+        for line in (program_to_json(found.program), *map(str, found.differences))
+    ]
+    assert not report.differences, "\n".join(told)
+    assert report.reached["step makegroup"] > programs // 2
+    assert report.masked.keys() <= {"DV-018", "DV-019", "DV-020"}
+
+
+@pytest.mark.parametrize("path", ANSWERS, ids=lambda path: path.stem)
+def test_the_simulator_answers_as_the_kernel_did(path):
+    answers = answers_from_json(path.read_text(encoding="utf-8"), source=str(path))
+    assert answers.program == load_program(HERE / "kept" / "cgroups" / path.name), "record the answers again"
+    result = replay(answers, open_workbench("sim", **SETTINGS, kernel=answers.profile))
+    assert result.agrees, "\n".join(map(str, result.differences))
+    assert result.steps == len(answers.program.steps)
+
+
+def test_each_kept_program_has_an_answer():
+    assert [path.name for path in ANSWERS] == [path.name for path in KEPT]
+    assert len(KEPT) >= 6
+
+
+def test_every_kept_program_has_groups():
+    for path in KEPT:
+        assert any(isinstance(step, s.MakeGroup) for step in load_program(path).steps), path.name
