@@ -77,7 +77,7 @@ def _groups(run: Run, pfns: U64Array) -> U64Array:
     if not run.groups:
         return np.zeros(0, dtype=np.uint64)
     words = run.workbench.kernel.frames_at(FrameFile.KPAGECGROUP, pfns)
-    found = (words != 0).astype(np.uint64)
+    found: U64Array = (words != 0).astype(np.uint64)
     there = run.workbench.groups()
     for number, path in enumerate(run.groups):
         if path in there:

@@ -167,4 +167,5 @@ def charged(core: Core, first: int, end: int) -> BoolArray:
     frames = core.memory.frames
     flags = frames.flags[first:end]
     found: BoolArray = (flags != 0) & ((flags & UNCHARGED) == 0)
-    return found | (frames.group[first:end] != 0)
+    found |= frames.group[first:end] != 0
+    return found
