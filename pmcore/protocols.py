@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HEAP",
+    "IDLE_BITMAP",
     "MADE_PAGES",
     "BoolArray",
     "FileResidency",
@@ -48,6 +49,8 @@ __all__ = [
 HEAP = 0x0F00_0000_0000
 #: Pages of contents that a new file is made with, at most (`Task.open_file`); ftruncate makes it larger.
 MADE_PAGES = 1 << 16
+#: Idle page tracking: a bit a frame, in words of 64 bits (rule ID-001).
+IDLE_BITMAP = "/sys/kernel/mm/page_idle/bitmap"
 
 
 class FrameFile(enum.StrEnum):
@@ -210,6 +213,13 @@ class Kernel(Protocol):
     def kpagecgroup(self, start_pfn: int = 0, count: int | None = None) -> U64Array:
         """Memory-cgroup inode numbers of `count` frames (None: all that follow), 0 for none."""
         return self._frames(FrameFile.KPAGECGROUP, start_pfn, count)
+
+    def pwrite(self, name: str, offset: int, data: bytes) -> int:
+        """May be provided: write to a file of `pread`'s names that takes something (`IDLE_BITMAP`); the bytes taken.
+
+        Raises what the kernel does. Here: Missing, as where there is no such file.
+        """
+        raise syscall_error(errno.ENOENT, f"open({name})", remedy=f"the backend {self.name!r} has none")
 
     def changed_meanwhile(self) -> U64Array:
         """Frames that changed while a recording was made, ascending. A backend that can be looked at again has none."""

@@ -19,7 +19,7 @@ from pmcore.arrays import U64Array
 from pmcore.backends.procfs.files import MAX_OFFSET, WordFile, open_file, read_text
 from pmcore.errors import syscall_error
 from pmcore.geometry import Geometry
-from pmcore.protocols import FrameFile, Kernel
+from pmcore.protocols import IDLE_BITMAP, FrameFile, Kernel
 
 if TYPE_CHECKING:
     from pmcore.backends.procfs.probe import Probe
@@ -126,6 +126,10 @@ class ProcfsKernel(Kernel):
         """Bytes of /proc/`name`, or of the file of sysfs whose path begins with /sys/."""
         if name in _WORD_FILES:
             return self._words(name).pread(offset, length)
+        if name == IDLE_BITMAP:
+            from pmcore.backends.procfs.marking import read_idle
+
+            return read_idle(offset, length)
         if offset < 0 or length < 0:
             raise syscall_error(errno.EINVAL, f"pread({self.root}/{name}, {length}, {offset})")
         if offset > MAX_OFFSET:
@@ -175,6 +179,14 @@ class ProcfsKernel(Kernel):
                 own.close()
         finally:
             os.close(fd)
+
+    def pwrite(self, name: str, offset: int, data: bytes) -> int:
+        """Write to page_idle/bitmap; the bytes taken. Raises Missing where idle page tracking is not configured."""
+        if name != IDLE_BITMAP:
+            return super().pwrite(name, offset, data)
+        from pmcore.backends.procfs.marking import write_idle
+
+        return write_idle(offset, data)
 
     def mark_idle(self, pfns: U64Array) -> None:
         """Mark frames idle. Raises Missing where idle page tracking is not configured."""

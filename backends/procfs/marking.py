@@ -9,21 +9,16 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.backends.procfs.files import failure, open_file
 from pmcore.errors import syscall_error
+from pmcore.protocols import IDLE_BITMAP
 
-__all__ = ["IDLE_BITMAP", "POISON_DIRECTORY", "mark_idle", "poison"]
+__all__ = ["POISON_DIRECTORY", "mark_idle", "poison", "read_idle", "write_idle"]
 
-IDLE_BITMAP = "/sys/kernel/mm/page_idle/bitmap"
 POISON_DIRECTORY = "/sys/kernel/debug/hwpoison"
 
 
 def mark_idle(pfns: U64Array, *, bitmap: str = IDLE_BITMAP) -> None:
     """Mark the frames idle: one bit a frame, written by words of 64. Raises Missing, NotPermitted."""
-    try:
-        fd = open_file(bitmap, "page_idle", flags=os.O_WRONLY)
-    except FileNotFoundError as error:
-        raise syscall_error(
-            error.errno or 2, f"open({bitmap})", remedy="needs a kernel with CONFIG_IDLE_PAGE_TRACKING"
-        ) from None
+    fd = _open_bitmap(bitmap, os.O_WRONLY)
     try:
         words, position = np.unique(pfns >> np.uint64(6), return_inverse=True)
         bits = np.zeros(len(words), dtype=np.uint64)
@@ -36,6 +31,37 @@ def mark_idle(pfns: U64Array, *, bitmap: str = IDLE_BITMAP) -> None:
         raise failure(error, f"write({bitmap})", "page_idle") from None
     finally:
         os.close(fd)
+
+
+def read_idle(offset: int, length: int, *, bitmap: str = IDLE_BITMAP) -> bytes:
+    """One pread(2) of the bitmap. Raises Missing, NotPermitted, InvalidArgument as the kernel does."""
+    fd = _open_bitmap(bitmap, os.O_RDONLY)
+    try:
+        return os.pread(fd, length, offset)
+    except OSError as error:
+        raise failure(error, f"pread({bitmap}, {length}, {offset})", "page_idle") from None
+    finally:
+        os.close(fd)
+
+
+def write_idle(offset: int, data: bytes, *, bitmap: str = IDLE_BITMAP) -> int:
+    """One pwrite(2) of the bitmap; the bytes taken. Raises as `read_idle`."""
+    fd = _open_bitmap(bitmap, os.O_WRONLY)
+    try:
+        return os.pwrite(fd, data, offset)
+    except OSError as error:
+        raise failure(error, f"pwrite({bitmap}, {len(data)} bytes, {offset})", "page_idle") from None
+    finally:
+        os.close(fd)
+
+
+def _open_bitmap(bitmap: str, flags: int) -> int:
+    try:
+        return open_file(bitmap, "page_idle", flags=flags)
+    except FileNotFoundError as error:
+        raise syscall_error(
+            error.errno or 2, f"open({bitmap})", remedy="needs a kernel with CONFIG_IDLE_PAGE_TRACKING"
+        ) from None
 
 
 def poison(pfns: U64Array, *, undo: bool, directory: str = POISON_DIRECTORY) -> None:

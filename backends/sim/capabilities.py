@@ -234,7 +234,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         advice=frozenset(int(a) for a in Madvise if a not in _ADVICE or has(_ADVICE[a])),
         anon_exclusive=has("kpageflags.anon_exclusive"),
         shown_flags=shown,
-        tail_flags=int(_TAIL_FLAGS),
+        tail_flags=int(_TAIL_FLAGS | (PageFlag.IDLE if has("kpageflags.idle_of_folio") else 0)),
         zero_flags=int(zero),
         huge_zero_flags=int(PageFlag.ZERO_PAGE | PageFlag.THP),
         hole_flags=int(PageFlag.NOPAGE) if has("kpageflags.holes_show_nopage") else 0,

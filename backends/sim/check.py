@@ -12,7 +12,7 @@ import numpy as np
 from pmcore.backends.sim.check_disk import Finding, disk_findings
 from pmcore.backends.sim.check_disk import some as _some
 from pmcore.backends.sim.check_groups import group_findings
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED, MOVED_YOUNG
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
 from pmcore.backends.sim.services import blocks, ksm_state
 from pmcore.backends.sim.services.pagecache import OpenFile
@@ -62,6 +62,7 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     yield from disk_findings(core, spaces)
     yield from _swap(core, maps)
     yield from _owners(core, maps)
+    yield from _idle(core)
     yield from _contents(core)
     yield from group_findings(core, spaces)
     place = core.khugepaged.address
@@ -455,6 +456,18 @@ def _owners(core: Core, maps: _Mappings) -> Iterator[Finding]:
     wrong = np.flatnonzero((frames.lru != 0) != ((flags & np.uint64(_LRU)) != 0))
     if len(wrong):
         yield Finding("pages on an LRU list, and no others, show LRU", _some(wrong))
+
+
+def _idle(core: Core) -> Iterator[Finding]:
+    """What idle page tracking marks: folios on LRU lists, whole ones, and none before anybody has marked any."""
+    frames = core.memory.frames
+    marks = frames.flags & np.uint64(int(PageFlag.IDLE) | MOVED_YOUNG)
+    wrong = (marks != 0) & ((frames.flags & np.uint64(_LRU)) == 0)
+    if "page_idle" not in core.numbers:
+        wrong |= marks != 0
+    wrong |= marks != marks[np.arange(frames.rows) - frames.behind]
+    if wrong.any():
+        yield Finding("only whole folios on LRU lists are idle or young", _some(np.flatnonzero(wrong)))
 
 
 def _contents(core: Core) -> Iterator[Finding]:

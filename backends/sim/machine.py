@@ -25,7 +25,7 @@ from pmcore.backends.sim.physical.frames import Frames
 from pmcore.backends.sim.physical.memory import Memory, NoMemory, min_watermark
 from pmcore.backends.sim.policy import Policy, as_policy, check_sizes, thp_orders
 from pmcore.backends.sim.process import SimProcess
-from pmcore.backends.sim.services import hotplug, shrink, writeback
+from pmcore.backends.sim.services import hotplug, page_idle, shrink, writeback
 from pmcore.backends.sim.services import swapoff as swapping_areas
 from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.khugepaged import Khugepaged
@@ -42,7 +42,7 @@ from pmcore.backends.sim.virtual.tables import TablePool
 from pmcore.errors import ArgumentError, FormatError, syscall_error
 from pmcore.geometry import Geometry, parse_size
 from pmcore.profile import KernelProfile, preset
-from pmcore.protocols import FrameFile, Kernel, Task, Workbench
+from pmcore.protocols import IDLE_BITMAP, FrameFile, Kernel, Task, Workbench
 from pmcore.uapi import Errno, PageFlag
 
 __all__ = ["Core", "Policy", "SimMachine", "SwapSettings", "load_machine", "make_machine"]
@@ -296,6 +296,9 @@ class SimMachine(Kernel, Workbench):
 
     def pread(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of kpagecount, kpageflags, kpagecgroup, or of a text (meminfo, buddyinfo, swaps, /sys/...)."""
+        if name == IDLE_BITMAP:
+            self._may_look(name)
+            return page_idle.read(self.core, offset, length)
         if name not in tuple(FrameFile):
             text = texts.text(self.core, name)
             if text is None:
@@ -309,15 +312,30 @@ class SimMachine(Kernel, Workbench):
 
     def files(self) -> Sequence[str]:
         """The frame files that the kernel has, and its texts."""
-        return (*super().files(), *texts.names(self.core))
+        bitmap = (IDLE_BITMAP,) if self.profile.has("page_idle") else ()
+        return (*super().files(), *texts.names(self.core), *bitmap)
+
+    def pwrite(self, name: str, offset: int, data: bytes) -> int:
+        """Write to page_idle/bitmap: frames whose bits are set become idle; the bytes taken (ID-001 to ID-004)."""
+        if name != IDLE_BITMAP:
+            return super().pwrite(name, offset, data)
+        self._may_look(name)
+        return page_idle.write(self.core, offset, data)
+
+    def mark_idle(self, pfns: U64Array) -> None:
+        """Mark frames idle: what writing their bits to page_idle/bitmap does. Raises Missing, NotPermitted."""
+        self._may_look(IDLE_BITMAP)
+        page_idle.mark(self.core, np.unique(np.asarray(pfns, dtype=np.int64)))
 
     def _may_look(self, name: str) -> None:
+        path = name if name.startswith("/") else f"/proc/{name}"
+        if not self.profile.has("page_idle" if name == IDLE_BITMAP else name):
+            remedy = "needs a kernel with CONFIG_IDLE_PAGE_TRACKING" if name == IDLE_BITMAP else ""
+            raise syscall_error(int(Errno.ENOENT), f"open({path})", remedy=remedy)
         if not self.pfn_visible:
             raise syscall_error(
-                int(Errno.EACCES), f"open(/proc/{name})", remedy="open the machine with privileged=True"
+                int(Errno.EACCES), f"open({path})", remedy="open the machine with privileged=True"
             )
-        if not self.profile.has(name):
-            raise syscall_error(int(Errno.ENOENT), f"open(/proc/{name})")
 
     def read_frames(self, file: FrameFile, start_pfn: int, out: U64Array) -> int:
         """Raw words from frame `start_pfn` on."""

@@ -17,7 +17,7 @@ from pmcore.errors import BackendUnavailable, Missing, NotPermitted, PmcoreError
 from pmcore.mounted.stepping import StepFile, Stepper
 from pmcore.mounted.syscalls import CallersMemory
 from pmcore.procview import ROOT, CallerMemory, Node, Opener, OpenFile, ProcView
-from pmcore.procview.files import PagemapFile, WordsFile
+from pmcore.procview.files import IdleFile, PagemapFile, WordsFile
 
 __all__ = ["KERNEL_PROC", "Tree", "mfusepy", "serve"]
 
@@ -178,6 +178,8 @@ class Tree:
     def read(self, handle: int, offset: int, size: int) -> bytes:
         """read(2) at `offset`. A tool that reads a word at a time is answered from what was read around it."""
         file = self.file(handle)
+        if isinstance(file, IdleFile):
+            self._changes += 1  # reading moves accessed bits, and takes IDLE off frames
         if size > _SHORT or not isinstance(file, WordsFile | PagemapFile) or offset % 8 or size % 8:
             return file.read(offset, size)
         first, data, changes = self._near.get(handle, (0, b"", -1))

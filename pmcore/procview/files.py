@@ -16,7 +16,7 @@ from pmcore.procview.sequence import SequenceReader
 from pmcore.protocols import Kernel, Process
 from pmcore.uapi import PAGEMAP_SCAN, PM_PFRAME_MASK, PROCMAP_QUERY
 
-__all__ = ["ClearRefsFile", "MapsFile", "OpenFile", "PagemapFile", "TextFile", "WordsFile"]
+__all__ = ["ClearRefsFile", "IdleFile", "MapsFile", "OpenFile", "PagemapFile", "TextFile", "WordsFile"]
 
 _FLAGS = np.uint64(~PM_PFRAME_MASK & (1 << 64) - 1)
 #: What clear_refs looks at of what is written to it.
@@ -69,6 +69,23 @@ class WordsFile(OpenFile):
     def read(self, offset: int, size: int) -> bytes:
         """Words of frames (rule FS-002)."""
         return self._kernel.pread(self._name, offset, size)
+
+
+class IdleFile(OpenFile):
+    """page_idle/bitmap: a bit a frame, read and written in words; at most a page of them at a time (rule ID-002)."""
+
+    def __init__(self, path: str, kernel: Kernel) -> None:
+        super().__init__(path)
+        self._kernel = kernel
+        kernel.pread(path, 0, 0)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Words of frames that are idle, after a look at the entries that map them: reading changes the machine."""
+        return self._kernel.pread(self.path, offset, size)
+
+    def write(self, offset: int, data: bytes) -> int:
+        """Frames whose bits are set become idle."""
+        return self._kernel.pwrite(self.path, offset, data)
 
 
 class PagemapFile(OpenFile):

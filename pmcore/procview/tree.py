@@ -10,9 +10,17 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from pmcore.errors import Missing, ProcessGone, syscall_error
-from pmcore.procview.files import ClearRefsFile, MapsFile, OpenFile, PagemapFile, TextFile, WordsFile
+from pmcore.procview.files import (
+    ClearRefsFile,
+    IdleFile,
+    MapsFile,
+    OpenFile,
+    PagemapFile,
+    TextFile,
+    WordsFile,
+)
 from pmcore.procview.opener import ROOT, Capability, Opener
-from pmcore.protocols import FrameFile, Kernel, Process
+from pmcore.protocols import IDLE_BITMAP, FrameFile, Kernel, Process
 
 __all__ = ["Node", "ProcView"]
 
@@ -36,7 +44,7 @@ class Node:
     #: As in st_mode: type and permissions.
     mode: int
     uid: int = 0
-    #: As the kernel shows it: 0 for all of /proc, 4096 for files of /sys.
+    #: As the kernel shows it: 0 for all of /proc and the idle bitmap, 4096 for the texts of /sys.
     size: int = 0
     #: Where a symbolic link leads.
     target: str = ""
@@ -190,6 +198,8 @@ class ProcView:
         if name not in self._sys.get(parent, ()):
             raise _missing(path)
         kernel, buffer = self.kernel, self.kernel.geometry.page_size
+        if path == IDLE_BITMAP:
+            return _file(path, 0o600, 0, lambda _o, _r: IdleFile(path, kernel))
         return _file(
             path, 0o444, 0, lambda _o, _r: TextFile(path, kernel, path, buffer=buffer), size=_SYSFS_SIZE
         )

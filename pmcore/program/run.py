@@ -8,11 +8,12 @@ from typing import Any
 import attrs
 import numpy as np
 
+from pmcore.arrays import U64Array
 from pmcore.errors import AddressSpaceFault, ArgumentError, SyscallError
 from pmcore.geometry import align_up
 from pmcore.program import steps as s
 from pmcore.program.program import Program
-from pmcore.protocols import HEAP, Task, Workbench
+from pmcore.protocols import HEAP, IDLE_BITMAP, Task, Workbench
 from pmcore.scan.request import ScanRequest
 from pmcore.uapi import (
     MAX_SWAPFILES,
@@ -262,6 +263,33 @@ def _make_group(state: Run, step: s.MakeGroup) -> None:
         state.groups.append(step.group)
 
 
+def _frames(state: Run, step: s.MarkIdle | s.ReadIdle) -> U64Array:
+    """The frames of the pages, 0 for what is not present. Raises FramesHidden."""
+    start, length = _range(state, step)
+    entries = state.task(step.task).process.pagemap(start, start + length)
+    return np.where(entries.present, entries.pfn, np.uint64(0))
+
+
+def _mark_idle(state: Run, step: s.MarkIdle) -> None:
+    kernel, pfns = state.workbench.kernel, _frames(state, step)
+    kernel.pwrite(IDLE_BITMAP, 0, b"")  # where it is not there, that is what is told
+    words, place = np.unique(pfns[pfns != 0] >> np.uint64(6), return_inverse=True)
+    bits = np.zeros(len(words), dtype=np.uint64)
+    np.bitwise_or.at(bits, place, np.uint64(1) << (pfns[pfns != 0] & np.uint64(63)))
+    for word, value in zip(words.tolist(), bits, strict=True):
+        kernel.pwrite(IDLE_BITMAP, word * 8, value.tobytes())
+
+
+def _read_idle(state: Run, step: s.ReadIdle) -> list[int]:
+    kernel, pfns = state.workbench.kernel, _frames(state, step)
+    kernel.pread(IDLE_BITMAP, 0, 0)
+    words = {
+        word: int.from_bytes(kernel.pread(IDLE_BITMAP, word * 8, 8), "little")
+        for word in np.unique(pfns[pfns != 0] >> np.uint64(6)).tolist()
+    }
+    return [words[pfn >> 6] >> (pfn & 63) & 1 if pfn else -1 for pfn in pfns.tolist()]
+
+
 def _scan(state: Run, step: s.Scan) -> dict[str, Any]:
     start, length = _range(state, step)
     result = state.task(step.task).process.pagemap_scan(
@@ -362,6 +390,8 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Fork: _fork,
     s.Exit: _exit,
     s.ClearRefs: lambda r, st: r.task(st.task).process.clear_refs(st.what),
+    s.MarkIdle: _mark_idle,
+    s.ReadIdle: _read_idle,
     s.Scan: _scan,
     s.PagemapRead: _pagemap_read,
     s.KsmScan: lambda r, st: r.workbench.ksm_scan(

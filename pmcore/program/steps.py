@@ -33,6 +33,7 @@ __all__ = [
     "Lseek",
     "MakeGroup",
     "Map",
+    "MarkIdle",
     "MemfdCreate",
     "Mincore",
     "Move",
@@ -45,6 +46,7 @@ __all__ = [
     "Pwrite",
     "Read",
     "ReadAhead",
+    "ReadIdle",
     "RemoveGroup",
     "Scan",
     "Step",
@@ -389,6 +391,16 @@ class ClearRefs(Step):
 
 
 @attrs.frozen(kw_only=True)
+class MarkIdle(_Range):
+    """The administrator marks the frames behind the pages that are present idle, by writing page_idle/bitmap."""
+
+
+@attrs.frozen(kw_only=True)
+class ReadIdle(_Range):
+    """The administrator reads page_idle/bitmap for the pages: 1 idle, 0 not, -1 for what is not present."""
+
+
+@attrs.frozen(kw_only=True)
 class Scan(_Range):
     """PAGEMAP_SCAN of pages of an area, from `shift` bytes behind the first on."""
 
@@ -492,6 +504,8 @@ STEPS: dict[str, type[Step]] = {
         Fork,
         Exit,
         ClearRefs,
+        MarkIdle,
+        ReadIdle,
         Scan,
         PagemapRead,
         KsmScan,

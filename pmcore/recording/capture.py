@@ -16,7 +16,7 @@ from pmcore._version import __version__
 from pmcore.arrays import U64Array
 from pmcore.errors import ArgumentError, HiddenPfn, Missing, NotPermitted, ProcessGone, SyscallError
 from pmcore.profile import profile_row
-from pmcore.protocols import FrameFile, Kernel, Process
+from pmcore.protocols import IDLE_BITMAP, FrameFile, Kernel, Process
 from pmcore.recording.anonymise import FrameShuffle
 from pmcore.recording.container import FORMAT_VERSION, PIECE, RecordingWriter
 from pmcore.vma import Vma, parse_maps
@@ -198,8 +198,8 @@ def _texts(
 
 
 def _settings(kernel: Kernel) -> list[str]:
-    """Files of sysfs: tools ask there how huge pages are set up."""
-    return [name for name in kernel.files() if name.startswith("/sys/")]
+    """Files of sysfs: tools ask there how huge pages are set up. The idle bitmap is none: reading it changes frames."""
+    return [name for name in kernel.files() if name.startswith("/sys/") and name != IDLE_BITMAP]
 
 
 def _process(

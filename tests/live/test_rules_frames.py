@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmcore.errors import InvalidArgument
+from pmcore.errors import InvalidArgument, Missing
+from pmcore.protocols import IDLE_BITMAP
 from pmcore.uapi import PageFlag
 
 from .conftest import PAGE
@@ -132,3 +133,21 @@ def test_cgroup_of_a_frame(task, area, kernel, needs):
     task.write(start, b"x")
     pfn = int(task.process.pagemap(start, start + PAGE).pfn[0])
     assert int(kernel.kpagecgroup(pfn, 1)[0]) == found.stat().st_ino
+
+
+@pytest.mark.rule("ID-011")
+@pytest.mark.procfs_only
+def test_without_the_option_there_is_no_idle_bitmap(kernel):
+    """The capability says what is there; asking for what is not says which option is missing."""
+    there = Path(IDLE_BITMAP).exists()
+    assert kernel.profile.has("page_idle") == there
+    if there:
+        assert len(kernel.pread(IDLE_BITMAP, 0, 8)) == 8
+        return
+    for call in (
+        lambda: kernel.pread(IDLE_BITMAP, 0, 8),
+        lambda: kernel.pwrite(IDLE_BITMAP, 0, bytes(8)),
+        lambda: kernel.mark_idle(np.ones(1, dtype=np.uint64)),
+    ):
+        with pytest.raises(Missing, match="CONFIG_IDLE_PAGE_TRACKING"):
+            call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -151,3 +152,35 @@ def test_where_it_cannot_be(started, program, tmp_path):
         _, told = server.communicate(timeout=20)
         assert server.returncode in (2, 3), told
         assert "Traceback" not in told
+
+
+@pytest.mark.rule("ID-001", "ID-002", "ID-003")
+def test_the_idle_bitmap_through_the_mount(mounted):
+    """Marked by a write, shown by both files; errors are the kernel's; a word that was read ahead is forgotten."""
+    place, _ = mounted()
+    machine = pmcore.open("sim", memory="64 MiB", swap="16 MiB")
+    run(PROGRAM, machine)
+    vma = machine.process(1).maps()[0]
+    pfns = machine.process(1).pagemap(vma.start, vma.end).pfn
+    pfn = int(pfns[pfns > 0][0])
+    bitmap = os.open(place / "sys/kernel/mm/page_idle/bitmap", os.O_RDWR)
+    flags = os.open(place / "proc/kpageflags", os.O_RDONLY)
+
+    def idle():
+        return bool(int.from_bytes(os.pread(flags, 8, pfn * 8), "little") >> 25 & 1)
+
+    assert not idle()
+    for call in (lambda: os.pread(bitmap, 8, 4), lambda: os.pwrite(bitmap, b"123", 0)):
+        with pytest.raises(OSError) as caught:
+            call()
+        assert caught.value.errno == errno.EINVAL
+    with pytest.raises(OSError) as caught:
+        os.pwrite(bitmap, bytes(8), 1 << 30)
+    assert caught.value.errno == errno.ENXIO
+    assert os.pread(bitmap, 8, 1 << 30) == b""
+    assert os.pwrite(bitmap, (1 << pfn % 64).to_bytes(8, "little"), pfn // 64 * 8) == 8
+    assert idle()
+    word = int.from_bytes(os.pread(bitmap, 8, pfn // 64 * 8), "little")
+    assert word == 1 << pfn % 64
+    os.close(bitmap)
+    os.close(flags)

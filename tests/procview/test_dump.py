@@ -12,6 +12,7 @@ import pmcore
 from pmcore.errors import ArgumentError, FormatError, Missing, ProcessGone, SyscallError
 from pmcore.procview import Opener, ProcView
 from pmcore.procview.dump import dump
+from pmcore.protocols import IDLE_BITMAP
 from pmcore.recording import record
 from pmcore.scan import ScanRequest
 from pmcore.testing.conformance import KernelConformance
@@ -118,7 +119,8 @@ def test_only_what_the_opener_may_read(machine, tmp_path):
     """Somebody unprivileged gets no frame files, and entries without frame numbers."""
     done = dump(ProcView(machine, owner=1000), tmp_path / "d", opener=Opener.user(1000))
     assert {path for path, _ in done.refused} == {
-        f"/proc/{n}" for n in ("kpageflags", "kpagecount", "kpagecgroup")
+        *(f"/proc/{n}" for n in ("kpageflags", "kpagecount", "kpagecgroup")),
+        IDLE_BITMAP,
     }
     assert {number for _, number in done.refused} == {errno.EACCES}
     kernel = pmcore.open("recording", tmp_path / "d")

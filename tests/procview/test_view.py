@@ -11,6 +11,7 @@ import pytest
 
 import pmcore
 from pmcore.procview import Opener, ProcView
+from pmcore.protocols import IDLE_BITMAP
 from pmcore.recording import record
 from pmcore.scan import ScanRequest
 from pmcore.uapi import PAGEMAP_SCAN, PM_PFRAME_MASK, PROCMAP_QUERY, PageCategory
@@ -84,7 +85,7 @@ def test_what_is_not_there(machine, view):
         "/proc/1/maps/x",
         "/proc/nothing",
         "/etc/passwd",
-        "/sys/kernel/mm/page_idle/bitmap",
+        "/sys/kernel/mm/ksm/run",
     ):
         assert refused(view.node, path) == errno.ENOENT
     assert refused(ProcView(machine).node, "/proc/self") == errno.ENOENT
@@ -94,6 +95,25 @@ def test_what_is_not_there(machine, view):
         assert not view.node(f"/proc/1/{name}").is_dir
     assert refused(view.node("/proc/1/maps").names) == errno.ENOTDIR
     assert refused(view.open, "/proc/1", os.O_RDWR) == errno.EISDIR
+
+
+@pytest.mark.rule("ID-001", "ID-002", "ID-003", "ID-011", "FS-001")
+def test_the_idle_bitmap(machine, view):
+    """Root's, of size 0, read and written in words; where the kernel has none, there is none."""
+    node = view.node(IDLE_BITMAP)
+    assert (node.mode, node.size, node.uid) == (0o100600, 0, 0)
+    assert refused(node.open, os.O_RDONLY, USER) == errno.EACCES == refused(node.open, os.O_WRONLY, USER)
+    vma = machine.process(1).maps()[0]
+    pfn = int(machine.process(1).pagemap(vma.start, vma.start + PAGE).pfn[0])
+    file = node.open(os.O_RDWR)
+    assert refused(file.read, 4, 8) == errno.EINVAL == refused(file.write, 0, b"1")
+    assert refused(file.write, machine.frame_count() // 8, bytes(8)) == errno.ENXIO
+    assert refused(file.ioctl, 1, bytearray(8), None) == errno.ENOTTY
+    assert not any(file.read(0, 1 << 20))
+    assert file.write(pfn // 64 * 8, (1 << pfn % 64).to_bytes(8, "little")) == 8
+    assert int.from_bytes(view.open(IDLE_BITMAP).read(0, 1 << 20), "little") == 1 << pfn
+    other = pmcore.open("sim", memory="16 MiB", kernel=pmcore.preset("6.12").changed(remove=["page_idle"]))
+    assert refused(ProcView(other).node, IDLE_BITMAP) == errno.ENOENT
 
 
 @pytest.mark.rule("FS-002", "AC-010")

@@ -166,6 +166,8 @@ def test_every_kind_of_step_runs(bench):
         s.MakeGroup,
         s.RemoveGroup,
         s.MoveTask,
+        s.MarkIdle,
+        s.ReadIdle,
     }
     assert {type(step) for step in steps} == set(STEPS.values()) - administrator
     state = run(Program(name="all", steps=steps), bench)

@@ -137,9 +137,9 @@ def test_files_of_sysfs(machine):
     assert read(f"{where}/khugepaged/max_ptes_none") == "511\n"
     assert read("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages") == "4\n"
     assert view.node(f"{where}/enabled").size == 4096
-    assert sorted(view.node("/sys/kernel/mm").names()) == ["hugepages", "transparent_hugepage"]
+    assert sorted(view.node("/sys/kernel/mm").names()) == ["hugepages", "page_idle", "transparent_hugepage"]
     assert view.node("/sys/kernel").is_dir
-    for path in (f"{where}/defrag", f"{where}/hugepages-8kB", "/sys/kernel/mm/page_idle/bitmap", "/sys/x"):
+    for path in (f"{where}/defrag", f"{where}/hugepages-8kB", "/sys/kernel/mm/ksm", "/sys/x"):
         with pytest.raises(Missing):
             view.node(path)
     with pytest.raises(OSError) as caught:

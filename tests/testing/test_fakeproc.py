@@ -505,3 +505,26 @@ def test_the_fixture(sim_proc, sim_machine, sim_task):
     assert f"{start:x}-" in read("/proc/self/maps")
     assert os.getpid() == sim_task.pid
     assert sim_proc.machine is sim_machine
+
+
+@pytest.mark.rule("ID-001", "ID-002", "ID-003", "ID-006")
+def test_the_idle_bitmap_is_written_and_read(machine, area):
+    """A tool that marks pages idle and looks again: what it writes changes the machine."""
+    path = "/sys/kernel/mm/page_idle/bitmap"
+    pfn = int(machine.process(1).pagemap(area, area + PAGE).pfn[0])
+    with fake_proc(machine, pid=1):
+        assert os.stat(path).st_size == 0
+        fd = os.open(path, os.O_RDWR)
+        for call in (lambda: os.pwrite(fd, b"1234", 0), lambda: os.pread(fd, 8, 4)):
+            with pytest.raises(OSError, match="Invalid argument"):
+                call()
+        with pytest.raises(OSError, match="No such device or address"):
+            os.pwrite(fd, bytes(8), 1 << 30)
+        assert os.pwrite(fd, struct.pack("=Q", 1 << pfn % 64), pfn // 64 * 8) == 8
+        with open(path, "rb") as file:
+            assert int.from_bytes(file.read(), "little") == 1 << pfn
+        next(iter(machine.tasks())).touch(area, 1)
+        assert os.pread(fd, 8, pfn // 64 * 8) == bytes(8)
+        os.close(fd)
+    with fake_proc(machine, pid=1, opener=USER), pytest.raises(PermissionError):
+        os.open(path, os.O_RDONLY)

@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from pmcore.arrays import U64Array
 
-__all__ = ["ANON_EXCLUSIVE", "CACHED", "SHOWN", "Frames"]
+__all__ = ["ANON_EXCLUSIVE", "CACHED", "MOVED_YOUNG", "SHOWN", "Frames"]
 
 #: The page belongs to one process alone, and may be written without copying (PG_anon_exclusive). Per page; shown where
 #: OWNER_2 is, by kernels whose tail pages report their folio's flags for the head alone.
 ANON_EXCLUSIVE = 1 << 60
 #: The page is in the page cache of the inode that `owner` names, as its page `index`.
 CACHED = 1 << 61
+#: An entry that maps the folio had an accessed bit, which idle page tracking took (PG_young).
+MOVED_YOUNG = 1 << 62
 #: The bits that kpageflags may show.
 SHOWN = (1 << 48) - 1
 _FIRST = 1 << 12

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.physical.frames import MOVED_YOUNG
 from pmcore.backends.sim.services.batches import large_runs
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["write"]
 
 _ALL = (1 << 64) - 1
-_REFERENCED = int(PageFlag.REFERENCED)
+#: What a page knows of accesses.
+_REFERENCED = int(PageFlag.REFERENCED) | MOVED_YOUNG
 _KNOWN, _FORGET_DIRTY = frozenset(map(int, ClearRefs)), int(ClearRefs.SOFT_DIRTY)
 #: Which VMAs: those of anonymous memory, or of files, or all.
 _ACCESSED = {int(ClearRefs.ALL): None, int(ClearRefs.ANON): True, int(ClearRefs.MAPPED): False}

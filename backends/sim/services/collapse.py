@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 
 from pmcore.backends.sim.physical.folios import LargeFolio
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, MOVED_YOUNG
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.services import lru, swapping, thp
 from pmcore.backends.sim.virtual import mapping
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Limits", "collapse_range", "scan_block"]
 
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+#: What a page knows of accesses.
+_ACCESSED = np.uint64(int(PageFlag.REFERENCED) | MOVED_YOUNG)
 #: Folios in a batch (PAGEVEC_SIZE).
 _BATCH = 31
 
@@ -133,7 +135,7 @@ def scan_block(
     empty = pages - len(swapped) - int(normal.sum())
     pfns = (entries[normal] & _FIELD).view(np.int64)
     flags = frames.flags[pfns]
-    young = ((entries[normal] & np.uint64(YOUNG)) != 0) | ((flags & np.uint64(PageFlag.REFERENCED)) != 0)
+    young = ((entries[normal] & np.uint64(YOUNG)) != 0) | ((flags & _ACCESSED) != 0)
     refusal = ""
     if (entries & np.uint64(UFFD_WP)).any():
         refusal = "pte_uffd_wp"

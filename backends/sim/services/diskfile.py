@@ -42,7 +42,7 @@ __all__ = [
 _ALL = (1 << 64) - 1
 _DIRTY, _UPTODATE, _LRU = int(PageFlag.DIRTY), int(PageFlag.UPTODATE), int(PageFlag.LRU)
 _ACTIVE, _REFERENCED, _RECLAIM = int(PageFlag.ACTIVE), int(PageFlag.REFERENCED), int(PageFlag.RECLAIM)
-_PRIVATE, _ON_DISK = int(PageFlag.PRIVATE), int(PageFlag.OWNER_2)
+_PRIVATE, _ON_DISK, _IDLE = int(PageFlag.PRIVATE), int(PageFlag.OWNER_2), int(PageFlag.IDLE)
 _FIELD, _PRESENT, _KIND = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(KIND)
 #: The greatest size of a file: 2**32 - 1 blocks.
 MAX_SIZE = ((1 << 32) - 1) << 12
@@ -168,7 +168,7 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
         frames = core.memory.frames
         part = data[position - offset : stop - offset]
         frames.content_at[pfn] = contents.write(frames.content_at[pfn], position & size - 1, part)
-        frames.flags_at[pfn] |= _DIRTY | _PRIVATE | _UPTODATE
+        frames.flags_at[pfn] = frames.flags_at[pfn] & ~_IDLE | _DIRTY | _PRIVATE | _UPTODATE
         if not inode.blocks.get(page):
             inode.blocks.set(page, DELAYED)
         inode.size = max(inode.size, stop)

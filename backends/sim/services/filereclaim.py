@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.physical.frames import CACHED, MOVED_YOUNG
 from pmcore.backends.sim.services import pagecache, writeback
 from pmcore.backends.sim.services.pagecache import Inode
 from pmcore.backends.sim.virtual.mapping import MLOCKED
@@ -39,7 +39,7 @@ def page_out(core: Core, vma: VmArea, inode: Inode, entries: U64Array, index: ND
     """
     frames = core.memory.frames
     pfns = (entries[index] & _FIELD).view(np.int64)
-    frames.flags[pfns] &= np.uint64(~_REFERENCED & _ALL)
+    frames.flags[pfns] &= np.uint64(~(_REFERENCED | MOVED_YOUNG) & _ALL)
     evictable = (frames.flags[pfns] & np.uint64(MLOCKED)) == 0
     index, pfns = index[evictable], pfns[evictable]
     old = entries[index]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Pfns
-from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.physical.frames import CACHED, MOVED_YOUNG
 from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.virtual import rmap
 from pmcore.backends.sim.virtual.pte import YOUNG
@@ -41,7 +41,7 @@ __all__ = [
 
 _ALL = (1 << 64) - 1
 _ACTIVE, _REFERENCED = int(PageFlag.ACTIVE), int(PageFlag.REFERENCED)
-_SWAPBACKED, _LRU = int(PageFlag.SWAPBACKED), int(PageFlag.LRU)
+_SWAPBACKED, _LRU, _IDLE = int(PageFlag.SWAPBACKED), int(PageFlag.LRU), int(PageFlag.IDLE)
 #: Of anonymous memory (in the swap cache also what nobody has mapped yet), and able to go; of files, those on a disk.
 _KIND = int(PageFlag.ANON | PageFlag.SWAPCACHE)
 _FILE = _KIND | CACHED
@@ -129,7 +129,10 @@ class Look(NamedTuple):
 
 
 def look(core: Core, heads: Pfns) -> Look:
-    """Who maps these folios, and was it accessed (folio_referenced). Changes nothing yet: see `forget`."""
+    """Who maps these folios, and was it accessed (folio_referenced). Changes nothing yet: see `forget`.
+
+    An access whose bit idle page tracking has taken counts for the first mapping (rule ID-007).
+    """
     frames = core.memory.frames
     chosen = np.zeros(frames.rows, dtype=np.bool_)
     chosen[pages_of(core, heads)] = True
@@ -138,7 +141,12 @@ def look(core: Core, heads: Pfns) -> Look:
     place[heads] = np.arange(len(heads))
     folios = place[maps.pfns - frames.behind[maps.pfns]]
     young = (core.pool.flat[maps.slots] & np.uint64(YOUNG)) != 0
-    references = np.bincount(folios[young], minlength=len(heads))
+    told = young
+    if "page_idle" in core.numbers:
+        first = np.zeros(len(maps.slots), dtype=np.bool_)
+        first[np.unique(folios, return_index=True)[1]] = True
+        told = young | (first & ((frames.flags[maps.pfns] & np.uint64(MOVED_YOUNG)) != 0))
+    references = np.bincount(folios[told], minlength=len(heads))
     locked, executed = np.zeros(len(heads), dtype=np.bool_), np.zeros(len(heads), dtype=np.bool_)
     for owner, mm in enumerate(maps.mms):
         for vma in mm.vmas:
@@ -147,14 +155,19 @@ def look(core: Core, heads: Pfns) -> Look:
                 if vma.flags & VmFlag.LOCKED:
                     locked[folios[inside]] = True
                 if vma.flags & VmFlag.EXEC:
-                    executed[folios[inside & young]] = True
+                    executed[folios[inside & told]] = True
     return Look(maps, folios, young, references, locked, executed)
 
 
 def forget(core: Core, seen: Look, folios: BoolArray) -> None:
     """Take the accessed bits off the entries that map the folios for which `folios` is true."""
-    slots = seen.maps.slots[seen.young & folios[seen.folios]]
+    mine = folios[seen.folios]
+    slots = seen.maps.slots[seen.young & mine]
     core.pool.flat[slots] &= np.uint64(~YOUNG & _ALL)
+    if "page_idle" in core.numbers:
+        flags = core.memory.frames.flags
+        for found, bits in ((seen.young & mine, _IDLE), (mine, MOVED_YOUNG)):
+            flags[core.memory.whole_folios(np.unique(seen.maps.pfns[found]))] &= np.uint64(~bits & _ALL)
 
 
 def set_flags(core: Core, heads: Pfns, *, add: int = 0, remove: int = 0) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.folios import LargeFolio
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, MOVED_YOUNG
 from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.services import evict, filereclaim, pagecache, thp
 from pmcore.backends.sim.services.batches import Runs, large_runs
@@ -45,6 +45,8 @@ __all__ = ["cold", "lazy_free", "pageout"]
 _ALL = (1 << 64) - 1
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 _ACTIVE, _REFERENCED, _DIRTY = int(PageFlag.ACTIVE), int(PageFlag.REFERENCED), int(PageFlag.DIRTY)
+#: What a page knows of accesses.
+_ACCESSED = _REFERENCED | MOVED_YOUNG
 _SWAPBACKED, _SWAPCACHE, _LRU = int(PageFlag.SWAPBACKED), int(PageFlag.SWAPCACHE), int(PageFlag.LRU)
 
 
@@ -168,14 +170,14 @@ def cold(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> Non
                 folio = core.memory.large[core.pool.at[slot] & FIELD]
                 if whole and folio.mapped == 1:
                     core.pool.at[slot] &= ~YOUNG
-                    frames.clear_bits(folio.head, folio.pages, _REFERENCED | _ACTIVE)
+                    frames.clear_bits(folio.head, folio.pages, _ACCESSED | _ACTIVE)
                     core.memory.on_lru(folio.head, folio.pages)
             continue
         chosen = _own_pages(core, extent.start, extent.entries)
         extent.entries[chosen] &= np.uint64(~YOUNG & _ALL)
         pfns = (extent.entries[chosen] & _FIELD).view(np.int64)
         evictable = pfns[(frames.flags[pfns] & np.uint64(MLOCKED)) == 0]
-        frames.flags[pfns] &= np.uint64(~_REFERENCED & _ALL)
+        frames.flags[pfns] &= np.uint64(~_ACCESSED & _ALL)
         frames.flags[evictable] &= np.uint64(~_ACTIVE & _ALL)
         _on_lru(core, evictable)
 
@@ -189,7 +191,7 @@ def _cold_one(core: Core, slot: int) -> None:
     core.pool.at[slot] = pte & ~YOUNG
     flags = core.memory.frames.flags_at[pfn]
     evictable = not flags & MLOCKED
-    core.memory.frames.flags_at[pfn] = flags & ~(_REFERENCED | (_ACTIVE if evictable else 0))
+    core.memory.frames.flags_at[pfn] = flags & ~(_ACCESSED | (_ACTIVE if evictable else 0))
     if evictable:
         core.memory.on_lru(pfn)
 
@@ -311,7 +313,7 @@ def _page_out(core: Core, slot: int) -> None:
     pfn = _own_page(core, pte)
     if pfn < 0:
         return
-    flags = frames.flags_at[pfn] & ~_REFERENCED
+    flags = frames.flags_at[pfn] & ~_ACCESSED
     frames.flags_at[pfn] = flags
     if flags & MLOCKED:
         return
@@ -340,7 +342,7 @@ def _page_out(core: Core, slot: int) -> None:
 
 def _huge_out(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: LargeFolio) -> None:
     frames = core.memory.frames
-    frames.clear_bits(folio.head, folio.pages, _REFERENCED)
+    frames.clear_bits(folio.head, folio.pages, _ACCESSED)
     slot = mm.tables.pmd_slot(addr)
     entry = core.pool.at[slot]
     lazy = not frames.flags_at[folio.head] & _SWAPBACKED
@@ -358,7 +360,7 @@ def _out(core: Core, mm: AddressSpace, start: int, entries: U64Array, index: NDA
     """Reclaim the pages that `entries[index]` map (`entries` from address `start` on); each is mapped there alone."""
     frames = core.memory.frames
     pfns = (entries[index] & _FIELD).view(np.int64)
-    frames.flags[pfns] &= np.uint64(~_REFERENCED & _ALL)
+    frames.flags[pfns] &= np.uint64(~_ACCESSED & _ALL)
     flags = frames.flags[pfns]
     evictable = (flags & np.uint64(MLOCKED)) == 0
     lazy = evictable & ((flags & np.uint64(_SWAPBACKED)) == 0)
@@ -427,7 +429,7 @@ def _shmem_out(
     """
     frames = core.memory.frames
     pfns = (entries[index] & _FIELD).view(np.int64)
-    frames.flags[pfns] &= np.uint64(~_REFERENCED & _ALL)
+    frames.flags[pfns] &= np.uint64(~_ACCESSED & _ALL)
     evictable = (frames.flags[pfns] & np.uint64(MLOCKED)) == 0
     index, pfns = index[evictable], pfns[evictable]
     old = entries[index]

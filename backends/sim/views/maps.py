@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pmcore.backends.sim.physical.frames import MOVED_YOUNG
 from pmcore.backends.sim.services import thp
 from pmcore.backends.sim.views import hugetlb as huge_view
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, YOUNG
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["maps", "rollup", "smaps"]
 
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+#: What a page knows of accesses.
+_ACCESSED = np.uint64(int(PageFlag.REFERENCED) | MOVED_YOUNG)
 _PSS_SHIFT = 12
 #: Device number of the mount that shmem files lie on.
 _SHMEM_MINOR = 1
@@ -195,7 +198,7 @@ def _present(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
     flags = frames.flags[pfns]
     counts = np.maximum(frames.mapcount[pfns], 1)
     dirty = ((entries & np.uint64(DIRTY)) != 0) | ((flags & np.uint64(PageFlag.DIRTY)) != 0)
-    young = ((entries & np.uint64(YOUNG)) != 0) | ((flags & np.uint64(PageFlag.REFERENCED)) != 0)
+    young = ((entries & np.uint64(YOUNG)) != 0) | ((flags & _ACCESSED) != 0)
     anon = (flags & np.uint64(PageFlag.ANON)) != 0
     pss = (size << _PSS_SHIFT) // counts
     sums.rss += len(pfns) * size

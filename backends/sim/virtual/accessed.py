@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["mark", "mark_one"]
 
 _ALL = (1 << 64) - 1
-_REFERENCED, _ACTIVE = int(PageFlag.REFERENCED), int(PageFlag.ACTIVE)
+_REFERENCED, _ACTIVE, _IDLE = int(PageFlag.REFERENCED), int(PageFlag.ACTIVE), int(PageFlag.IDLE)
 _UNEVICTABLE, _KSM = int(PageFlag.UNEVICTABLE), int(PageFlag.KSM)
 
 
 def mark(core: Core, pfns: Pfns) -> None:
-    """folio_mark_accessed for each page: referenced at first, active the second time."""
+    """folio_mark_accessed for each page: referenced at first, active the second time, and not idle."""
     frames = core.memory.frames
+    if "page_idle" in core.numbers:
+        frames.flags[core.memory.whole_folios(pfns)] &= np.uint64(~_IDLE & _ALL)
     flags = frames.flags[pfns]
     compound = (flags & np.uint64(COMPOUND)) != 0
     if compound.any():
@@ -47,6 +49,10 @@ def mark_one(core: Core, pfn: int) -> None:
     """`mark` for one page."""
     frames = core.memory.frames
     flags = frames.flags_at[pfn]
+    if flags & _IDLE:
+        head = pfn - frames.behind_at[pfn]
+        frames.clear_bits(head, core.memory.large[head].pages if flags & COMPOUND else 1, _IDLE)
+        flags &= ~_IDLE
     if flags & COMPOUND:
         _folio(core, pfn - frames.behind_at[pfn], 1)
     elif not flags & _REFERENCED:

@@ -80,6 +80,7 @@ class Batch:
         there[waiting] = False
         frames.flags[pfns[waiting]] |= np.uint64(_REFERENCED)
         frames.flags[again] &= np.uint64(~int(_REFERENCED) & (1 << 64) - 1)
+        frames.flags[pfns[waiting]] &= np.uint64(~int(PageFlag.IDLE) & (1 << 64) - 1)
         accessed.mark(self.core, pfns[there])
 
     def _when(self, new: Pages) -> Pages:
