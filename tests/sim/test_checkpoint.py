@@ -163,3 +163,17 @@ def test_policies_are_part_of_the_state():
     machine.restore(state)
     assert machine.core.policy.pmd == "madvise"
     assert Madvise.HUGEPAGE == 14
+
+
+def test_paging_out_beside_a_huge_page_that_is_taken_apart():
+    """A pool of tables without room to spare, as after going back, moves when the huge page gets its table."""
+    with pmcore.open("sim", memory="64 MiB", swap="128 MiB", kernel="6.18") as machine:
+        task = machine.spawn()
+        start = task.mmap(1031 * 4096, addr=1 << 40, flags=0x32)
+        task.madvise(start, 1031 * 4096, Madvise.HUGEPAGE)
+        for pages in (1031, 1030):
+            task.touch(start, pages * 4096)
+            machine.reclaim(1)  # the first huge page, then one page
+            machine.restore(machine.checkpoint())
+        task.madvise(start, 1030 * 4096, Madvise.PAGEOUT)
+        machine.check()

@@ -287,7 +287,9 @@ def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
         for slot in few:
             _page_out(core, slot)
         return
-    for extent in list(mm.tables.extents(start, end)):
+    # A huge page that is taken apart gets a table, for which the pool may move: extents are looked up one by one.
+    for first, last in [(extent.start, extent.end) for extent in mm.tables.extents(start, end)]:
+        [extent] = mm.tables.extents(first, last)
         if extent.huge:
             for addr, whole in _huge_blocks(core, extent, start, end):
                 slot = mm.tables.pmd_slot(addr)
