@@ -342,6 +342,16 @@ class Task(Protocol):
         """msync(2)."""
         ...
 
+    def move_pages(
+        self, pages: Sequence[int], nodes: Sequence[int] | None, *, flags: int = 2, pid: int = 0
+    ) -> tuple[int, list[int | None]]:
+        """move_pages(2) of pages of the task `pid` (0: its own); `nodes` None asks where they are.
+
+        The call's value, and the status of each page: its node, -errno, or None where the kernel wrote nothing.
+        A refusal at one node of several leaves what was moved before where it went.
+        """
+        ...
+
     def read(self, start: int, length: int) -> bytes:
         """The bytes at `start`, read by the task itself. Raises AddressSpaceFault where it would be killed."""
         ...

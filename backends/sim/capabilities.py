@@ -140,6 +140,8 @@ class Capabilities:
     offline_reads_as_hole: bool
     #: Whether migration takes a large folio apart of which nobody maps some pages.
     migrate_splits_partly_mapped: bool
+    #: Whether move_pages asks folios, not pages, if several map them, and takes holes for absent pages.
+    move_pages_walks_folios: bool
     unknown_vm_flags: frozenset[str]
 
 
@@ -240,5 +242,6 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         hole_flags=int(PageFlag.NOPAGE) if has("kpageflags.holes_show_nopage") else 0,
         offline_reads_as_hole=has("kpageflags.offline_reads_as_hole"),
         migrate_splits_partly_mapped=has("mm.migrate_splits_partly_mapped"),
+        move_pages_walks_folios=has("mm.move_pages_walks_folios"),
         unknown_vm_flags=frozenset(() if has("smaps.lockonfault") else ("lf",)),
     )

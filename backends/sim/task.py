@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pmcore.arrays import BoolArray
@@ -10,6 +10,7 @@ from pmcore.backends.sim.calls import files as file_calls
 from pmcore.backends.sim.calls import madvise as madvise_call
 from pmcore.backends.sim.calls import mlock as mlock_call
 from pmcore.backends.sim.calls import mmap as mmap_call
+from pmcore.backends.sim.calls import move_pages as numa_call
 from pmcore.backends.sim.calls import mremap as mremap_call
 from pmcore.backends.sim.calls import uffd as uffd_call
 from pmcore.backends.sim.physical.memory import NoMemory
@@ -136,6 +137,17 @@ class SimTask(Task):
         """msync(2)."""
         _words(start, length)
         self._call(mincore.msync, start, length, flags)
+
+    def move_pages(
+        self, pages: Sequence[int], nodes: Sequence[int] | None, *, flags: int = 2, pid: int = 0
+    ) -> tuple[int, list[int | None]]:
+        """move_pages(2)."""
+        _words(*pages)
+        self._ready("move_pages")
+        named = [self] if not pid else [task for task in self._machine.tasks() if task.pid == pid]
+        if not named:
+            raise syscall_error(int(Errno.ESRCH), f"move_pages({pid})", remedy="the task is gone")
+        return 0, numa_call.move_pages(self._core, named[0].mm, pages, nodes, int(flags))
 
     # -- accesses --------------------------------------------------------------------------------------
 

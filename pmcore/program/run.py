@@ -234,6 +234,16 @@ def _move(state: Run, step: s.Move) -> None:
         state.areas[step.area] = (whole[0], max(whole[1], start + new_length - whole[0]))
 
 
+def _move_pages(state: Run, step: s.MovePages) -> dict[str, Any]:
+    start, length = _range(state, step)
+    size = state.workbench.kernel.profile.geometry.page_size
+    pages = range(start, start + length, max(step.stride, 1) * size)
+    nodes = None if step.query else [step.node] * len(pages)
+    other = state.task(step.of).pid if step.of else 0
+    left, status = state.task(step.task).move_pages(pages, nodes, flags=step.flags, pid=other)
+    return {"left": left, "status": status}
+
+
 def _memfd(state: Run, step: s.MemfdCreate) -> None:
     task = state.task(step.task)
     state.fds[step.fd] = task.memfd_create(step.fd, flags=step.flags)
@@ -363,6 +373,7 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.Msync: _bound("msync", "flags"),
     s.Mincore: lambda r, st: r.task(st.task).mincore(*_range(r, st)).tolist(),
     s.Move: _move,
+    s.MovePages: _move_pages,
     s.Touch: _touch,
     s.Read: lambda r, st: r.task(st.task).read(r.area(st.area)[0] + st.offset, st.length),
     s.Write: _write,

@@ -37,6 +37,7 @@ __all__ = [
     "MemfdCreate",
     "Mincore",
     "Move",
+    "MovePages",
     "MoveTask",
     "Msync",
     "OpenFile",
@@ -201,6 +202,21 @@ class Move(_Range):
     to: str = ""
     #: Alignment in bytes of the place that the runner chooses.
     align: int = number(4096)
+
+
+@attrs.frozen(kw_only=True)
+class MovePages(_Range):
+    """move_pages of every `stride`-th page to a node; the value has each page's status, a node or an errno below 0."""
+
+    #: An int of the kernel's: what is above 2**31 stands for negative numbers.
+    node: int = number(0)
+    #: Ask where the pages are, and move nothing.
+    query: bool = False
+    #: MPOL_MF_MOVE 2, MPOL_MF_MOVE_ALL 4.
+    flags: int = number(2)
+    stride: int = number(1)
+    #: The task whose pages they are; "" for the task's own.
+    of: str = ""
 
 
 @attrs.frozen(kw_only=True)
@@ -481,6 +497,7 @@ STEPS: dict[str, type[Step]] = {
         Msync,
         Mincore,
         Move,
+        MovePages,
         Touch,
         Read,
         Write,

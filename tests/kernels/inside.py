@@ -51,6 +51,7 @@ def main() -> None:
         words = (np.arange(length, dtype=np.uint64) * np.uint64(7919)) % np.uint64(length + 1)
         if (np.diff(words[np.argsort(words)].astype(np.int64)) < 0).any():
             raise SystemExit("this processor, or its emulation, sorts wrongly: nothing here can be trusted")
+    nodes = wanted.get("nodes", 1)
     device, size = wanted["swap_device"], wanted["swap"]
     ends = time.monotonic() + wanted["seconds"]
     with registry.open_workbench("procfs", still=True, swap=device or size, hugepages=_POOL) as right:
@@ -59,7 +60,13 @@ def main() -> None:
 
         def left() -> Workbench:
             return registry.open_workbench(
-                "sim", memory="256 MiB", swap=size, swap_kind=kind, kernel=profile, hugepages=_POOL
+                "sim",
+                memory="256 MiB",
+                swap=size,
+                swap_kind=kind,
+                kernel=profile,
+                hugepages=_POOL,
+                nodes=nodes,
             )
 
         def fresh() -> Workbench:
@@ -144,6 +151,8 @@ def _random(
             first=number * _RUN,
             most=_RUN,
             profile=right().kernel.profile,
+            hugetlb=False if wanted.get("nodes", 1) > 1 else None,
+            focus=wanted.get("focus", ""),
         )
         values = report.as_dict()
         found = zip(report.numbers, report.differences, strict=True)

@@ -45,6 +45,7 @@ def inside(
             cache=cache,
             package=package(Path(work)),
             limit=wanted["seconds"] + 300,
+            nodes=wanted.get("nodes", 1),
             files=[HERE / "inside.py", *programs],
             listen=hear,
         )

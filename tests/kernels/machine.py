@@ -45,6 +45,7 @@ def boot(
     package: Path,
     limit: float = 3600,
     memory_mib: int = 1536,
+    nodes: int = 1,
     swap: str = "dm",
     swap_bytes: int = 256 << 20,
     rotational: bool = True,
@@ -55,6 +56,7 @@ def boot(
 ) -> Told:
     """Boot the kernel, have it run the commands, one after the other, and end. `limit` in seconds, for all together.
 
+    Memory is that of `nodes` NUMA nodes, in equal parts.
     `package` is the directory of the installed project; `listen` is given each event as it comes. Raises MatrixError.
     """
     job = {
@@ -82,12 +84,23 @@ def boot(
         command = [
             emulator(), "-machine", "pc,mem-merge=off", "-accel", "tcg,thread=multi",
             "-cpu", "max,pku=off,la57=off,avx2=off", "-smp", "1,maxcpus=2",
-            "-m", str(memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            "-m", str(memory_mib), *_numa(nodes, memory_mib),
+            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{place / 'console'}", "-serial", f"file:{place / 'told'}",
             "-kernel", str(tree.image), "-initrd", str(place / "initrd"),
             "-append", f"console=ttyS0 quiet panic=-1 mitigations=off {tree.choice.append}",
         ]  # fmt: skip
         return _listen(command, place, limit, listen)
+
+
+def _numa(nodes: int, memory_mib: int) -> list[str]:
+    """What gives a guest several nodes; all processors belong to the first."""
+    words: list[str] = []
+    for number in range(nodes if nodes > 1 else 0):
+        cpus = ",cpus=0-1" if not number else ""
+        words += ["-object", f"memory-backend-ram,id=m{number},size={memory_mib // nodes}M"]
+        words += ["-numa", f"node,nodeid={number},memdev=m{number}{cpus}"]
+    return words
 
 
 def _listen(

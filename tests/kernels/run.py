@@ -70,6 +70,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=25, help="for each kernel, then it ends")
     parser.add_argument("--replay", type=Path, action="append", help="this program instead of the kept ones")
+    parser.add_argument(
+        "--nodes",
+        type=int,
+        default=1,
+        help="so many nodes of memory, and programs that move pages between them",
+    )
     parser.add_argument("--ask", action="store_true", help="have it answer only, and compare here")
     parser.add_argument("--again", action="store_true", help="compare what it answered last with that seed")
     parser.add_argument("--record", action="store_true", help="keep the result for the table of spec/")
@@ -82,11 +88,15 @@ def _options() -> argparse.Namespace:
 
 
 def _wanted(options: argparse.Namespace, **values: Any) -> dict[str, Any]:
-    return {"programs": options.programs, "seed": options.seed, "seconds": options.minutes * 60, **values}
+    wanted = {"programs": options.programs, "seed": options.seed, "seconds": options.minutes * 60}
+    if options.nodes > 1:
+        wanted |= {"nodes": options.nodes, "focus": "nodes"}
+    return {**wanted, **values}
 
 
 def _kept(options: argparse.Namespace) -> list[Path]:
-    return options.replay or sorted((ROOT / "tests" / "lockstep" / "kept").glob("*.json"))
+    kept = ROOT / "tests" / "lockstep" / "kept"
+    return options.replay or sorted((kept / "nodes" if options.nodes > 1 else kept).glob("*.json"))
 
 
 def _guest(tree: KernelTree, options: argparse.Namespace) -> dict[str, Any]:

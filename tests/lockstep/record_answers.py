@@ -2,10 +2,11 @@
 
     sudo .venv/bin/python tests/lockstep/record_answers.py [PROGRAM.json]...
     .venv/bin/python tests/lockstep/record_answers.py --kernel 6.12 --kernel 6.1
+    .venv/bin/python tests/lockstep/record_answers.py --kernel 6.12 --kernel 6.1 --nodes 2
 
 The first asks the running kernel, the second kernels of tests/kernels, booted under software emulation, without a disk.
-Answers are written to tests/lockstep/answers/RELEASE/, those to programs of a folder of kept (disk, cgroups) to one of
-its own. A file whose answers are the same is left as it is.
+Answers are written to tests/lockstep/answers/RELEASE/, those to programs of a folder of kept (disk, cgroups, nodes) to
+one of its own; nodes are programs that need two nodes of memory. A file whose answers are the same is left as it is.
 """
 
 from __future__ import annotations
@@ -37,17 +38,21 @@ def main() -> int:
     parser.add_argument("programs", nargs="*", type=Path, help="these instead of all that are kept")
     names = [choice.name for choice in choices()]
     parser.add_argument("--kernel", action="append", choices=names, help="one of the matrix, again for more")
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="kept/nodes on guests with so many nodes of memory"
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pmcore-kernels"
     parser.add_argument("--cache", type=Path, default=cache)
     options = parser.parse_args()
     keeper = Keeper()
     if not options.kernel:
-        running(options.programs or sorted(KEPT.rglob("*.json")), keeper)
-    paths = options.programs or sorted(KEPT.glob("*.json"))
+        running(options.programs or sorted((*KEPT.glob("*.json"), *KEPT.glob("disk/*.json"))), keeper)
+    folder = "nodes" if options.nodes > 1 else ""
+    paths = options.programs or sorted((KEPT / folder).glob("*.json"))
     try:
         for choice in choices():
             if choice.name in (options.kernel or ()):
-                emulated(fetch(choice, options.cache), paths, keeper, options.cache)
+                emulated(fetch(choice, options.cache), paths, keeper, options.cache, options.nodes)
     except MatrixError as error:
         print(error, file=sys.stderr)
         return 2
@@ -102,16 +107,16 @@ def running(paths: list[Path], keeper: Keeper) -> None:
             keeper.keep(name, answers_from_json(answers_to_json(answers)))
 
 
-def emulated(tree: Any, paths: list[Path], keeper: Keeper, cache: Path) -> None:
+def emulated(tree: Any, paths: list[Path], keeper: Keeper, cache: Path, nodes: int) -> None:
     """An emulated kernel's answers."""
 
     def listen(line: dict[str, Any]) -> None:
         if line["kind"] == "answers" and "cannot" in line:
             print(f"{line['program']}: cannot be asked: {line['cannot']}")
         elif line["kind"] == "answers":
-            keeper.keep(line["program"], answers_of(line))
+            keeper.keep(("nodes/" if nodes > 1 else "") + line["program"], answers_of(line))
 
-    wanted = {"programs": 0, "seed": 0, "seconds": 1500, "answers": True}
+    wanted = {"programs": 0, "seed": 0, "seconds": 1500, "answers": True, "nodes": nodes}
     inside(tree, wanted, paths, cache=cache, listen=listen)
 
 

@@ -492,7 +492,7 @@ def test_nobody_notices_but_by_frames(kernel, focus):
             with contextlib.suppress(SyscallError):
                 machine.online_block(block)
             machine.check()
-        with contextlib.suppress(NotModelled):
+        with contextlib.suppress(NotModelled, ArgumentError):  # a task may have exited the first time
             for step in program.steps[len(program.steps) // 2 :]:
                 run.advance(step)
                 machine.check()

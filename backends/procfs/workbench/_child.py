@@ -44,6 +44,8 @@ _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 #: MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE.
 _MAP_POPULATED = 0x8022
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
+_SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
+_UNWRITTEN = 0x7FFF_FFFF
 _SYS_PIDFD_GETFD = 438
 _UFFDIO = {"api": 0xC018AA3F, "register": 0xC020AA00, "unregister": 0x8010AA01, "writeprotect": 0xC018AA06}
 
@@ -213,6 +215,21 @@ class Task:
         area = call("mmap", 0, length, 3, _MAP_POPULATED, _FAILED, 0)
         call("munmap", area, length)
         return 0, b""
+
+    def do_move_pages(
+        self, *, pid: int, pages: list[int], nodes: list[int] | None, flags: int, payload: bytes
+    ) -> tuple[int, bytes]:
+        number = _SYS_MOVE_PAGES.get(platform.machine())
+        if number is None:
+            raise Refused(errno.ENOSYS)
+        count = len(pages)
+        where = (_WORD * count)(*pages)
+        to = None if nodes is None else (ctypes.c_uint * count)(*nodes)
+        status = (ctypes.c_int * count)(*[_UNWRITTEN] * count)
+        left = int(libc.syscall(number, pid, _WORD(count), where, to, status, flags))
+        if left < 0:
+            raise Refused(ctypes.get_errno())
+        return left, bytes(status)
 
     def do_brk(self, *, heap: int, addr: int, payload: bytes) -> tuple[int, bytes]:
         number = _SYS_BRK.get(platform.machine())

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ _HEADER = struct.Struct("=II")
 #: Seconds after which a silent task is taken for lost and killed.
 _PATIENCE = 60.0
 _UFFD_WP_MODE_WP = 1
+#: In the array of move_pages before the call: no node and no errno.
+_UNWRITTEN = 0x7FFF_FFFF
 
 
 class _Channel:
@@ -216,6 +218,22 @@ class ProcfsTask(Task):
     def msync(self, start: int, length: int, flags: int) -> None:
         """msync(2)."""
         self._call("msync", start, length, flags)
+
+    def move_pages(
+        self, pages: Sequence[int], nodes: Sequence[int] | None, *, flags: int = 2, pid: int = 0
+    ) -> tuple[int, list[int | None]]:
+        """move_pages(2)."""
+        to = "None" if nodes is None else f"{len(nodes)} nodes"
+        left, data = self._ask(
+            "move_pages",
+            f"move_pages({pid}, {len(pages)} pages, {to}, flags={flags:#x})",
+            pid=pid,
+            pages=list(pages),
+            nodes=None if nodes is None else list(nodes),
+            flags=flags,
+        )
+        status = np.frombuffer(data, dtype=np.int32).tolist()
+        return int(left), [None if word == _UNWRITTEN else word for word in status]
 
     def read(self, start: int, length: int) -> bytes:
         """Bytes, read in user mode."""

@@ -113,7 +113,7 @@ def _plan(core: Core, call: str, first: int, end: int) -> _Plan:
         if head in hugetlb:
             continue
         folio = memory.large[head]
-        if _torn_first(core, folio):
+        if migrate.torn_first(core, folio):
             if frames.swap_at[head]:
                 raise NotModelled("migrating a large folio of the swap cache of which a part is mapped")
             plan.torn.append(folio)
@@ -131,14 +131,6 @@ def _used(core: Core, first: int, end: int) -> Pfns:
     assert zone is not None
     touched = slice(first, min(max(zone.frontier, first), end))
     return np.flatnonzero((core.memory.frames.flags[touched] & np.uint64(_BUDDY)) == 0) + first
-
-
-def _torn_first(core: Core, folio: LargeFolio) -> bool:
-    """Whether nobody maps some pages of a mapped folio: the kernel takes it apart instead of copying those."""
-    if folio.entire or not folio.mapped or not core.caps.migrate_splits_partly_mapped:
-        return False
-    part = slice(folio.head, folio.head + folio.pages)
-    return bool((core.memory.frames.mapcount[part] == 0).any())
 
 
 def _plan_huge(core: Core, call: str, plan: _Plan, heads: list[int], first: int, end: int) -> None:
@@ -238,26 +230,7 @@ def _move_rest(core: Core, first: int, end: int) -> None:
     compound = np.flatnonzero((frames.flags[heads] & np.uint64(COMPOUND)) != 0)
     if len(compound):
         orders[compound] = memory.large.orders(heads[compound])
-    place = np.zeros(len(heads), dtype=np.int64)
-    for index in np.argsort(-orders, kind="stable").tolist():
-        if not orders[index]:
-            break
-        place[index] = memory.block(int(orders[index]), kernel=True)
-    single = np.flatnonzero(orders == 0)
-    place[single] = _take_pages(core, len(single))
-    sizes = np.int64(1) << orders
-    within = np.arange(int(sizes.sum()), dtype=np.int64) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    migrate.move(core, np.repeat(heads, sizes) + within, np.repeat(place, sizes) + within)
-
-
-def _take_pages(core: Core, count: int) -> Pfns:
-    """Single free frames; that they are there has been seen to."""
-    pieces = [np.zeros(0, dtype=np.int64)]
-    for zone in core.memory.zones:
-        pieces.append(zone.take_pages(count))
-        count -= len(pieces[-1])
-    assert not count
-    return np.concatenate(pieces)
+    migrate.move(core, *migrate.take(core, memory.zones, heads, orders))
 
 
 # -- the balloon -----------------------------------------------------------------------------------------

@@ -6,30 +6,86 @@ behind: a page whose entries were dirty is DIRTY itself, and comes to the head o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pmcore.backends.sim.services import lru
 from pmcore.backends.sim.virtual import rmap
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT
+from pmcore.errors import NotModelled
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
-    from pmcore.backends.sim.physical.buddy import Pfns
+    from pmcore.backends.sim.physical.buddy import Pfns, Zone
+    from pmcore.backends.sim.physical.folios import LargeFolio
 
-__all__ = ["move"]
+__all__ = ["move", "take", "to_zones", "torn_first"]
 
 _ALL = (1 << 64) - 1
 _DIRTY, _LRU = int(PageFlag.DIRTY), int(PageFlag.LRU)
 _COLUMNS = ("flags", "mapcount", "behind", "content", "swap", "whole", "owner", "index", "group")
 
 
+def torn_first(core: Core, folio: LargeFolio) -> bool:
+    """Whether nobody maps some pages of a mapped folio: the kernel takes it apart instead of copying those (HP-005).
+
+    Raises NotModelled where moving it would mark it as such for later.
+    """
+    if not core.caps.migrate_splits_partly_mapped:
+        return False
+    if folio.entire and (folio.mapped - folio.entire) % folio.pages:
+        raise NotModelled("migrating a huge page that a PMD maps, and elsewhere PTEs do in part")
+    if folio.entire or not folio.mapped:
+        return False
+    part = slice(folio.head, folio.head + folio.pages)
+    return bool((core.memory.frames.mapcount[part] == 0).any())
+
+
+def take(core: Core, zones: Iterable[Zone], heads: Pfns, orders: NDArray[np.int64]) -> tuple[Pfns, Pfns]:
+    """Free frames of these zones for folios, the largest ones first: their pages, and the frame of each.
+
+    That there is room has been seen to.
+    """
+    places = tuple(zones)
+    place = np.zeros(len(heads), dtype=np.int64)
+    for index in np.argsort(-orders, kind="stable").tolist():
+        if not orders[index]:
+            break
+        found = (zone.take(int(orders[index])) for zone in places)
+        place[index] = next(pfn for pfn in found if pfn >= 0)
+    single = np.flatnonzero(orders == 0)
+    place[single] = _take_pages(places, len(single))
+    sizes = np.int64(1) << orders
+    within = np.arange(int(sizes.sum()), dtype=np.int64) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.repeat(heads, sizes) + within, np.repeat(place, sizes) + within
+
+
+def _take_pages(zones: tuple[Zone, ...], count: int) -> Pfns:
+    """Single free frames."""
+    pieces = [np.zeros(0, dtype=np.int64)]
+    for zone in zones:
+        pieces.append(zone.take_pages(count))
+        count -= len(pieces[-1])
+    assert not count
+    return np.concatenate(pieces)
+
+
+def to_zones(core: Core, zones: Iterable[Zone], heads: Pfns, orders: NDArray[np.int64]) -> None:
+    """Move folios to free frames of these zones, where there is room, and free the old ones."""
+    move(core, *take(core, zones, heads, orders))
+    core.memory.free_pages(heads[orders == 0])
+    for index in np.flatnonzero(orders).tolist():
+        core.memory.free(int(heads[index]), int(orders[index]))
+
+
 def move(core: Core, old: Pfns, new: Pfns) -> None:
     """Move the page of each frame of `old` to the frame of `new` at the same place, which was free (rule HP-004).
 
-    `old` ascends and holds folios whole, `new` the places of their pages in order. The old frames hold nothing after.
+    `old` holds folios whole, `new` the places of their pages in order. The old frames hold nothing after.
     """
     if not len(old):
         return

@@ -13,6 +13,7 @@ from pmcore.lockstep.generator.files import file
 from pmcore.lockstep.generator.hugetlb import map_huge, touch_huge, track_huge
 from pmcore.lockstep.generator.ksm import KSM, ask, compared
 from pmcore.lockstep.generator.mappings import brk, map_anywhere, map_memory, map_over, move, stack
+from pmcore.lockstep.generator.nodes import NODES, move_pages
 from pmcore.lockstep.generator.state import HUGE, KEPT, Maker, State, ranged
 from pmcore.lockstep.generator.tracking import (
     arm,
@@ -31,7 +32,7 @@ from pmcore.uapi import Madvise
 __all__ = ["FOCUSES", "random_program", "random_thp"]
 
 #: Subjects that programs may be biased to.
-FOCUSES = ("cgroups", "disk", "ksm")
+FOCUSES = ("cgroups", "disk", "ksm", "nodes")
 
 _EITHER = (False, True)
 #: PROT_GROWSDOWN, PROT_GROWSUP.
@@ -90,6 +91,7 @@ _KINDS: tuple[Maker, ...] = (
     lock_all,
     ranged(s.Msync, flags=(0, 1, 2, 4, 4, 5, 6, 8)),
     ranged(s.Mincore),
+    move_pages,
     *(clear_refs,) * 2,
 )
 #: With hugetlb: mappings of it, and what does something to them.
@@ -146,6 +148,8 @@ def random_program(
         kinds = (*kinds, *DISK)
     elif focus == "cgroups":
         kinds = (*kinds, *CGROUPS)
+    elif focus == "nodes":
+        kinds = (*kinds, *NODES)
     steps: list[s.Step] = [first, *(ask(draw, first) if merging else ())]
     if first.pages >= HUGE and draw.flip():
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
