@@ -46,7 +46,8 @@ def main() -> int:
     options = parser.parse_args()
     keeper = Keeper()
     if not options.kernel:
-        running(options.programs or sorted((*KEPT.glob("*.json"), *KEPT.glob("disk/*.json"))), keeper)
+        every = sorted(path for path in KEPT.rglob("*.json") if path.parent.name != "nodes")
+        running(options.programs or every, keeper)
     folder = "nodes" if options.nodes > 1 else ""
     paths = options.programs or sorted((KEPT / folder).glob("*.json"))
     try:
