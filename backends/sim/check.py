@@ -105,6 +105,9 @@ def _tables(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
             yield Finding("page tables are counted by level", f"{mm.tables.tables} is not {counts[::-1]}")
     if len(set(rows)) != len(rows) or len(rows) != core.pool.in_use:
         yield Finding("each page table has one owner", f"{core.pool.in_use} tables, {len(rows)} reachable")
+    left = [row for row in core.pool.free_rows if core.pool.rows[row].any()]
+    if left:
+        yield Finding("a page table that was given back holds nothing", str(left[:8]))
     pfns = core.pool.pfns[rows]
     wrong = np.flatnonzero(core.memory.frames.flags[pfns] != _PGTABLE)
     if len(wrong):

@@ -315,6 +315,10 @@ class _ObservedZone(Zone):
 
         return int(watch.zone(lambda: Zone.take(self, order), note))
 
+    def take_one(self) -> int:
+        """As `Zone.take_one`."""
+        return self.take(0)
+
     def take_pages(self, count: int) -> Pfns:
         """As `Zone.take_pages`."""
         watch = self.observer
@@ -345,6 +349,10 @@ class _ObservedZone(Zone):
         watch = self.observer
         given = np.array([pfn], dtype=np.int64)
         watch.zone(lambda: Zone.give(self, pfn, order), lambda _: watch.freed(given, order))
+
+    def give_one(self, pfn: int) -> None:
+        """As `Zone.give_one`."""
+        self.give(pfn, 0)
 
     def give_pages(self, pfns: Pfns, order: int = 0) -> None:
         """As `Zone.give_pages`."""

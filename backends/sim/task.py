@@ -58,11 +58,13 @@ class SimTask(Task):
             self._core.memory.charging = self.mm.group
 
     def _call(self, what: Any, *arguments: Any, **named: Any) -> Any:
-        self._ready(what.__name__)
-        if self._core.memory.short:
-            self._core.relieve(1)
+        core, mm = self._core, self.mm
+        if not self.alive:
+            self._ready(what.__name__)
+        if core.memory.short:
+            core.relieve(1)
         try:
-            return what(self._core, self.mm, *arguments, **named)
+            return what(core, mm, *arguments, **named)
         except NoMemory:
             raise _out_of_memory(what.__name__) from None
 

@@ -13,7 +13,7 @@ from pmcore.lockstep import Comparer, take
 from pmcore.program import Program, Run
 from pmcore.program import steps as s
 from pmcore.registry import open_workbench
-from pmcore.uapi import Madvise, UffdFeature
+from pmcore.uapi import Madvise, PageFlag, UffdFeature
 
 PAGE = 4096
 OUT = int(Madvise.PAGEOUT)
@@ -100,6 +100,35 @@ def test_swapoff(zswap):
             for task in list(run.tasks.values()):
                 task.exit()
         machine.check()
+
+
+@pytest.mark.rule("RC-018")
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_page_read_back_alone(cached):
+    """Twelve of them, so that no batch of 31 is filled: exclusive where the swap cache had them."""
+    try:
+        live = open_workbench("procfs", swap="64 MiB")
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    with live:
+        if not live.kernel.pfn_visible or not live.kernel.profile.has("kpageflags.owner_2"):
+            pytest.skip("needs frame numbers, and a kernel that shows OWNER_2")
+        task, size = live.spawn(), 12 * PAGE
+        start = task.mmap(size)
+        task.touch(start, size)
+        task.madvise(start, size, Madvise.PAGEOUT)
+        child = task.fork()
+        if cached:
+            child.touch(start, size, write=False)
+        child.exit()
+        task.mlock(start, size, onfault=True)
+        live.settle()
+        task.touch(start, size, write=False)
+        pfns = task.process.pagemap(start, start + size).pfn
+        shown = [bool(live.kernel.kpageflags(int(pfn), 1).has(PageFlag.OWNER_2)[0]) for pfn in pfns]
+        assert shown == [cached] * 12
 
 
 @pytest.mark.rule("RC-011")

@@ -448,6 +448,24 @@ def test_all_is_locked_and_msync_says_so(machine):
     assert not any("lo" in e.vm_flags for e in task.process.smaps())
 
 
+def test_page_tables_are_given_back_empty(machine):
+    """One table of each level goes with the last page of its range; check() looks into those given back."""
+    task = machine.spawn()
+    before = machine.core.pool.in_use
+    for addr in (1 << 40, 1 << 41, (1 << 41) + PMD):
+        task.mmap(PAGE, addr=addr, flags=0x8032)
+    assert machine.core.pool.in_use == before + 3 + 3 + 1
+    for addr, left in (((1 << 41) + PMD, 6), (1 << 41, 3), (1 << 40, 0)):
+        task.munmap(addr, PAGE)
+        assert machine.core.pool.in_use == before + left
+        machine.check()
+    row = machine.core.pool.free_rows[-1]
+    machine.core.pool.rows[row, 5] = 1
+    with pytest.raises(BrokenInvariant, match="given back holds nothing"):
+        machine.check()
+    machine.core.pool.rows[row, 5] = 0
+
+
 def test_flags_are_a_folios(machine):
     """What clears or sets a flag through one page of a huge page mapped by PTEs does so for all of it."""
     task = machine.spawn()

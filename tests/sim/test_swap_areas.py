@@ -187,3 +187,27 @@ def test_check_knows_areas_that_were_left():
         machine.check()
     machine.core.swap.areas[0] = area
     machine.check()
+
+
+@pytest.mark.rule("RC-018")
+@pytest.mark.parametrize("few", [1, 40])
+def test_a_page_just_read_is_not_exclusive_by_being_alone(few):
+    """One by one and in bulk: by reading only what the entry says, or the swap cache had; by writing always."""
+    size = few * PAGE
+    shown = []
+    for write, cached in ((False, False), (False, True), (True, False)):
+        machine = pmcore.open("sim", memory="16 MiB", swap="16 MiB", kernel="6.18")
+        task = machine.spawn()
+        start = task.mmap(size)
+        task.touch(start, size)
+        task.madvise(start, size, Madvise.PAGEOUT)
+        child = task.fork()
+        if cached:
+            child.touch(start, size, write=False)
+        child.exit()
+        task.mlock(start, size, onfault=True)
+        task.touch(start, size, write=write)
+        pfns = task.process.pagemap(start, start + size).pfn
+        shown.append({bool(machine.kpageflags(int(p), 1).has(PageFlag.OWNER_2)[0]) for p in pfns})
+        machine.check()
+    assert shown == [{False}, {True}, {True}]

@@ -278,7 +278,8 @@ def _guard_install(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: i
         mm.tables.free_empty(low, high)
     mm.tables.make(low, high)
     for extent in mm.tables.extents(low, high):
-        extent.entries[:] = GUARD_MARKER
+        entries = extent.entries  # a marker that is there stays as it is, with its bits
+        entries[(entries & np.uint64(GUARD)) == 0] = GUARD_MARKER
 
 
 def _guard_remove(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int) -> None:

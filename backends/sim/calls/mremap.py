@@ -79,7 +79,7 @@ def mremap(
     target = mm.vmas.gap_below(new_length, core.mmap_min, core.mmap_base)
     if target < 0:
         refuse(Errno.ENOMEM, call)
-    return _move(core, mm, call, addr, old_length, target, new_length, flags)
+    return _move(core, mm, call, vma, addr, old_length, target, new_length, flags)
 
 
 def _check_target(
@@ -155,6 +155,12 @@ def _to(
         if flags & _DONTUNMAP and first.flags & VmFlag.UNUSUAL:
             refuse(Errno.EINVAL, call, "this mapping may not be left behind")
         _resizable(core, mm, call, first, addr, min(old_length, new_length), new_length)
+        if (
+            flags & _FIXED
+            and old_length <= new_length
+            and not mm.vmas.within(new_addr, new_addr + new_length)
+        ):
+            return _move(core, mm, call, first, addr, old_length, new_addr, new_length, flags)
     if flags & _FIXED:
         unmap(core, mm, new_addr, new_addr + new_length)
     if old_length > new_length:
@@ -176,27 +182,27 @@ def _to(
         new_addr = hint if free else mm.vmas.gap_below(new_length, core.mmap_min, core.mmap_base)
         if new_addr < 0:
             refuse(Errno.ENOMEM, call)
-    return _move(core, mm, call, addr, old_length, new_addr, new_length, flags)
+    return _move(core, mm, call, vma, addr, old_length, new_addr, new_length, flags)
 
 
 def _move(
     core: Core,
     mm: AddressSpace,
     call: Call,
+    vma: VmArea,
     addr: int,
     old_length: int,
     new_addr: int,
     new_length: int,
     flags: int,
 ) -> int:
-    vma = mm.vmas.at(addr)
-    assert vma is not None
     shift = core.geometry.page_shift
     if flags & _DONTUNMAP and vma.flags & VmFlag.LOCKED and core.caps.dontunmap_splits_locked:
         mm.vmas.split(addr)
         mm.vmas.split(addr + old_length)
-        vma = mm.vmas.at(addr)
-        assert vma is not None
+        part = mm.vmas.at(addr)
+        assert part is not None
+        vma = part
     if vma.flags & VmFlag.MERGEABLE:
         ksm_merge.unmerge(
             core, mm, vma, addr, addr + old_length
@@ -224,6 +230,10 @@ def _move(
             vma.anon_vma, vma.chain = None, 0
             if core.caps.dontunmap_resets_offset and vma.file is None and vma.huge is None:
                 vma.pgoff = vma.start >> shift
+    elif old_length == vma.length and vma.file is None and vma.huge is None:
+        floor, ceiling = mm.boundaries(vma, vma)  # what it mapped has moved: only the tables are left
+        mm.vmas.remove(vma)
+        mm.tables.free_range(addr, addr + old_length, floor, ceiling)
     elif old_length:
         unmap(core, mm, addr, addr + old_length)
     mm.vmas.merge(new_addr, new_addr + new_length, moved=True)

@@ -59,6 +59,17 @@ class Zone:
         self._put_back_rest(pfn, order, MAX_ORDER)
         return pfn
 
+    def take_one(self) -> int:
+        """`take` of a single page."""
+        heap, free_order = self._heaps[0], self.frames.free_order_at
+        while heap:
+            pfn = heapq.heappop(heap)
+            if free_order[pfn] == 1:
+                free_order[pfn] = 0
+                self.free_pages -= 1
+                return pfn
+        return self.take(0)
+
     def _advance(self, blocks: int) -> None:
         first = self.frontier
         self.frontier += blocks * _BLOCK
@@ -175,6 +186,17 @@ class Zone:
             order += 1
         free_order[pfn] = order + 1
         heapq.heappush(self._heaps[order], pfn)
+
+    def give_one(self, pfn: int) -> None:
+        """`give` of a single page."""
+        buddy, free_order = pfn ^ 1, self.frames.free_order_at
+        if self.start <= buddy < self.frontier and free_order[buddy] == 1:
+            self.give(pfn, 0)
+            return
+        self.frames.flags_at[pfn] = _BUDDY
+        self.free_pages += 1
+        free_order[pfn] = 1
+        heapq.heappush(self._heaps[0], pfn)
 
     def give_pages(self, pfns: Pfns, order: int = 0) -> None:
         """Free single pages (or blocks of 2**order), each once, in any order."""

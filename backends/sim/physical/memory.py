@@ -339,11 +339,14 @@ class Memory:
 
     def table_page(self) -> int:
         """A frame for a page table. Raises NoMemory."""
-        pfn = self.block(0, kernel=True)
-        self.frames.flags_at[pfn] = _PGTABLE
-        if self.charging:
-            self.frames.group_at[pfn] = self.charging
-        return pfn
+        for zone in self.zones:
+            pfn = zone.take_one()
+            if pfn >= 0:
+                self.frames.flags_at[pfn] = _PGTABLE
+                if self.charging:
+                    self.frames.group_at[pfn] = self.charging
+                return pfn
+        raise NoMemory
 
     def table_pages(self, count: int) -> list[int]:
         """Frames for page tables."""
@@ -361,6 +364,15 @@ class Memory:
             self.free_tables(pfns)
             raise
         return pfns
+
+    def free_table(self, pfn: int) -> None:
+        """Free the frame of a page table."""
+        if self.grouped:
+            self.frames.group_at[pfn] = 0
+        for zone in self.zones:
+            if zone.start <= pfn < zone.end:
+                zone.give_one(pfn)
+                return
 
     def free_tables(self, pfns: Iterable[int]) -> None:
         """Free frames of page tables."""

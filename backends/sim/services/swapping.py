@@ -78,6 +78,7 @@ def swap_in(
     `addr` is where; unless `whole`, a large folio of the swap cache is not mapped at once.
     """
     field = pte & FIELD
+    fresh_read = not write and core.swap.cached(field) < 0
     pfn = bring_in(core, field)
     if core.memory.frames.flags_at[pfn] & COMPOUND:
         _large_in(core, mm, vma, slot, pte, pfn, write=write, addr=addr if whole else -1)
@@ -91,9 +92,9 @@ def swap_in(
     wanted = core.swap.half_full or vma.flags & VmFlag.LOCKED or flags & _MLOCKED
     if wanted or (write and frames.mapcount_at[pfn] == 0 and not flags & _KSM):
         core.swap.uncache(pfn)
-    exclusive = bool(pte & SWAP_EXCLUSIVE) or (
-        frames.mapcount_at[pfn] == 0 and not frames.flags_at[pfn] & _SWAPCACHE
-    )
+    # A page just read lies in a processor's batch, which holds it too; a write has the batch emptied first.
+    alone = frames.mapcount_at[pfn] == 0 and not frames.flags_at[pfn] & _SWAPCACHE
+    exclusive = bool(pte & SWAP_EXCLUSIVE) or (alone and not fresh_read)
     entry = pfn | PRESENT | YOUNG | pte & (SOFT_DIRTY | UFFD_WP)
     if exclusive and not flags & _KSM:
         frames.flags_at[pfn] |= ANON_EXCLUSIVE
@@ -191,7 +192,8 @@ def swap_in_many(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *
         core.groups.swapped_in(area, slots, pfns)
     area.content[slots] = area.shadow[slots] = area.counts[slots] = 0
     exclusive = (done & np.uint64(SWAP_EXCLUSIVE)) != 0
-    exclusive[:kept_from] = True
+    if write:  # read anew they lie in a batch, which holds them too
+        exclusive[:] = True
     flags[exclusive] |= np.uint64(ANON_EXCLUSIVE)
     frames.flags[pfns] = flags
     memory.on_lru_pages(pfns)

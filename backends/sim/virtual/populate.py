@@ -64,9 +64,15 @@ def _few_in(
     core: Core, mm: AddressSpace, vma: VmArea | None, start: int, end: int, few: range, *, write: bool
 ) -> None:
     """`fault_in` for few pages, where there are no large folios; `few`: their entries' places, if they have a table."""
+    size = core.geometry.page_size
+    if write and end - start == size and not (few and core.pool.at[few[0]]) and not core.ksm.nodes:
+        pfn = fault.access(core, mm, start, write=True, vma=vma)
+        if not core.memory.large or mm.tables.pte_slot(start) >= 0:  # what a PMD maps is not marked
+            accessed.mark_one(core, pfn)
+        return
     before = [core.pool.at[slot] for slot in few]
     try:
-        for addr in range(start, end, core.geometry.page_size):
+        for addr in range(start, end, size):
             fault.access(core, mm, addr, write=write, vma=vma)
     except AddressSpaceFault as failed:
         end = failed.address & -core.geometry.page_size

@@ -98,7 +98,10 @@ def move_entries(
 def _move_few(core: Core, mm: AddressSpace, slots: range, new_start: int, *, drop_uffd: bool) -> None:
     """Move few entries, no whole page table."""
     size = core.geometry.page_size
-    targets = [mm.tables.make_pte_slot(new_start + place * size) for place in range(len(slots))]
+    target = mm.tables.make_pte_slot(new_start)
+    targets = [target]
+    for place in range(1, len(slots)):
+        targets.append(mm.tables.make_pte_slot(new_start + place * size))
     at = core.pool.at
     for slot, target in zip(slots, targets, strict=True):
         pte = at[slot]

@@ -37,13 +37,17 @@ class TablePool:
         self.order = geometry.pmd_order
         self._used = 1  # row 0 stands for "no table"
         self._free: list[int] = []
-        self.pfns = np.zeros(64, dtype=np.int64)
+        self._set_pfns(np.zeros(64, dtype=np.int64))
         self._set(np.zeros((64, self.entries), dtype=np.uint64))
 
     def _set(self, rows: U64Array) -> None:
         self.rows = rows
         self.flat = rows.reshape(-1)
         self.at: memoryview[int] = self.flat.data
+
+    def _set_pfns(self, pfns: NDArray[np.int64]) -> None:
+        self.pfns = pfns
+        self._pfn_at: memoryview[int] = pfns.data
 
     @property
     def in_use(self) -> int:
@@ -62,7 +66,8 @@ class TablePool:
     def restore(self, rows: U64Array, pfns: NDArray[np.int64], free: list[int]) -> None:
         """What `capture` and `free_rows` gave."""
         self._set(rows.copy())
-        self.pfns, self._used, self._free = pfns.copy(), len(rows), list(free)
+        self._set_pfns(pfns.copy())
+        self._used, self._free = len(rows), list(free)
 
     def take(self, count: int) -> list[int]:
         """`count` empty tables; neighbouring rows where there are no freed ones to use again. Raises NoMemory."""
@@ -76,7 +81,7 @@ class TablePool:
         """An empty table. Raises NoMemory."""
         pfn = self.memory.table_page()
         row = self._free.pop() if self._free else self._fresh(1)[0]
-        self.pfns[row] = pfn
+        self._pfn_at[row] = pfn
         return row
 
     def _fresh(self, count: int) -> range:
@@ -85,7 +90,7 @@ class TablePool:
         if need > len(self.rows):
             grown = np.zeros((max(need, 2 * len(self.rows)), self.entries), dtype=np.uint64)
             grown[: self._used] = self.rows[: self._used]
-            self.pfns = np.resize(self.pfns, len(grown))
+            self._set_pfns(np.resize(self.pfns, len(grown)))
             self._set(grown)
         rows = range(self._used, need)
         self._used = need
@@ -100,8 +105,16 @@ class TablePool:
         else:
             for row in rows:
                 self.rows[row] = 0
-                self.memory.free_tables((self.pfns.item(row),))
-                self.pfns[row] = 0
+            self.give_back_empty(rows)
+            return
+        self._free += rows
+
+    def give_back_empty(self, rows: list[int]) -> None:
+        """The same for few tables that hold nothing."""
+        pfn_at = self._pfn_at
+        for row in rows:
+            self.memory.free_table(pfn_at[row])
+            pfn_at[row] = 0
         self._free += rows
 
 
@@ -200,17 +213,22 @@ class PageTables:
 
     def make_pte_slot(self, addr: int) -> int:
         """The same as `pte_slot`; tables are made where they are missing; -1 where a huge page is mapped."""
-        slot = self.make_pmd_slot(addr)
-        entry = self.pool.at[slot]
-        if not entry:
-            row = self.pool.take_one()
-            self.tables[0] += 1
-            self.pool.at[slot] = TABLE | row
-        elif entry & TABLE:
-            row = entry & FIELD
-        else:
-            return -1
-        return (row << self._order) + (addr >> self.page_shift & self._mask)
+        pool, order, mask = self.pool, self._order, self._mask
+        row, level, shift = self.root, self._top, self.page_shift + order * self._top
+        while level:
+            slot = (row << order) + (addr >> shift & mask)
+            entry = pool.at[slot]
+            level -= 1
+            shift -= order
+            if entry & TABLE:
+                row = entry & FIELD
+            elif entry:
+                return -1
+            else:
+                row = pool.take_one()
+                self.tables[level] += 1
+                pool.at[slot] = TABLE | row
+        return (row << order) + (addr >> shift & mask)
 
     # -- ranges ----------------------------------------------------------------------------------------
 
@@ -328,11 +346,43 @@ class PageTables:
 
         `floor` and `ceiling`: how far nothing else is mapped; tables that reach beyond stay.
         """
-        if max(-(-floor >> self.pmd_shift), start >> self.pmd_shift) < ceiling >> self.pmd_shift:
+        block = start >> self.pmd_shift
+        if max(-(-floor >> self.pmd_shift), block) < ceiling >> self.pmd_shift:
+            if end - 1 >> self.pmd_shift == block:
+                self._free_path(start, floor, ceiling)
+                return
             gone: list[int] = []
             self._free_below(self.root, self._top, 0, start, end, floor, ceiling, gone)
             if gone:
                 self.pool.give_back(gone)
+
+    def _free_path(self, addr: int, floor: int, ceiling: int) -> None:
+        """The same for a range below one PMD: one table of each level at most."""
+        at, order, mask, pool = self.pool.at, self._order, self._mask, self.pool
+        row, shift, level = self.root, self.pmd_shift + self._order * (self._top - 1), self._top
+        path: list[int] = []
+        while level:
+            slot = (row << order) + (addr >> shift & mask)
+            entry = at[slot]
+            if not entry & TABLE:
+                break
+            row = entry & FIELD
+            path.append(slot)
+            shift -= order
+            level -= 1
+        gone: list[int] = []
+        while path:
+            shift += order
+            low = addr >> shift << shift
+            if low < floor or low + (1 << shift) > ceiling:
+                break
+            slot = path.pop()
+            gone.append(at[slot] & FIELD)
+            at[slot] = 0
+            self.tables[level] -= 1
+            level += 1
+        if gone:
+            pool.give_back_empty(gone)
 
     def free_empty(self, start: int, end: int) -> None:
         """Free the tables of PTEs that lie wholly in the range and hold nothing."""
