@@ -40,10 +40,25 @@ _SETTINGS = (
 )
 
 
-def running_geometry() -> Geometry:
-    """Page size of this system; the page tables of x86-64 unless the page size says otherwise."""
+def running_geometry(root: str = "/proc") -> Geometry:
+    """Page size of this system; the page tables of x86-64 unless the page size says otherwise.
+
+    pagemap ends where the address space ends: it goes on behind 47 bits where page tables have five levels.
+    """
     shift = os.sysconf("SC_PAGE_SIZE").bit_length() - 1
-    return Geometry() if shift == 12 else Geometry(page_shift=shift, task_size=1 << 47)
+    if shift != 12:
+        return Geometry(page_shift=shift, task_size=1 << 47)
+    try:
+        fd = os.open(f"{root}/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return Geometry()
+    try:
+        five = len(os.pread(fd, 8, (1 << 47 >> shift) * 8)) == 8
+    except OSError:
+        five = False
+    finally:
+        os.close(fd)
+    return Geometry(levels=5, task_size=(1 << 56) - 4096) if five else Geometry()
 
 
 class ProcfsKernel(Kernel):
@@ -79,8 +94,8 @@ class ProcfsKernel(Kernel):
 
     @cached_property
     def geometry(self) -> Geometry:
-        """What the system says of its pages; nothing needs to be tried for it."""
-        return running_geometry()
+        """What the system says of its pages, and how far its pagemap goes."""
+        return running_geometry(self.root)
 
     @cached_property
     def pfn_visible(self) -> bool:  # type: ignore[override]
