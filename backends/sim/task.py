@@ -59,7 +59,7 @@ class SimTask(Task):
 
     def _call(self, what: Any, *arguments: Any, **named: Any) -> Any:
         core, mm = self._core, self.mm
-        if not self.alive:
+        if not self.alive or core.memory.grouped:
             self._ready(what.__name__)
         if core.memory.short:
             core.relieve(1)
