@@ -43,6 +43,8 @@ __all__ = [
     "default_config",
     "divergences",
     "document_digest",
+    "document_lines",
+    "documents",
     "features",
     "kernels",
     "kpageflags",
@@ -164,6 +166,18 @@ def default_config() -> tuple[str, ...]:
 def coverage(document: str = "pagemap") -> tuple[Sentence, ...]:
     """Every sentence of a document, by its lines, with the rules that state it."""
     return tuple(_rows(Sentence, f"coverage/{document}.toml", "sentence"))
+
+
+def documents() -> tuple[str, ...]:
+    """The documents that `coverage` knows, pagemap first."""
+    there = sorted(path.stem for path in (_HERE / "coverage").glob("*.toml"))
+    return ("pagemap", *(name for name in there if name != "pagemap"))
+
+
+@functools.cache
+def document_lines(document: str = "pagemap") -> int:
+    """How many lines the document has that `coverage` was made from."""
+    return int(_read(f"coverage/{document}.toml")["lines"])
 
 
 @functools.cache

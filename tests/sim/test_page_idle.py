@@ -351,3 +351,28 @@ def test_the_check_finds_what_cannot_be_idle(machine):
         machine.check()
     flags[frames[0]] &= np.uint64((1 << 62) - 1)
     task.munmap(start, PAGE)
+
+
+@pytest.mark.rule("ID-012")
+def test_nothing_on_an_lru_list_is_skipped_between_calls(machine):
+    """Frames of all sorts are marked at once: every one that shows LRU shows IDLE after, and no other."""
+    task, start, _frames = mapped(machine, 64)
+    task.mlock(start, 4 * PAGE)
+    fd = task.open_file("f", pages=8)
+    task.pread(fd, 8 * PAGE, 0)
+    task.madvise(start + 32 * PAGE, 8 * PAGE, Madvise.PAGEOUT)
+    machine.mark_idle(np.arange(machine.frame_count()))
+    flags = machine.kpageflags().values
+    on_lists, marked = (flags & np.uint64(bit) != 0 for bit in (PageFlag.LRU, PageFlag.IDLE))
+    assert on_lists.sum() >= 64
+    assert (on_lists == marked).all()
+
+
+@pytest.mark.rule("ID-013")
+def test_what_a_workload_does_not_use_is_told(machine):
+    """By the steps of the document, with a working set of 10 pages of 64."""
+    task, start, frames = mapped(machine, 64)
+    machine.mark_idle(frames)
+    task.touch(start + 7 * PAGE, 10 * PAGE, write=False)
+    assert sum(idle(machine, frames)) == 54
+    assert int(machine.kpageflags().has(PageFlag.IDLE).sum()) == 54

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import pmcore
+from pmcore.backends.sim.events import Fault
 from pmcore.registry import open_workbench
 from pmcore.uapi import PM_SOFT_DIRTY, Madvise
 
@@ -77,3 +78,38 @@ def test_mremap_marks_entries_and_not_the_vma(bench):
     task.process.clear_refs(4)
     task.mremap(start, 4 * PAGE, 4 * PAGE, flags=3, new_addr=BASE)
     assert dirty(task, 4) == [0, 1, 0, 0]
+
+
+@pytest.mark.rule("SD-001", "SD-003")
+def test_cleared_entries_fault_once_and_keep_their_frames(bench):
+    """The first write after clearing faults on the page that is there; the second does not."""
+    task = bench.spawn()
+    mapped(task, 8)
+    task.touch(BASE, 8 * PAGE)
+    frames = task.process.pagemap(BASE, BASE + 8 * PAGE).pfn.tolist()
+    task.process.clear_refs(4)
+    assert dirty(task) == [0] * 8
+    for write, faults in ((False, 0), (True, 2), (True, 0)):
+        with bench.observe() as events:
+            task.touch(BASE + PAGE, 2 * PAGE, write=write)
+        assert sum(len(event.addresses) for event in events if isinstance(event, Fault)) == faults
+    assert dirty(task) == [0, 1, 1, 0, 0, 0, 0, 0]
+    assert task.process.pagemap(BASE, BASE + 8 * PAGE).pfn.tolist() == frames
+
+
+@pytest.mark.rule("SD-002")
+def test_a_renewed_mapping_is_soft_dirty_as_a_whole(bench):
+    task = bench.spawn()
+    mapped(task, 4)
+    task.touch(BASE, 4 * PAGE)
+    task.process.clear_refs(4)
+    task.munmap(BASE + PAGE, PAGE)
+    assert dirty(task, 4) == [0] * 4
+    other = bench.spawn()
+    mapped(other, 4)
+    other.touch(BASE, 4 * PAGE)
+    other.process.clear_refs(4)
+    other.munmap(BASE, 4 * PAGE)
+    mapped(other, 4)
+    assert dirty(other, 4) == [1] * 4
+    assert not other.process.pagemap(BASE, BASE + 4 * PAGE).present.any()

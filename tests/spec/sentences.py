@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 _ITEM = re.compile(r"\s*(?:\*|-|\d+\.|\d+ -)\s")
 _RULER = re.compile(r"(=+|-+)$")
-_END = re.compile(r"(?<=[^\d\s][.:])(?<!i\.e\.)\s+(?=[A-Z`])")
+_END = re.compile(r"(?<=[^\d\s][.:])(?<!i\.e\.)(?<!e\.g\.)\s+(?=[A-Z`])")
 
 
 @dataclass(frozen=True)
