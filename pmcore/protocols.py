@@ -18,12 +18,13 @@ import attrs
 import numpy as np
 
 from pmcore.arrays import BoolArray, U64Array
-from pmcore.errors import ArgumentError, BackendUnavailable, NotModelled, syscall_error
+from pmcore.errors import ArgumentError, BackendUnavailable, Missing, NotModelled, syscall_error
 from pmcore.pageflags import PageFlagsArray
 from pmcore.pagemap import PagemapEntries
 
 if TYPE_CHECKING:
     from pmcore.geometry import Geometry
+    from pmcore.procmap import MapAnswer, MapQuery
     from pmcore.profile import KernelProfile
     from pmcore.scan.request import ScanRequest
     from pmcore.scan.result import ScanResult
@@ -141,6 +142,45 @@ class Process(Protocol):
         if filled == 0 and len(out) and start < geometry.task_size:
             raise syscall_error(errno.ESRCH, f"read(pagemap of {self.pid})", remedy="the process is gone")
         return PagemapEntries(out[:filled], start=start, profile=self.kernel.profile)
+
+    def query_maps(self, query: MapQuery) -> MapAnswer:
+        """PROCMAP_QUERY: one VMA. Here answered from `maps` and `smaps`, as the kernel would.
+
+        Raises NotSupported (ENOTTY) where the kernel has no such call, Missing (ENOENT) where no VMA fits,
+        InvalidArgument (EINVAL, E2BIG, ENAMETOOLONG).
+        """
+        from pmcore.procmap import MapAnswer, answer
+
+        if not self.kernel.profile.has("maps.procmap_query"):
+            raise syscall_error(
+                errno.ENOTTY, f"ioctl(maps of {self.pid}, PROCMAP_QUERY)", remedy="read maps as text"
+            )
+        geometry, room = self.kernel.geometry, bytearray()
+
+        def page_size(vma: Vma) -> int:
+            [entry] = self.smaps(vma.start, vma.end)
+            return entry.counters.get("KernelPageSize", geometry.page_size)
+
+        at = {"name_at": bool(query.name_room), "build_id_at": bool(query.build_id_room)}
+        argument = bytearray(query.packed(**at)) + bytes(max(0, min(query.size, 4096) - 104))
+        vmas = [vma for vma in self.maps() if vma.start < geometry.task_size]
+        answer(argument, vmas, page_size, lambda _address, data: room.extend(data))
+        return MapAnswer.unpacked(argument, bytes(room))
+
+    def maps_by_query(self) -> tuple[Vma, ...]:
+        """The VMAs of user addresses, one PROCMAP_QUERY after the other. Raises as `query_maps`, but for ENOENT."""
+        from pmcore.procmap import MapQuery
+        from pmcore.uapi import ProcmapFlag
+
+        found: list[Vma] = []
+        following = ProcmapFlag.COVERING_OR_NEXT_VMA
+        while True:
+            address = found[-1].end if found else 0
+            try:
+                answered = self.query_maps(MapQuery(address=address, flags=following, name_room=4096))
+            except Missing:
+                return tuple(found)
+            found.append(answered.vma())
 
     def pagemap_scan(self, request: ScanRequest) -> ScanResult:
         """PAGEMAP_SCAN, once. Raises the kernel's refusal as a SyscallError. See `pmcore.scan.scan_all`."""

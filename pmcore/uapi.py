@@ -227,6 +227,17 @@ class MapFlag(enum.IntFlag, boundary=enum.KEEP):
     HUGE_1GB = 30 << 26
 
 
+class ProcmapFlag(enum.IntFlag, boundary=enum.KEEP):
+    """``PROCMAP_QUERY_*``: what a VMA must be, and whether the next one will do. The first four also answer."""
+
+    VMA_READABLE = 1
+    VMA_WRITABLE = 2
+    VMA_EXECUTABLE = 4
+    VMA_SHARED = 8
+    COVERING_OR_NEXT_VMA = 16
+    FILE_BACKED_VMA = 32
+
+
 class MremapFlag(enum.IntFlag, boundary=enum.KEEP):
     """``MREMAP_*``."""
 

@@ -9,17 +9,15 @@ import struct
 import numpy as np
 
 from pmcore.errors import ArgumentError, syscall_error
+from pmcore.procmap import QUERY_BYTES, MapAnswer, MapQuery
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import ScanResult, empty_regions
 from pmcore.uapi import PAGEMAP_SCAN, PROCMAP_QUERY
-from pmcore.vma import Vma
 
-__all__ = ["MapsQuery", "pagemap_scan"]
+__all__ = ["pagemap_scan", "procmap_query"]
 
 _SCAN = struct.Struct("=12Q")
 _WALK_END = 4 * 8
-_QUERY = struct.Struct("=9Q4L2Q")
-_COVERING_OR_NEXT = 0x10
 _NAME_BYTES = 4096 + 64
 #: Address space set aside for one result at the most: as many regions as a request may ask for, never touched at once.
 _MOST_REGIONS = 1 << 26
@@ -78,52 +76,17 @@ def pagemap_scan(fd: int, request: ScanRequest, *, page_size: int) -> ScanResult
     return ScanResult(regions=vec[:count], walk_end=walk_end)
 
 
-class MapsQuery:
-    """PROCMAP_QUERY on an open maps file, VMA after VMA. Close it when done."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._name = ctypes.create_string_buffer(_NAME_BYTES)
-        self._argument = ctypes.create_string_buffer(_QUERY.size)
-
-    def vma_from(self, address: int) -> Vma | None:
-        """The VMA that covers `address`, or else the next one; None past the last.
-
-        Raises NotSupported on kernels before 6.11.
-        """
-        _QUERY.pack_into(
-            self._argument,
-            0,
-            *(_QUERY.size, _COVERING_OR_NEXT, address, 0, 0, 0, 0, 0, 0),
-            *(0, 0, _NAME_BYTES, 0, ctypes.addressof(self._name), 0),
-        )
-        failed = -_ioctl(self._fd, PROCMAP_QUERY, self._argument)
-        if failed == errno.ENOENT:
-            return None
-        if failed > 0:
-            raise syscall_error(
-                failed, "ioctl(PROCMAP_QUERY)", remedy="use maps='text' (the call came with 6.11)"
-            )
-        fields = _QUERY.unpack(self._argument)
-        _, _, _, start, end, flags, _, offset, inode, major, minor, length, _, _, _ = fields
-        name = self._name.raw[: max(length - 1, 0)].replace(b"\n", b"\\012")
-        return Vma(
-            start=start,
-            end=end,
-            readable=bool(flags & 1),
-            writable=bool(flags & 2),
-            executable=bool(flags & 4),
-            shared=bool(flags & 8),
-            offset=offset,
-            dev_major=major,
-            dev_minor=minor,
-            inode=inode,
-            name=name.decode("utf-8", "surrogateescape"),
-        )
-
-    def all(self) -> tuple[Vma, ...]:
-        """Every VMA, ascending."""
-        found: list[Vma] = []
-        while (vma := self.vma_from(found[-1].end if found else 0)) is not None:
-            found.append(vma)
-        return tuple(found)
+def procmap_query(fd: int, query: MapQuery) -> MapAnswer:
+    """PROCMAP_QUERY on an open maps file. Raises the kernel's refusal."""
+    name = ctypes.create_string_buffer(max(1, min(query.name_room, _NAME_BYTES)))
+    build_id = ctypes.create_string_buffer(max(1, min(query.build_id_room, _NAME_BYTES)))
+    packed = query.packed(
+        name_at=ctypes.addressof(name) if query.name_room else 0,
+        build_id_at=ctypes.addressof(build_id) if query.build_id_room else 0,
+    )
+    argument = ctypes.create_string_buffer(packed, max(QUERY_BYTES, min(query.size, _NAME_BYTES)))
+    failed = -_ioctl(fd, PROCMAP_QUERY, argument)
+    if failed > 0:
+        remedy = "use maps='text' (the call came with 6.11)" if failed == errno.ENOTTY else None
+        raise syscall_error(failed, "ioctl(PROCMAP_QUERY)", remedy=remedy)
+    return MapAnswer.unpacked(argument.raw, name.raw)

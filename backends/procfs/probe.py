@@ -16,14 +16,15 @@ import numpy as np
 
 from pmcore import spec
 from pmcore.backends.procfs.files import WordFile
-from pmcore.backends.procfs.ioctl import MapsQuery, pagemap_scan
+from pmcore.backends.procfs.ioctl import pagemap_scan, procmap_query
 from pmcore.backends.procfs.userfaultfd import offered_features
 from pmcore.errors import PmcoreError, SyscallError, UnknownCapability
 from pmcore.geometry import Geometry
 from pmcore.pagemap import PagemapEntry
+from pmcore.procmap import MapQuery
 from pmcore.profile import KernelProfile, preset
 from pmcore.scan.request import ScanRequest
-from pmcore.uapi import PageCategory, UffdFeature
+from pmcore.uapi import PageCategory, ProcmapFlag, UffdFeature
 
 __all__ = ["Probe", "pfn_is_visible", "probe_all", "running_profile"]
 
@@ -252,7 +253,7 @@ def _procmap_query(root: str) -> Probe:
     try:
         fd = os.open(f"{root}/self/maps", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            MapsQuery(fd).vma_from(0)
+            procmap_query(fd, MapQuery(address=0, flags=ProcmapFlag.COVERING_OR_NEXT_VMA))
         finally:
             os.close(fd)
     except (OSError, PmcoreError) as error:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pmcore.arrays import U64Array
 from pmcore.backends.procfs.files import WordFile, failure, open_file, read_smaps_range, read_text
-from pmcore.backends.procfs.ioctl import MapsQuery, pagemap_scan
+from pmcore.backends.procfs.ioctl import pagemap_scan, procmap_query
 from pmcore.backends.procfs.residency import data_pages, pages_in_core
-from pmcore.errors import SyscallError, syscall_error
+from pmcore.errors import Missing, SyscallError, syscall_error
+from pmcore.procmap import MapAnswer, MapQuery
 from pmcore.protocols import FileResidency, Process
 from pmcore.scan.over_pagemap import scan_pagemap
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import ScanResult
 from pmcore.smaps import SmapsEntry, parse_smaps
-from pmcore.uapi import ClearRefs
+from pmcore.uapi import ClearRefs, ProcmapFlag
 from pmcore.vma import Vma, parse_maps
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["ProcfsProcess"]
 
 _GONE = "the process is gone"
+#: Room for any name of a mapping.
+_NAME_ROOM = 4096
 
 
 class ProcfsProcess(Process):
@@ -74,17 +79,39 @@ class ProcfsProcess(Process):
     def maps(self) -> tuple[Vma, ...]:
         """The VMAs: by text, or by PROCMAP_QUERY where that was asked for when the kernel was opened."""
         if self._kernel.maps_by == "query":
-            path = f"{self._directory}/maps"
-            try:
-                fd = open_file(path, "maps")
-            except SyscallError as error:
-                raise self._gone_or(error) from None
-            try:
-                return MapsQuery(fd).all()
-            finally:
-                os.close(fd)
+            return self.maps_by_query()
         data = self._text("maps")
         return parse_maps(data, source=f"{self._directory}/maps")
+
+    def query_maps(self, query: MapQuery) -> MapAnswer:
+        """PROCMAP_QUERY, asked of the kernel."""
+        with self._maps_file() as fd:
+            return procmap_query(fd, query)
+
+    def maps_by_query(self) -> tuple[Vma, ...]:
+        """The VMAs of user addresses by PROCMAP_QUERY, the file opened once."""
+        found: list[Vma] = []
+        with self._maps_file() as fd:
+            while True:
+                address = found[-1].end if found else 0
+                try:
+                    query = MapQuery(
+                        address=address, flags=ProcmapFlag.COVERING_OR_NEXT_VMA, name_room=_NAME_ROOM
+                    )
+                    found.append(procmap_query(fd, query).vma())
+                except Missing:
+                    return tuple(found)
+
+    @contextmanager
+    def _maps_file(self) -> Iterator[int]:
+        try:
+            fd = open_file(f"{self._directory}/maps", "maps")
+        except SyscallError as error:
+            raise self._gone_or(error) from None
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def smaps(self, start: int = 0, end: int | None = None) -> tuple[SmapsEntry, ...]:
         """The VMAs with their counters; those outside the range are not parsed, and behind it not read."""

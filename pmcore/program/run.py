@@ -9,8 +9,9 @@ import attrs
 import numpy as np
 
 from pmcore.arrays import U64Array
-from pmcore.errors import AddressSpaceFault, ArgumentError, SyscallError
+from pmcore.errors import AddressSpaceFault, ArgumentError, Missing, SyscallError
 from pmcore.geometry import align_up
+from pmcore.procmap import MapQuery
 from pmcore.program import steps as s
 from pmcore.program.program import Program
 from pmcore.protocols import HEAP, IDLE_BITMAP, Task, Workbench
@@ -23,6 +24,7 @@ from pmcore.uapi import (
     PM_SWAP_TYPE_MASK,
     MapFlag,
     MremapFlag,
+    ProcmapFlag,
 )
 
 __all__ = ["ARENA", "Outcome", "Run", "run"]
@@ -216,6 +218,42 @@ def _pagemap_read(state: Run, step: s.PagemapRead) -> dict[str, Any]:
     return {"bytes": len(data), "agree": bool((words == again).all()), "words": shown.tolist()}
 
 
+#: Where programs map: the heap and the arena, far below what loaders and the kernel choose.
+_PROGRAM = range(HEAP, 2 * ARENA)
+
+
+def _query_maps(state: Run, step: s.QueryMaps) -> dict[str, Any]:
+    process, base = state.task(step.task).process, state.area(step.area)[0]
+    query = MapQuery(
+        address=base + step.offset,
+        flags=step.flags,
+        size=step.size,
+        name_room=step.name_room,
+        build_id_room=step.build_id_room,
+    )
+    if step.flags & ProcmapFlag.COVERING_OR_NEXT_VMA:
+        try:
+            first = process.query_maps(MapQuery(address=query.address, flags=step.flags))
+        except Missing:
+            return {"at": "elsewhere"}
+        if first.start not in _PROGRAM:
+            return {"at": "elsewhere"}
+    found = process.query_maps(query)
+    file = bool(found.inode or found.dev_major or found.dev_minor)
+    # Paths of files on a disk are the workbench's own.
+    named = "" if found.name.startswith(b"/") and b"(deleted)" not in found.name else found.name.decode()
+    return {
+        "at": state.where(found.start),
+        "bytes": found.end - found.start,
+        "permissions": found.permissions,
+        "page_size": found.page_size,
+        "offset": found.offset,
+        "file": file,
+        "name": named,
+        "build_id": found.build_id_size,
+    }
+
+
 def _move(state: Run, step: s.Move) -> None:
     size = state.workbench.kernel.profile.geometry.page_size
     start, length = _range(state, step)
@@ -405,6 +443,7 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.ReadIdle: _read_idle,
     s.Scan: _scan,
     s.PagemapRead: _pagemap_read,
+    s.QueryMaps: _query_maps,
     s.KsmScan: lambda r, st: r.workbench.ksm_scan(
         st.scans, use_zero_pages=st.zero_pages, max_page_sharing=st.sharing
     ),

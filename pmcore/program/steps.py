@@ -45,6 +45,7 @@ __all__ = [
     "Pread",
     "Protect",
     "Pwrite",
+    "QueryMaps",
     "Read",
     "ReadAhead",
     "ReadIdle",
@@ -446,6 +447,21 @@ class PagemapRead(Step):
 
 
 @attrs.frozen(kw_only=True)
+class QueryMaps(Step):
+    """PROCMAP_QUERY for the address `offset` bytes behind the start of an area.
+
+    The value tells of the VMA where it lies; of one that is not the program's that it is elsewhere, as of none.
+    """
+
+    area: str = name()
+    offset: int = number(0)
+    flags: int = number(0)
+    size: int = number(104)
+    name_room: int = number(0)
+    build_id_room: int = number(0)
+
+
+@attrs.frozen(kw_only=True)
 class KsmScan(Step):
     """The administrator lets ksmd make `scans` full scans; the value is its counters. `task` does nothing."""
 
@@ -525,6 +541,7 @@ STEPS: dict[str, type[Step]] = {
         ReadIdle,
         Scan,
         PagemapRead,
+        QueryMaps,
         KsmScan,
         KsmUnmerge,
         MakeGroup,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pmcore.procmap import MapQuery
 from pmcore.procview import ProcView
 from pmcore.procview.sequence import SequenceReader
 from pmcore.uapi import PAGEMAP_SCAN, PROCMAP_QUERY
@@ -265,3 +266,87 @@ def test_status_counts_what_the_tables_hold(opened, area, task, bench):
     statm = [int(field) for field in text_of(opened("statm")).split()]
     assert statm[0] * kb == after["VmSize"]
     assert statm[1] * kb == after["VmRSS"]
+
+
+def queried(task, address, **more):
+    """What PROCMAP_QUERY says, or the errno."""
+    try:
+        return task.process.query_maps(MapQuery(address=address, **more))
+    except OSError as error:
+        return error.errno
+
+
+@pytest.mark.rule("AC-014", "AC-017")
+def test_what_procmap_query_refuses(task, area, needs):
+    """By size, flags, room for a name and place for it; the name first counts where there is one."""
+    needs("maps.procmap_query")
+    start = area(2)
+    fd = task.memfd_create("name")
+    task.ftruncate(fd, PAGE)
+    file = area(1, flags=1, fd=fd)
+    name = len("/memfd:name (deleted)") + 1
+    for address, query, expected in (
+        (start, {"size": 4097}, errno.E2BIG),
+        (start, {"size": 23}, errno.EINVAL),
+        (start, {"flags": 64}, errno.EINVAL),
+        (start, {"flags": 1 << 63}, errno.EINVAL),
+        (start - PAGE, {}, errno.ENOENT),
+        (start + 2 * PAGE, {}, errno.ENOENT),
+        (file, {"name_room": name - 1}, errno.ENAMETOOLONG),
+        (start - PAGE, {"name_room": 1}, errno.ENOENT),
+        (start - PAGE, {"size": 23, "flags": 64}, errno.EINVAL),
+    ):
+        assert queried(task, address, **query) == expected, query
+    for size in (24, 40, 104, 4096):
+        assert not isinstance(queried(task, start, size=size), int), size
+    assert queried(task, file, name_room=name).name == b"/memfd:name (deleted)"
+    assert queried(task, start, name_room=1).name_size == 0
+    for address in (start, file):
+        assert queried(task, address, build_id_room=1).build_id_size == 0
+
+
+@pytest.mark.rule("AC-013", "AC-015", "AC-016")
+def test_what_procmap_query_answers(task, area, needs):
+    needs("maps.procmap_query")
+    fd = task.memfd_create("name")
+    task.ftruncate(fd, 8 * PAGE)
+    start = area(4)
+    task.mprotect(start + PAGE, PAGE, 1)
+    file = task.mmap(2 * PAGE, addr=start + (64 << 20), flags=1 | 0x100000, fd=fd, offset=3 * PAGE)
+    shared = area(1, flags=0x21)
+    found = queried(task, start + 2 * PAGE + 5, name_room=4096)
+    assert (found.start, found.end, found.permissions) == (start + 2 * PAGE, start + 4 * PAGE, 3)
+    assert (found.offset, found.inode, found.name_size, found.page_size) == (0, 0, 0, PAGE)
+    assert queried(task, start + PAGE).permissions == 1
+    assert queried(task, start + PAGE, flags=2) == errno.ENOENT
+    assert queried(task, start + PAGE, flags=16 | 2).start == start + 2 * PAGE
+    assert queried(task, start, flags=16 | 8).start == file
+    found = queried(task, start, flags=16 | 32, name_room=4096)
+    assert (found.start, found.permissions, found.offset) == (file, 11, 3 * PAGE)
+    assert found.inode
+    assert found.name_size == len(found.name) + 1
+    assert queried(task, shared, flags=32).permissions == 11
+    maps = {vma.start: vma for vma in task.process.maps()}
+    assert found.vma() == maps[file]
+    by_query = task.process.maps_by_query()
+    end = task.process.kernel.geometry.task_size
+    kept = [vma for vma in maps.values() if vma.start < end]
+    # maps shows an offset of anonymous memory, too; and a name that the kernel makes up comes with neither.
+    assert [(v.start, v.end, v.perms, v.inode, v.name) for v in by_query] == [
+        (v.start, v.end, v.perms, v.inode, v.name) for v in kept
+    ]
+
+
+@pytest.mark.rule("AC-017")
+@pytest.mark.procfs_only
+def test_build_ids_of_files_that_have_them(task, needs):
+    needs("maps.procmap_query")
+    sizes = set()
+    for vma in task.process.maps():
+        if not vma.executable or not vma.name.startswith("/"):
+            continue
+        found = task.process.query_maps(MapQuery(address=vma.start, build_id_room=64)).build_id_size
+        sizes.add(found)
+        if found:
+            assert queried(task, vma.start, build_id_room=found - 1) == errno.ENAMETOOLONG
+    assert sizes <= {0, 16, 20}

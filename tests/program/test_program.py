@@ -132,6 +132,8 @@ def test_every_kind_of_step_runs(bench):
         s.UnlockAll(),
         s.Brk(length=5000),
         s.PagemapRead(area="a", length=64),
+        s.QueryMaps(area="a", name_room=4096),
+        s.MovePages(area="a", pages=2),
         s.Move(area="a", page=6, pages=2, new_pages=4, to="b"),
         s.MemfdCreate(fd="m", pages=2),
         s.Map(area="f", pages=2, fd="m", flags=1),

@@ -7,8 +7,10 @@ import errno
 import pytest
 
 import pmcore
-from pmcore.errors import Missing
+from pmcore.errors import Missing, NotSupported
+from pmcore.procmap import MapQuery
 from pmcore.procview import ProcView
+from pmcore.protocols import HEAP
 from pmcore.smaps import parse_smaps
 from pmcore.uapi import Madvise
 
@@ -174,3 +176,24 @@ def test_zones_and_holes_in_buddyinfo():
     ]
     blocks = sum(int(n) << i for line in lines for i, n in enumerate(line.split()[4:]))
     assert blocks * PAGE // KB == numbers(machine.pread("meminfo", 0, 4000))["MemFree"]
+
+
+@pytest.mark.rule("AC-013", "AC-015")
+def test_maps_by_query():
+    """The same VMAs as the text; without the call it is refused."""
+    with pmcore.open("sim", memory="16 MiB", kernel="6.12", hugepages={"2 MiB": 1}) as machine:
+        task = machine.spawn()
+        task.brk(HEAP + 8192)
+        task.mmap(4096, flags=0x21)
+        huge = task.mmap(2 << 20, flags=0x40022)
+        fd = task.memfd_create("a")
+        task.mmap(8192, flags=1, fd=fd)
+        maps = task.process.maps()
+        assert [(v.start, v.perms, v.inode, v.name) for v in task.process.maps_by_query()] == [
+            (v.start, v.perms, v.inode, v.name) for v in maps
+        ]
+        assert task.process.query_maps(MapQuery(address=huge + 5)).page_size == 2 << 20
+    with pmcore.open("sim", memory="16 MiB", kernel="6.10") as machine:
+        process = machine.spawn().process
+        with pytest.raises(NotSupported):
+            process.maps_by_query()

@@ -21,6 +21,7 @@ from pmcore.lockstep.generator.tracking import (
     clear_refs,
     clear_soft_dirty,
     pagemap_read,
+    query_maps,
     scan,
     uffd,
 )
@@ -76,6 +77,7 @@ _KINDS: tuple[Maker, ...] = (
     *(huge_page,) * 2,
     *(arm,) * 3,
     *(pagemap_read,) * 3,
+    *(query_maps,) * 2,
     *(ranged(s.Protect, prot=(1, 3, 3, 0, 2, 8, 64, _DOWN | 1, _DOWN | 3, _UP | 1)),) * 2,
     *(_advise,) * 10,
     *(ranged(s.Touch, write=_EITHER, stride=(1, 1, 2, 7)),) * 8,

@@ -9,7 +9,17 @@ from pmcore.lockstep.generator.state import FEATURES, HUGE, State, pick_huge, pi
 from pmcore.program import steps as s
 from pmcore.uapi import Madvise
 
-__all__ = ["arm", "bounce", "clear_refs", "clear_soft_dirty", "pagemap_read", "scan", "uffd", "uffd_open"]
+__all__ = [
+    "arm",
+    "bounce",
+    "clear_refs",
+    "clear_soft_dirty",
+    "pagemap_read",
+    "query_maps",
+    "scan",
+    "uffd",
+    "uffd_open",
+]
 
 
 def arm(draw: Draw, state: State) -> s.Step | None:
@@ -135,3 +145,20 @@ def pagemap_read(draw: Draw, state: State) -> s.Step:
     shift = draw.of((0,) * 8 + (1, 4, 7))
     length = draw.of((0, 8, 8, 16, 8 * pages, 8 * pages, 8 * pages + 4, 4096, 8 * (pages + 600), 5))
     return s.PagemapRead(task=task, area=area, offset=8 * page + shift, length=length)
+
+
+def query_maps(draw: Draw, state: State) -> s.Step:
+    """A PROCMAP_QUERY near a boundary of an area: of flags that fit or not, with room for the name or too little."""
+    area, page, pages = pick_range(draw, state)
+    offset = draw.of((page, page, page + pages, state.areas[area])) * 4096 + draw.of((0, 0, 1, 4095))
+    # Names of files on a disk are as long as the workbench's directory is.
+    rooms = (0, 4096, 4096) if state.disk else (0, 4096, 4096, 1, 9, 17, 20)
+    return s.QueryMaps(
+        task=pick_task(draw, state),
+        area=area,
+        offset=offset,
+        flags=draw.of((0, 0, 16, 16, 16, 17, 18, 20, 24, 32, 48, 1, 2, 3, 8, 64, 1 << 40)),
+        size=draw.of((104,) * 8 + (96, 24, 23, 40, 4096, 4097)),
+        name_room=draw.of(rooms),
+        build_id_room=draw.of((0, 0, 0, 20, 1)),
+    )
