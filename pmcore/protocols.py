@@ -563,6 +563,17 @@ class Workbench(Protocol):
         """To provide with them: put `task` into one (cgroup.procs), or into the group of the workbench ("")."""
         raise BackendUnavailable("this workbench makes no cgroups", remedy="leave them out of the program")
 
+    def limit_group(self, path: str, length: int | str | None) -> None:
+        """To provide with them: the most that one may have, in bytes (memory.limit_in_bytes, memory.max); None: all.
+
+        Raises SyscallError as a write to that file does.
+        """
+        raise BackendUnavailable("this workbench makes no cgroups", remedy="leave them out of the program")
+
+    def group_usage(self, path: str) -> int:
+        """To provide with them: the bytes that are charged to it (memory.usage_in_bytes, memory.current)."""
+        raise BackendUnavailable("this workbench makes no cgroups", remedy="leave them out of the program")
+
     def groups(self) -> Mapping[str, int]:
         """To provide with them: those that are there by path, with what kpagecgroup shows for them."""
         return {}

@@ -34,6 +34,15 @@ def group_findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     wrong = ((flags & memcg.UNCHARGED) != 0) & ((flags & _PGTABLE) == 0) | (flags == 0)
     if wrong.any():
         yield Finding("what is charged to a group is a page of somebody's", some(used[wrong]))
+    counts = np.bincount(frames.group, minlength=len(core.memory.charges.pages))[1:].tolist()
+    if core.memory.charges.pages[1:] != counts:
+        yield Finding("charges are counted", f"{core.memory.charges.pages[1:]} is not {counts}")
+    tables = np.bincount(frames.group[(frames.flags & _PGTABLE) != 0], minlength=len(counts) + 1)
+    for number, limits in core.memory.charges.limits.items():
+        for limit in limits:
+            # Reclaim itself may need tables, whatever the limit is.
+            if core.memory.charges.used(limit.groups) - int(tables[list(limit.groups)].sum()) > limit.pages:
+                yield Finding("no group has more than its limit", f"{groups.there[number].path}: {limit}")
     tails = np.flatnonzero(frames.behind)
     apart = tails[frames.group[tails] != frames.group[tails - frames.behind[tails]]]
     if len(apart):

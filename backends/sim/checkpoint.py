@@ -133,9 +133,7 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
     if memory.offline:
         words["offline"] = [[number, *zone] for number, zone in sorted(memory.offline.items())]
     if memory.grouped:
-        words["groups"] = [
-            [g.number, g.parent, g.path, g.inode, g.online] for g in core.groups.there.values()
-        ]
+        words["groups"] = [list(attrs.astuple(g)) for g in core.groups.there.values()]
     more, columns = ksm_state.capture(core)
     return State(words | more, arrays | columns)
 

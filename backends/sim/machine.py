@@ -18,6 +18,7 @@ from pmcore.backends.sim.capabilities import Capabilities, capabilities
 from pmcore.backends.sim.check import check
 from pmcore.backends.sim.checkpoint import State, capture, load, rebuild, save
 from pmcore.backends.sim.events import Event, observing
+from pmcore.backends.sim.grouping import Grouping
 from pmcore.backends.sim.physical import memory_blocks as blocks
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.physical.contents import Contents
@@ -42,7 +43,7 @@ from pmcore.backends.sim.virtual.tables import TablePool
 from pmcore.errors import ArgumentError, FormatError, syscall_error
 from pmcore.geometry import Geometry, parse_size
 from pmcore.profile import KernelProfile, preset
-from pmcore.protocols import IDLE_BITMAP, FrameFile, Kernel, Task, Workbench
+from pmcore.protocols import IDLE_BITMAP, FrameFile, Kernel
 from pmcore.uapi import Errno, PageFlag
 
 __all__ = ["Core", "Policy", "SimMachine", "SwapSettings", "load_machine", "make_machine"]
@@ -107,6 +108,8 @@ class Core:
 
     def relieve(self, pages: int) -> bool:
         """Reclaim because memory has run out; whether trying again makes sense."""
+        if self.memory.charges.full is not None:
+            return shrink.relieve_group(self)
         return shrink.relieve(self, pages)
 
     def number(self, what: str) -> int:
@@ -127,7 +130,7 @@ class Core:
         return code not in self.caps.unknown_vm_flags
 
 
-class SimMachine(Kernel, Workbench):
+class SimMachine(Grouping, Kernel):
     """See `pmcore.backends.sim.open_machine`."""
 
     name = "sim"
@@ -265,29 +268,6 @@ class SimMachine(Kernel, Workbench):
         """Unmerge all pages; the counters afterwards."""
         return self.core.ksm.unmerge()
 
-    def make_group(self, path: str) -> None:
-        """mkdir of a memory cgroup (rules CG-001 to CG-011). Raises ArgumentError, SyscallError as mkdir(2) does."""
-        if not self.core.caps.memcg:
-            raise syscall_error(
-                int(Errno.ENOENT), f"make_group({path!r})", remedy="a kernel with CONFIG_MEMCG"
-            )
-        self.core.groups.make(path)
-
-    def remove_group(self, path: str) -> None:
-        """rmdir of it."""
-        self.core.groups.remove(path)
-
-    def move_task(self, task: Task, path: str) -> None:
-        """Write the task's number to the group's cgroup.procs; "" is the root."""
-        if self._tasks.get(task.pid) is not task:
-            raise syscall_error(int(Errno.ESRCH), f"move_task({task.pid})", remedy="the task is gone")
-        assert isinstance(task, SimTask)
-        self.core.groups.move(task.mm, path)
-
-    def groups(self) -> Mapping[str, int]:
-        """The groups by path, with the inode numbers of their directories."""
-        return {group.path: group.inode for group in self.core.groups.online}
-
     # -- the kernel ------------------------------------------------------------------------------------
 
     def frame_count(self) -> int:
@@ -395,12 +375,19 @@ class SimMachine(Kernel, Workbench):
 
     # -- the administrator -----------------------------------------------------------------------------
 
-    def reclaim(self, amount: int | str) -> Reclaimed:
+    def reclaim(self, amount: int | str, *, group: str = "") -> Reclaimed:
         """Reclaim anonymous memory: so many pages, or bytes ("4 MiB"). What came of it; less is no error.
 
-        From the tails of the LRU lists, whoever maps what is there (rules RC-001 to RC-010). Raises ArgumentError.
+        From the tails of the LRU lists, whoever maps what is there (rules RC-001 to RC-010); of a memory cgroup and
+        those below it alone, if one is named. Raises ArgumentError, or SyscallError for a group that there is not.
         """
-        return shrink.reclaim(self.core, self._pages("reclaim", amount))
+        pages, core = self._pages("reclaim", amount), self.core
+        core.memory.charging = 0
+        if group:
+            return shrink.reclaim_of(
+                core, core.groups.below(core.groups.find(group, "reclaim").number), pages
+            )
+        return shrink.reclaim(core, pages)
 
     def _pages(self, call: str, amount: int | str) -> int:
         """A number of pages, or of bytes in whole pages. Raises ArgumentError."""

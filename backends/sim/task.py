@@ -56,6 +56,7 @@ class SimTask(Task):
             raise syscall_error(int(Errno.ESRCH), call, remedy="the task is gone")
         if self._core.memory.grouped:
             self._core.memory.charging = self.mm.group
+            self._core.memory.charges.full = None
 
     def _call(self, what: Any, *arguments: Any, **named: Any) -> Any:
         core, mm = self._core, self.mm
@@ -66,7 +67,16 @@ class SimTask(Task):
         try:
             return what(core, mm, *arguments, **named)
         except NoMemory:
-            raise _out_of_memory(what.__name__) from None
+            raise self._out_of_memory(what.__name__) from None
+
+    def _out_of_memory(self, what: str) -> Exception:
+        full = self._core.memory.charges.full
+        if full is None:
+            remedy = "the machine is out of memory: give it more, or swap, or reclaim"
+        else:
+            path = self._core.groups.there[full.number].path
+            remedy = f"the cgroup {path!r} is at its limit (a kernel kills one of its processes): a larger one, or swap"
+        return syscall_error(int(Errno.ENOMEM), what, remedy=remedy)
 
     # -- memory ----------------------------------------------------------------------------------------
 
@@ -178,7 +188,7 @@ class SimTask(Task):
         try:
             return fault.access(self._core, self.mm, addr, write=write)
         except NoMemory:
-            raise _out_of_memory(f"access at {addr:#x}") from None
+            raise self._out_of_memory(f"access at {addr:#x}") from None
 
     def touch(self, start: int, length: int, *, write: bool = True, step: int | None = None) -> None:
         """One access every `step` bytes."""
@@ -194,7 +204,7 @@ class SimTask(Task):
         try:
             touch.touch(self._core, self.mm, start, start + length, write=write)
         except NoMemory:
-            raise _out_of_memory(f"touch from {start:#x}") from None
+            raise self._out_of_memory(f"touch from {start:#x}") from None
 
     # -- files -----------------------------------------------------------------------------------------
 
@@ -286,7 +296,7 @@ class SimTask(Task):
                 child.tear_down()
                 # Each attempt has to begin with more free memory than the one before.
                 if memory.free_total <= free or not self._core.relieve(1):
-                    raise _out_of_memory("fork") from None
+                    raise self._out_of_memory("fork") from None
                 free = memory.free_total
         task = self._machine.adopt(child)
         for old, new in watching.items():
@@ -318,9 +328,3 @@ def _words(*values: int) -> None:
     for value in values:
         if not isinstance(value, int) or not 0 <= value < 1 << 64:
             raise ArgumentError(f"{value!r} is not an unsigned 64-bit number")
-
-
-def _out_of_memory(what: str) -> Exception:
-    return syscall_error(
-        int(Errno.ENOMEM), what, remedy="the machine is out of memory: give it more, or swap, or reclaim"
-    )

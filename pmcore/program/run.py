@@ -338,6 +338,11 @@ def _read_idle(state: Run, step: s.ReadIdle) -> list[int]:
     return [words[pfn >> 6] >> (pfn & 63) & 1 if pfn else -1 for pfn in pfns.tolist()]
 
 
+def _limit_group(state: Run, step: s.LimitGroup) -> None:
+    size = state.workbench.kernel.profile.geometry.page_size
+    state.workbench.limit_group(step.group, step.pages * size if step.pages else None)
+
+
 def _scan(state: Run, step: s.Scan) -> dict[str, Any]:
     start, length = _range(state, step)
     result = state.task(step.task).process.pagemap_scan(
@@ -450,5 +455,6 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.KsmUnmerge: lambda r, st: r.workbench.ksm_unmerge(),
     s.MakeGroup: _make_group,
     s.RemoveGroup: lambda r, st: r.workbench.remove_group(st.group),
+    s.LimitGroup: _limit_group,
     s.MoveTask: lambda r, st: r.workbench.move_task(r.task(st.task), st.group),
 }

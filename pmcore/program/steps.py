@@ -28,6 +28,7 @@ __all__ = [
     "Ftruncate",
     "KsmScan",
     "KsmUnmerge",
+    "LimitGroup",
     "Lock",
     "LockAll",
     "Lseek",
@@ -497,6 +498,17 @@ class MoveTask(Step):
     group: str = attrs.field(default="", validator=attrs.validators.or_(attrs.validators.in_(("",)), _group))
 
 
+@attrs.frozen(kw_only=True)
+class LimitGroup(Step):
+    """The administrator lets a memory cgroup have `pages` pages; 0 for no limit. `task` does nothing.
+
+    A kernel counts slabs, stacks, and what processors have put by: how much goes is another number on each machine.
+    """
+
+    group: str = attrs.field(validator=_group)
+    pages: int = number(0)
+
+
 #: Steps by the name that they have in JSON.
 STEPS: dict[str, type[Step]] = {
     kind.__name__.lower(): kind
@@ -547,5 +559,6 @@ STEPS: dict[str, type[Step]] = {
         MakeGroup,
         RemoveGroup,
         MoveTask,
+        LimitGroup,
     )
 }

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pmcore.errors import BackendUnavailable
-from pmcore.lockstep import lockstep
+from pmcore.errors import BackendUnavailable, OutOfMemory, ProcessGone
+from pmcore.lockstep import Comparer, lockstep, take
 from pmcore.lockstep.answers import answers_from_json, replay
 from pmcore.lockstep.session import session
-from pmcore.program import load_program, program_to_json
+from pmcore.program import Program, Run, load_program, program_to_json
 from pmcore.program import steps as s
 from pmcore.registry import open_workbench
 
@@ -78,6 +78,114 @@ def test_the_model_agrees_with_the_running_kernel(live):
     assert not report.differences, "\n".join(told)
     assert report.reached["step makegroup"] > programs // 2
     assert report.masked.keys() <= {"DV-018", "DV-019", "DV-020"}
+
+
+class Sides:
+    """The same steps on the model and on the kernel, compared after each."""
+
+    def __init__(self, live) -> None:
+        self.live, self.machine = live, open_workbench("sim", **SETTINGS, kernel=live.kernel.profile)
+        self.runs = [Run(Program(name="by hand", steps=()), bench) for bench in (self.machine, live)]
+        self.comparer = Comparer(watched=live.watched)
+
+    def do(self, *steps: s.Step) -> None:
+        for step in steps:
+            for run in self.runs:
+                outcome = run.advance(step)
+                assert not outcome.errno, (step, outcome)
+        self.compare()
+
+    def compare(self) -> None:
+        self.live.settle()
+        found = self.comparer.compare(*(take(run) for run in self.runs))
+        assert not found, "\n".join(map(str, found))
+        self.machine.check()
+
+    def there(self, task: str, area: str) -> list[int]:
+        """Pages of the area that are in memory: in the model, on the kernel."""
+        found = []
+        for run in self.runs:
+            start, length = run.area(area)
+            found.append(int(run.task(task).process.pagemap(start, start + length).present.sum()))
+        return found
+
+    def close(self) -> None:
+        for run in self.runs:
+            run.end()
+        self.machine.check()
+
+
+@pytest.fixture
+def sides(live):
+    made = Sides(live)
+    yield made
+    made.close()
+
+
+def _two_groups() -> tuple[s.Step, ...]:
+    return (
+        s.Map(area="a", pages=600),
+        s.Map(area="b", pages=600),
+        s.MakeGroup(group="g"),
+        s.MakeGroup(group="h"),
+        s.Fork(child="c"),
+        s.MoveTask(group="g"),
+        s.MoveTask(task="c", group="h"),
+        s.Touch(area="a", pages=600),
+        s.Touch(task="c", area="b", pages=600),
+    )
+
+
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+@pytest.mark.rule("CG-013")
+def test_a_smaller_limit_takes_pages_of_that_group_alone(sides):
+    sides.do(*_two_groups())
+    for pages in (40, 150):
+        before = sides.there("main", "a")[1]
+        usage = sides.live.group_usage("g")
+        sides.live.limit_group("g", usage - pages * 4096)
+        sides.live.limit_group("g", None)
+        taken = before - sides.there("main", "a")[1]
+        assert taken > 0
+        assert sides.machine.reclaim(taken, group="g").pages == taken
+        sides.compare()
+        assert sides.there("c", "b") == [600, 600]
+    sides.machine.limit_group("g", 100 * 4096)
+    assert sides.machine.group_usage("g") <= 100 * 4096
+    assert sides.there("c", "b") == [600, 600]
+
+
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+@pytest.mark.rule("CG-015")
+def test_a_kernels_usage_is_the_models_and_what_the_model_does_not_have(sides):
+    sides.do(*_two_groups())
+    for group in ("g", "h"):
+        model, kernel = sides.machine.group_usage(group), sides.live.group_usage(group)
+        assert 600 * 4096 < model <= kernel <= model + (64 * (os.cpu_count() or 1) << 12) + (4 << 20)
+
+
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+@pytest.mark.rule("CG-014")
+def test_at_the_limit_pages_go_and_without_any_to_go_a_process_does(sides):
+    sides.do(*_two_groups()[:-2])
+    for run in sides.runs:
+        run.workbench.limit_group("g", 500 * 4096)
+        run.task("main").touch(run.area("a")[0], 600 * 4096)
+        assert run.workbench.group_usage("g") <= 500 * 4096
+    model, kernel = sides.there("main", "a")
+    assert model <= 500
+    assert 0 < kernel <= 500
+    # Locked memory cannot go.
+    ends = ((OutOfMemory, "'g' is at its limit"), (ProcessGone, "the task is gone"))
+    for run, (end, words) in zip(sides.runs, ends, strict=True):
+        task = run.task("main")
+        task.mlock(run.area("a")[0], 600 * 4096, onfault=True)
+        with pytest.raises(end, match=words):
+            task.touch(run.area("a")[0], 600 * 4096)
+        sides.machine.check()
 
 
 @pytest.mark.parametrize("path", ANSWERS, ids=lambda path: path.stem)

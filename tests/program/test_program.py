@@ -165,6 +165,7 @@ def test_every_kind_of_step_runs(bench):
         s.KsmUnmerge,
         s.DropCaches,
         s.ReadAhead,
+        s.LimitGroup,
         s.MakeGroup,
         s.RemoveGroup,
         s.MoveTask,

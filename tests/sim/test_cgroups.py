@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 import pmcore
 from pmcore.backends.sim.check import BrokenInvariant
 from pmcore.backends.sim.machine import load_machine
-from pmcore.errors import SyscallError
+from pmcore.backends.sim.physical.charges import Limit
+from pmcore.errors import NotModelled, OutOfMemory, SyscallError
 from pmcore.lockstep.generator import Seeded, random_program
 from pmcore.program import Run
 from pmcore.protocols import FrameFile
@@ -272,6 +275,8 @@ def test_going_back_and_saving(tmp_path):
         (lambda m, p: m.core.memory.frames.group_at.__setitem__(0, 1), "somebody's"),
         (lambda m, p: setattr(m.core.memory, "grouped", False), "without groups"),
         (lambda m, p: m.core.swap.there[0].group.__setitem__(9, 1), "a slot remembers"),
+        (lambda m, p: m.core.memory.charges.pages.__setitem__(1, 3), "charges are counted"),
+        (lambda m, p: m.core.memory.charges.limits.update({1: (Limit(1, 3, (1,)),)}), "more than its limit"),
         (lambda m, p: setattr(m.core.groups.there[1], "online", False), "a task is in a group"),
         (lambda m, p: setattr(m.core.groups.there[1], "parent", 1), "a group has a parent"),
         (lambda m, p: setattr(m.core.groups.there[1], "path", "x/y"), "directory lies in its parent"),
@@ -299,14 +304,181 @@ def test_a_folio_with_two_owners_is_found():
         machine.check()
 
 
+# -- limits ----------------------------------------------------------------------------------------------
+
+
+def limited(machine, path="a", pages=100):
+    """A task in a new group that may have so many pages."""
+    machine.make_group(path)
+    machine.limit_group(path, pages * PAGE)
+    task = machine.spawn()
+    machine.move_task(task, path)
+    return task
+
+
+@pytest.mark.rule("CG-014")
+@pytest.mark.parametrize("kind", ["compressed", "disk"])
+@pytest.mark.parametrize("write", [True, False])
+def test_a_group_at_its_limit_reclaims_its_own_pages(kind, write):
+    machine = make(swap_kind=kind)
+    other, there = in_group(machine, "b", 64)
+    task = limited(machine)
+    start = task.mmap(300 * PAGE)
+    for place in range(300):
+        task.write(start + place * PAGE, bytes([place % 251 + 1]))
+        assert machine.group_usage("a") <= 100 * PAGE
+    machine.check()
+    task.touch(start, 300 * PAGE, write=write)
+    machine.check()
+    assert machine.group_usage("a") <= 100 * PAGE
+    assert [task.read(start + place * PAGE, 1)[0] for place in range(300)] == [
+        p % 251 + 1 for p in range(300)
+    ]
+    machine.check()
+    assert other.process.pagemap(there, there + 64 * PAGE).present.all()
+    assert task.process.pagemap(start, start + 300 * PAGE).present.sum() < 100
+
+
+@pytest.mark.rule("CG-014")
+def test_the_limit_of_a_group_above_counts_for_those_below():
+    machine = make()
+    machine.make_group("a")
+    machine.limit_group("a", 100 * PAGE)
+    (one, first), (two, second) = in_group(machine, "a/b", 60), in_group(machine, "a/c", 60)
+    machine.check()
+    assert machine.group_usage("a") <= 100 * PAGE
+    assert machine.group_usage("a") == machine.group_usage("a/b") + machine.group_usage("a/c")
+    machine.move_task(one, "")
+    machine.remove_group("a/b")
+    two.touch(second, 60 * PAGE)
+    machine.check()
+    assert machine.group_usage("a") <= 100 * PAGE
+    one.touch(first, 60 * PAGE)
+    machine.check()
+
+
+@pytest.mark.rule("CG-014")
+def test_nothing_left_to_reclaim_is_an_error_that_names_the_group():
+    machine = make(swap=0)
+    task = limited(machine)
+    start = task.mmap(300 * PAGE)
+    with pytest.raises(OutOfMemory, match="cgroup 'a' is at its limit"):
+        task.touch(start, 300 * PAGE)
+    machine.check()
+    assert 90 * PAGE < machine.group_usage("a") <= 100 * PAGE
+    with pytest.raises(OutOfMemory, match="cgroup 'a' is at its limit"):
+        task.write(start + 200 * PAGE, b"x")
+    other = machine.spawn()
+    other.touch(other.mmap(300 * PAGE), 300 * PAGE)
+    machine.limit_group("a", None)
+    task.touch(start, 300 * PAGE)
+    machine.check()
+
+
+@pytest.mark.rule("CG-014")
+def test_a_huge_page_over_the_limit_becomes_small_ones():
+    machine = make(policy={"pmd": "always", "thp_sizes": {"64kB": "always"}})
+    task = limited(machine)
+    start = task.mmap(PMD, addr=1 << 40)
+    task.touch(start, 32 * PAGE)
+    machine.check()
+    assert machine.group_usage("a") <= 100 * PAGE
+    task.touch(start, 200 * PAGE)
+    machine.check()
+    assert machine.group_usage("a") <= 100 * PAGE
+    assert not task.process.smaps(start, start + PMD)[0].counters["AnonHugePages"]
+
+
+@pytest.mark.rule("CG-013")
+def test_a_smaller_limit():
+    machine = make()
+    task, start = in_group(machine, "a", 200)
+    other, there = in_group(machine, "b", 200)
+    machine.limit_group("a", 100 * PAGE + 1)
+    machine.check()
+    assert machine.group_usage("a") <= 100 * PAGE
+    assert other.process.pagemap(there, there + 200 * PAGE).present.all()
+    task.mlock(start, 40 * PAGE)
+    with pytest.raises(SyscallError) as caught:
+        machine.limit_group("a", 20 * PAGE)
+    assert caught.value.errno == errno.EBUSY
+    task.touch(start, 90 * PAGE)
+    machine.check()
+    with pytest.raises(SyscallError) as caught:
+        machine.limit_group("", PAGE)
+    assert caught.value.errno == errno.EINVAL
+    version_2 = make(config=[], swap=0)
+    in_group(version_2, "a", 200)
+    with pytest.raises(NotModelled, match="killing a process"):
+        version_2.limit_group("a", PAGE)
+    version_2.check()
+
+
+@pytest.mark.rule("CG-014")
+def test_what_comes_back_from_swap_counts_against_the_limit_of_its_own_group():
+    machine = make()
+    task = limited(machine)
+    start = task.mmap(90 * PAGE)
+    task.touch(start, 90 * PAGE)
+    task.madvise(start, 90 * PAGE, Madvise.PAGEOUT)
+    machine.make_group("b")
+    machine.move_task(task, "b")
+    machine.limit_group("a", 40 * PAGE)
+    task.touch(start, 90 * PAGE)
+    machine.check()
+    assert machine.group_usage("a") <= 40 * PAGE
+    with pytest.raises(NotModelled, match="swapoff"):
+        machine.swapoff(0)
+    machine.limit_group("a", None)
+    machine.swapoff(0)
+    machine.check()
+    assert 90 * PAGE <= machine.group_usage("a") < 100 * PAGE
+
+
+@pytest.mark.rule("CG-015")
+def test_usage_is_what_is_charged():
+    machine = make()
+    task, start = in_group(machine, "a", 10)
+    tables = machine.group_usage("a") - 10 * PAGE
+    assert tables > 0
+    child = task.fork()
+    child.touch(start, 3 * PAGE)
+    task.munmap(start, PAGE)
+    machine.check()
+    child.exit()
+    assert machine.group_usage("a") == 9 * PAGE + tables
+    task.exit()
+    assert machine.group_usage("a") == 0
+    machine.check()
+
+
+def test_limits_go_along_when_a_machine_is_saved(tmp_path):
+    machine = make()
+    task = limited(machine)
+    start = task.mmap(300 * PAGE)
+    task.touch(start, 80 * PAGE)
+    machine.save(tmp_path / "machine")
+    again = load_machine(tmp_path / "machine")
+    for one in (machine, again):
+        next(iter(one.tasks())).touch(start, 300 * PAGE)
+        one.check()
+        assert one.group_usage("a") <= 100 * PAGE
+    assert machine.digest() == again.digest()
+
+
 @pytest.mark.parametrize("version", [[], ["CONFIG_MEMCG_V1"]])
 def test_random_programs_keep_the_machine_well(version):
     for number in range(12):
         machine = make(memory="128 MiB", config=version)
         run = Run(random_program(Seeded(f"groups:{number}"), machine.profile, focus="cgroups"), machine)
-        for step in run.program.steps:
+        for place, step in enumerate(run.program.steps):
             run.advance(step)
             machine.check()
+            if place % 5 == 4:  # and with limits, which the generator does not draw
+                for path in machine.groups():
+                    with contextlib.suppress(SyscallError, NotModelled):
+                        machine.limit_group(path, [None, 40 * PAGE, 700 * PAGE][place // 5 % 3])
+                    machine.check()
         run.end()
         machine.check()
         assert list(machine.groups()) == [""]

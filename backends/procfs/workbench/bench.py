@@ -496,6 +496,19 @@ class ProcfsWorkbench(Workbench):
         if self._groups is not None:
             self._groups.move(task.pid, path)
 
+    def limit_group(self, path: str, length: int | str | None) -> None:
+        """Write to memory.limit_in_bytes, or memory.max."""
+        self._group(path, "limit_group").limit(path, None if length is None else parse_size(length))
+
+    def group_usage(self, path: str) -> int:
+        """What memory.usage_in_bytes says, or memory.current."""
+        return self._group(path, "group_usage").usage(path)
+
+    def _group(self, path: str, call: str) -> Groups:
+        if self._groups is None or path not in self._groups.there:
+            raise syscall_error(errno.ENOENT, f"{call}({path!r})")
+        return self._groups
+
     def groups(self) -> Mapping[str, int]:
         """Those that it made, with their inode numbers."""
         return {} if self._groups is None else dict(self._groups.there)

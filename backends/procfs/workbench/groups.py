@@ -123,6 +123,19 @@ class Groups:
         except OSError as error:
             raise syscall_error(error.errno or errno.EIO, f"move_task({pid}, {path!r})") from None
 
+    def limit(self, path: str, length: int | None) -> None:
+        """The most that it may have. Raises SyscallError."""
+        name, none = ("memory.limit_in_bytes", "-1") if self.version == 1 else ("memory.max", "max")
+        try:
+            (self._base / path / name).write_text(none if length is None else str(length))
+        except OSError as error:
+            raise syscall_error(error.errno or errno.EIO, f"limit_group({path!r}, {length})") from None
+
+    def usage(self, path: str) -> int:
+        """Bytes that are charged to it."""
+        name = "memory.usage_in_bytes" if self.version == 1 else "memory.current"
+        return int((self._base / path / name).read_text())
+
     def close(self) -> None:
         """Remove them all: the guardian does."""
         assert self._guardian.stdin is not None

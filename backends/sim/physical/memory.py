@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Pfns, Zone
+from pmcore.backends.sim.physical.charges import Charges
 from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.folios import LargeFolio, LargeFolios
 from pmcore.backends.sim.physical.frames import Frames
@@ -54,6 +55,7 @@ class Memory:
         #: The memory cgroup that whoever runs is charged to (0: the root); whether there ever was one beside the root.
         self.charging = 0
         self.grouped = False
+        self.charges = Charges(frames)
         #: Frames in a memory block; blocks that are offline, with name and node of the zone that they come from.
         self.block_pages = block_pages
         self.offline: dict[int, tuple[str, int]] = {}
@@ -85,16 +87,18 @@ class Memory:
 
     def page(self, flags: int) -> int:
         """One frame with these flags, of zeros. Raises NoMemory."""
+        if self.charging and not self.charges.room(self.charging, 1):
+            raise NoMemory
         pfn = self.block(0)
         self.frames.flags_at[pfn] = flags
         if self.charging:
-            self.frames.group_at[pfn] = self.charging
+            self.charges.add(self.charging, pfn, 1)
         return pfn
 
     def pages(self, count: int, flags: int) -> Pfns:
         """Up to `count` frames with these flags, of zeros: fewer only when memory runs out."""
         found: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
-        left = count
+        left = self.charges.room(self.charging, count) if self.charging else count
         for zone in self.zones:
             spare = zone.free_pages - self.reserve // len(self.zones)
             if spare > 0 and left:
@@ -106,19 +110,23 @@ class Memory:
             self.frames.flags[int(pfns[0]) : int(pfns[-1]) + 1] = flags
         else:
             self.frames.flags[pfns] = flags
-        if self.charging:
-            self.frames.group[pfns] = self.charging
+        if self.charging and len(pfns):
+            self.charges.add(self.charging, pfns, len(pfns))
+            if len(pfns) < count:
+                self.charges.room(self.charging, 1)  # whether for the limit
         return pfns
 
     def folio(self, order: int, flags: int) -> LargeFolio:
         """A compound page, not mapped yet. Raises NoMemory without reclaiming: smaller pages will do."""
+        if self.charging and self.charges.room(self.charging, 1 << order) < 1 << order:
+            raise NoMemory
         head, pages = self.block(order), 1 << order
         frames = self.frames
         frames.flags[head] = flags | HEAD
         frames.flags[head + 1 : head + pages] = flags | TAIL
         frames.behind[head : head + pages] = np.arange(pages, dtype=np.int32)
         if self.charging:
-            frames.group[head : head + pages] = self.charging
+            self.charges.add(self.charging, slice(head, head + pages), pages)
         folio = self.large[head] = LargeFolio(head, order)
         return folio
 
@@ -128,6 +136,8 @@ class Memory:
         Fewer where no more blocks are free: as for `folio`, nothing is reclaimed for them.
         """
         found: list[Pfns] = []
+        if self.charging:
+            count = self.charges.room(self.charging, count << order) >> order
         for zone in self.zones:
             spare = max(0, zone.free_pages - self.reserve // len(self.zones)) >> order
             if count and spare:
@@ -153,16 +163,18 @@ class Memory:
             frames.behind[every] = np.tile(tail, len(heads))
         frames.flags[heads] = flags | HEAD
         if self.charging:
-            frames.group[(heads[:, None] + tail).reshape(-1)] = self.charging
+            self.charges.add(self.charging, (heads[:, None] + tail).reshape(-1), len(heads) << order)
         self.large.add_whole(heads, mm, order)
         return heads
 
     def kernel_folio(self, order: int, flags: int) -> int:
         """The head of a compound page that the kernel keeps for itself."""
-        folio = self.folio(order, flags)
+        charging, self.charging = self.charging, 0
+        try:
+            folio = self.folio(order, flags)
+        finally:
+            self.charging = charging
         del self.large[folio.head]  # processes do not map it
-        if self.charging:
-            self.frames.group[folio.head : folio.head + folio.pages] = 0
         self.kernel_folios[folio.head] = order
         return folio.head
 
@@ -254,7 +266,7 @@ class Memory:
             frames.behind[part] = 0
             frames.lru[part] = 0
             if self.grouped:
-                frames.group[part] = 0
+                self.charges.drop(part)
         else:
             row = frames.content_at[pfn]
             if row:
@@ -262,7 +274,7 @@ class Memory:
                 frames.content_at[pfn] = 0
             frames.lru_at[pfn] = 0
             if self.grouped:
-                frames.group_at[pfn] = 0
+                self.charges.drop_one(pfn)
         self.zone_of(pfn).give(pfn, order)
 
     def free_pages(self, pfns: Pfns) -> None:
@@ -274,7 +286,7 @@ class Memory:
             frames.content[pfns] = 0
         frames.lru[pfns] = 0
         if self.grouped:
-            frames.group[pfns] = 0
+            self.charges.drop(pfns)
         if len(self.zones) == 1:
             self.zones[0].give_pages(pfns)
             return
@@ -298,7 +310,7 @@ class Memory:
             frames.content[every] = 0
         frames.mapcount[every] = frames.behind[every] = frames.lru[every] = 0
         if self.grouped:
-            frames.group[every] = 0
+            self.charges.drop(every)
         self.large.drop(heads)
         for zone in self.zones:
             mine = heads[(heads >= zone.start) & (heads < zone.end)]
@@ -339,22 +351,26 @@ class Memory:
 
     def table_page(self) -> int:
         """A frame for a page table. Raises NoMemory."""
+        if self.charging and not self.charges.room(self.charging, 1):
+            raise NoMemory
         for zone in self.zones:
             pfn = zone.take_one()
             if pfn >= 0:
                 self.frames.flags_at[pfn] = _PGTABLE
                 if self.charging:
-                    self.frames.group_at[pfn] = self.charging
+                    self.charges.add(self.charging, pfn, 1)
                 return pfn
         raise NoMemory
 
     def table_pages(self, count: int) -> list[int]:
         """Frames for page tables."""
+        if self.charging and self.charges.room(self.charging, count) < count:
+            raise NoMemory
         if count > 8 and self.zones[0].free_pages >= count:
             found = self.zones[0].take_pages(count)
             self.frames.flags[found] = _PGTABLE
             if self.charging:
-                self.frames.group[found] = self.charging
+                self.charges.add(self.charging, found, count)
             return [int(pfn) for pfn in found]
         pfns: list[int] = []
         try:
@@ -378,7 +394,7 @@ class Memory:
         """Free frames of page tables."""
         for pfn in pfns:
             if self.grouped:
-                self.frames.group_at[pfn] = 0
+                self.charges.drop_one(pfn)
             self.zone_of(pfn).give(pfn, 0)
 
     def fits(self, order: int) -> bool:

@@ -57,6 +57,8 @@ def _list(core: Core, *, active: bool, swapbacked: bool) -> Pfns:
     wanted = _LRU | (_ACTIVE if active else 0) | (_SWAPBACKED if swapbacked else 0)
     there = (flags & np.uint64(_STATE | _ACTIVE | _SWAPBACKED)) == np.uint64(wanted)
     there &= (flags & np.uint64(_KIND if swapbacked else _FILE)) != 0
+    if core.groups.reclaimed is not None:
+        there &= np.isin(frames.group, core.groups.reclaimed)
     heads = np.flatnonzero(there)
     return heads[np.argsort(frames.lru[heads], kind="stable")]
 

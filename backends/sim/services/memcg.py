@@ -7,6 +7,8 @@ root is number 0, as is nobody: which of both a frame belongs to is said by what
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -14,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.backends.sim.calls.refuse import refuse
-from pmcore.errors import ArgumentError
+from pmcore.backends.sim.physical.charges import Limit
+from pmcore.backends.sim.services import shrink
+from pmcore.errors import ArgumentError, NotModelled
 from pmcore.uapi import Errno, PageFlag
 
 if TYPE_CHECKING:
@@ -23,12 +27,10 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.services.swap import SwapArea
     from pmcore.backends.sim.virtual.space import AddressSpace
 
-__all__ = ["NOBODY", "ROOT", "UNCHARGED", "Group", "Groups", "charged"]
+__all__ = ["ROOT", "UNCHARGED", "Group", "Groups", "charged"]
 
 #: The group of whatever is in no other.
 ROOT = 0
-#: Whom pages are charged to, for a moment, whose group is gone.
-NOBODY = -1
 #: Inode numbers of directories are so far apart: files have the ones between.
 _INODES = 64
 #: Kernel's memory, pages of hugetlb pools and free frames: charged to no group, page tables but to one below the root.
@@ -54,6 +56,8 @@ class Group:
     inode: int
     #: False once its directory is removed; pages may still be charged to it.
     online: bool = True
+    #: Pages that it and those below it may have; None: as many as there are.
+    limit: int | None = None
 
 
 class Groups:
@@ -62,6 +66,10 @@ class Groups:
     def __init__(self, core: Core) -> None:
         self._core = core
         self.there: dict[int, Group] = {ROOT: Group(ROOT, ROOT, "", 1)}
+        #: Pages of removed groups that came back when their swap area was switched off, until somebody has them.
+        self._orphans: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        #: The groups whose pages reclaim looks at; None: all pages.
+        self.reclaimed: NDArray[np.int32] | None = None
         self._find()
 
     def _find(self) -> None:
@@ -72,13 +80,35 @@ class Groups:
         for number, group in sorted(self.there.items()):  # parents are older
             self._online[number] = number if group.online else self._online[group.parent]
             self._inodes[number] = self.there[int(self._online[number])].inode
-        self._core.memory.grouped = count > 1
+        memory = self._core.memory
+        memory.grouped = count > 1
+        memory.charges.pages += [0] * (count - len(memory.charges.pages))
+        memory.charges.limits = {n: limits for n in self.there if n and (limits := self._limits(n))}
+
+    def _limits(self, number: int) -> tuple[Limit, ...]:
+        """Those that a group is under, its own first. The limit of a group that was removed holds on."""
+        found = []
+        while number:
+            group = self.there[number]
+            if group.limit is not None:
+                found.append(Limit(number, group.limit, self.below(number)))
+            number = group.parent
+        return tuple(found)
+
+    def below(self, number: int) -> tuple[int, ...]:
+        """The group and all in it, removed ones too."""
+        found = {number}
+        for other, group in sorted(self.there.items()):
+            if group.parent in found:
+                found.add(other)
+        return tuple(sorted(found))
 
     def restore(self, rows: list[list[Any]] | None) -> None:
         """The groups of these rows, as `checkpoint.py` writes them; None: the root alone."""
-        groups = [Group(*row) for row in rows or ([ROOT, ROOT, "", 1, True],)]
+        groups = [Group(*row) for row in rows or ([ROOT, ROOT, "", 1],)]
         self.there = {group.number: group for group in groups}
         self._find()
+        self._core.memory.charges.recount(max(self.there) + 1)
 
     # -- the tree --------------------------------------------------------------------------------------
 
@@ -136,6 +166,35 @@ class Groups:
             refuse(Errno.EBUSY, f"move_task({path!r})", "groups are in it: one below may have the task")
         mm.group = group.number
 
+    def limit(self, path: str, pages: int | None) -> None:
+        """Let the group and those below it have so many pages; None: any number. What is over that is reclaimed.
+
+        Refused with ENOENT, EINVAL for the root, and in version 1 with EBUSY where too much is left, with the limit
+        as it was. Raises NotModelled where version 2 would kill a process.
+        """
+        group = self.find(path, "limit_group")
+        if group.number == ROOT:
+            refuse(Errno.EINVAL, f"limit_group({path!r})", "the root has no limit")
+        before, group.limit = group.limit, pages
+        self._find()
+        if pages is None or shrink.shrink_to(self._core, self.below(group.number), pages):
+            return
+        group.limit = before
+        self._find()
+        if self._core.caps.memcg_v1:
+            refuse(Errno.EBUSY, f"limit_group({path!r}, {pages} pages)", "more than that cannot be reclaimed")
+        raise NotModelled(
+            f"killing a process of the group {path!r}, which has more than {pages} pages",
+            remedy="a larger limit, or swap",
+        )
+
+    def pages(self, path: str) -> int:
+        """Pages charged to the group and those below it; the root's are those of all."""
+        group, core = self.find(path, "pages"), self._core
+        if group.number == ROOT:
+            return int(charged(core, 0, core.memory.frames.rows).sum())
+        return core.memory.charges.used(self.below(group.number))
+
     def _no_internal(self, group: Group) -> bool:
         """Whether tasks and groups in one group exclude each other (version 2, the root excepted; rule CG-011)."""
         return group.number != ROOT and not self._core.caps.memcg_v1
@@ -151,15 +210,49 @@ class Groups:
         """Pages leave memory for their slots: the group is remembered, or its nearest ancestor that is online."""
         area.group[slots] = self._online[self._core.memory.frames.group[pfns]]
 
-    def swapped_in(self, area: SwapArea, slots: Any, pfns: Any) -> None:
-        """Pages are read back: charged to the group that they were charged to; is it gone, to whoever runs."""
-        memory = self._core.memory
-        memory.frames.group[pfns] = self.back_to(area.group[slots], memory.charging)
-        area.group[slots] = 0
+    def owners(self, area: SwapArea, slots: Any) -> Any:
+        """Whom pages are charged to that are read back: the group they left from; is it gone, whoever runs."""
+        groups = area.group[slots]
+        return np.where(self._online[groups] == groups, groups, np.int32(self._core.memory.charging))
 
-    def back_to(self, groups: NDArray[np.int32], other: int) -> NDArray[np.int32]:
-        """These groups, `other` in the place of those that are not online."""
-        return np.where(self._online[groups] == groups, groups, np.int32(other)).astype(np.int32)
+    @contextmanager
+    def charging(self, group: int) -> Iterator[None]:
+        """Have another group charged meanwhile."""
+        memory = self._core.memory
+        before, memory.charging = memory.charging, group
+        try:
+            yield
+        finally:
+            memory.charging = before
+
+    def may_bring_back(self, area: SwapArea) -> None:
+        """Raises NotModelled where a limit stands against all pages of the area being in memory."""
+        there = np.flatnonzero((area.counts != 0) & (area.cached == 0))
+        charges = self._core.memory.charges
+        counts = np.bincount(self.owners(area, there), minlength=max(self.there) + 1)
+        for limits in charges.limits.values():
+            for limit in limits:
+                if charges.used(limit.groups) + int(counts[list(limit.groups)].sum()) > limit.pages:
+                    raise NotModelled(
+                        f"swapoff where the group {self.there[limit.number].path!r} would be over its limit",
+                        remedy="a larger limit",
+                    )
+
+    def bring_back(self, area: SwapArea, slots: NDArray[np.int64], pfns: NDArray[np.int64]) -> None:
+        """The same when the area is switched off: for pages of groups that are gone it is seen later (`adopt`)."""
+        groups = area.group[slots]
+        there = self._online[groups] == groups
+        self._core.memory.charges.replace(pfns, np.where(there, groups, ROOT))
+        area.group[slots] = 0
+        self._orphans = np.sort(pfns[~there])
+
+    def adopt(self, pfns: NDArray[np.int64], group: int) -> None:
+        """Charge those of the pages to `group` that are still charged to nobody that there is."""
+        if not len(self._orphans):
+            return
+        mine = np.isin(self._orphans, pfns)
+        self._core.memory.charges.replace(self._orphans[mine], group)
+        self._orphans = self._orphans[~mine]
 
 
 def charged(core: Core, first: int, end: int) -> BoolArray:

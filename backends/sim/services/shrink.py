@@ -16,7 +16,7 @@ from pmcore.uapi import PageFlag
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
 
-__all__ = ["Reclaimed", "reclaim", "relieve"]
+__all__ = ["Reclaimed", "reclaim", "reclaim_of", "relieve", "relieve_group", "shrink_to"]
 
 _ACTIVE, _REFERENCED, _DIRTY = int(PageFlag.ACTIVE), int(PageFlag.REFERENCED), int(PageFlag.DIRTY)
 _SWAPBACKED, _SWAPCACHE = int(PageFlag.SWAPBACKED), int(PageFlag.SWAPCACHE)
@@ -88,6 +88,37 @@ def reclaim(core: Core, target: int) -> Reclaimed:
         referenced=tally.referenced,
         deactivated=tally.deactivated,
     )
+
+
+def reclaim_of(core: Core, groups: tuple[int, ...], target: int) -> Reclaimed:
+    """The same of pages that are charged to one of the groups alone, as if they had one list; no limit counts."""
+    charges = core.memory.charges
+    limits, charges.limits = charges.limits, {}
+    core.groups.reclaimed = np.array(groups, dtype=np.int32)
+    try:
+        return reclaim(core, target)
+    finally:
+        core.groups.reclaimed, charges.limits = None, limits
+
+
+def shrink_to(core: Core, groups: tuple[int, ...], pages: int) -> bool:
+    """Reclaim of the groups until they have no more than so many pages; whether that could be reached (CG-013)."""
+    charges = core.memory.charges
+    while charges.used(groups) > pages:
+        if not reclaim_of(core, groups, _CLUSTER).pages:
+            return False
+    return True
+
+
+def relieve_group(core: Core) -> bool:
+    """A group has reached its limit: reclaim a batch of its pages; whether an attempt makes sense now (CG-014)."""
+    charges = core.memory.charges
+    limit, charges.full = charges.full, None
+    assert limit is not None
+    if reclaim_of(core, limit.groups, _CLUSTER).pages and charges.used(limit.groups) < limit.pages:
+        return True
+    charges.full = limit
+    return False
 
 
 def _cached(core: Core) -> bool:

@@ -10,7 +10,7 @@ from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.services import ksm_swap, lru, pagecache, shrink
-from pmcore.backends.sim.services.memcg import NOBODY
+from pmcore.backends.sim.services.memcg import ROOT
 from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, SWAP_EXCLUSIVE, UFFD_WP
@@ -62,6 +62,8 @@ def swapoff(core: Core, number: int) -> int:
     if area is None:
         refuse(Errno.EINVAL, f"swapoff({number})", "no such area: see swap_areas()")
     copies = ksm_swap.copies(core, area)
+    if core.memory.grouped:
+        core.groups.may_bring_back(area)
     _make_room(core, area, len(copies))
     back = _bring_back(core, area)
     ksm_swap.copy_back(core, area, copies)
@@ -116,8 +118,7 @@ def _bring_back(core: Core, area: SwapArea) -> NDArray[np.int64]:
     frames.content[pfns] = area.content[slots]
     memory.on_lru_pages(pfns)
     if memory.grouped:
-        frames.group[pfns] = core.groups.back_to(area.group[slots], NOBODY)
-        area.group[slots] = 0
+        core.groups.bring_back(area, slots, pfns)
     area.content[slots] = area.shadow[slots] = 0
     core.swap.cache(pfns, slots << 5 | area.number)
     back = np.zeros(area.slots, dtype=np.int64)
@@ -144,7 +145,7 @@ def _replace(core: Core, area: SwapArea, back: NDArray[np.int64]) -> None:
             frames.flags[pfns] |= np.uint64(PageFlag.ANON)
             np.add.at(frames.mapcount, pfns, 1)
             if grouped:  # of a group that is gone: charged to who has it
-                frames.group[pfns[frames.group[pfns] == NOBODY]] = mm.group
+                core.groups.adopt(pfns, mm.group)
             entries[index] = pfns.view(np.uint64) | np.uint64(PRESENT) | old & np.uint64(SOFT_DIRTY | UFFD_WP)
             if large:
                 compound = pfns[(frames.flags[pfns] & np.uint64(COMPOUND)) != 0]
@@ -164,6 +165,6 @@ def _replace_files(core: Core, area: SwapArea) -> None:
             continue
         pfns = area.cached[(words[mine] & np.uint64(FIELD)).view(np.int64) >> 5] - 1
         if core.memory.grouped:
-            frames.group[pfns[frames.group[pfns] == NOBODY]] = 0  # to who switches the area off
+            core.groups.adopt(pfns, ROOT)  # who switches the area off is there
         frames.flags[pfns] = frames.flags[pfns] & ~np.uint64(PageFlag.ANON) | np.uint64(CACHED | _DIRTY)
         pagecache.add_at(core, inode, pages[mine], pfns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,11 +51,14 @@ def bring_in(core: Core, field: int) -> int:
         flags |= _DIRTY  # read from compressed memory, which gives its copy away
     if core.memory.recently(int(area.shadow[slot])):
         flags |= _ACTIVE
-    pfn = core.memory.page(flags)
+    if core.memory.grouped:
+        with core.groups.charging(int(core.groups.owners(area, slot))):
+            pfn = core.memory.page(flags)
+        area.group[slot] = 0
+    else:
+        pfn = core.memory.page(flags)
     core.memory.on_lru(pfn)
     area.shadow[slot] = 0
-    if core.memory.grouped:
-        core.groups.swapped_in(area, slot, pfn)
     core.memory.frames.content_at[pfn] = row
     area.content[slot] = 0
     core.swap.cache_one(pfn, field)
@@ -170,6 +174,22 @@ def swap_in_many(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *
 
     Raises NoMemory with those before it done.
     """
+    if core.memory.grouped:
+        fields = (entries & np.uint64(FIELD)).view(np.int64)
+        owners = core.groups.owners(core.swap.area(int(fields[0])), fields >> 5)
+        cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
+        if len(cuts) > 2:
+            for low, high in itertools.pairwise(cuts):
+                swap_in_many(core, mm, vma, entries[low:high], write=write)
+            return
+        with core.groups.charging(int(owners[0])):
+            _swap_in_run(core, mm, vma, entries, write=write)
+        return
+    _swap_in_run(core, mm, vma, entries, write=write)
+
+
+def _swap_in_run(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *, write: bool) -> None:
+    """The same for pages that are charged to one group, the one that runs."""
     memory, frames = core.memory, core.memory.frames
     fields = (entries & np.uint64(FIELD)).view(np.int64)
     area, slots = core.swap.area(int(fields[0])), fields >> 5
@@ -189,7 +209,7 @@ def swap_in_many(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *
     flags[:kept_from] |= np.uint64(_DIRTY)
     frames.content[pfns] = rows
     if memory.grouped:
-        core.groups.swapped_in(area, slots, pfns)
+        area.group[slots] = 0
     area.content[slots] = area.shadow[slots] = area.counts[slots] = 0
     exclusive = (done & np.uint64(SWAP_EXCLUSIVE)) != 0
     if write:  # read anew they lie in a batch, which holds them too
