@@ -384,7 +384,7 @@ class Memory:
     def free_table(self, pfn: int) -> None:
         """Free the frame of a page table."""
         if self.grouped:
-            self.frames.group_at[pfn] = 0
+            self.charges.drop_one(pfn)
         for zone in self.zones:
             if zone.start <= pfn < zone.end:
                 zone.give_one(pfn)
