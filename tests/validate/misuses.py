@@ -149,6 +149,23 @@ def head_flags(pid, areas=None):
     return {"pages": pages}
 
 
+def by_flags(told):
+    """A reader that tells of each present page what `told(flags)` says, and of the others that they are not there."""
+
+    def reader(pid, areas=None):
+        pages = []
+        with open("/proc/kpageflags", "rb") as file:
+            for at, word in entries(pid, areas):
+                if word >> 63:
+                    file.seek((word & FRAME) * 8)
+                    pages.append(
+                        {"start": at, "end": at + PAGE, **told(struct.unpack("=Q", file.read(8))[0])}
+                    )
+        return {"pages": pages}
+
+    return reader
+
+
 def present(word):
     return bool(word >> 63)
 
@@ -183,6 +200,9 @@ WRONG = {
     "bits-of-old-kernels": by_page(lambda w: {"soft_dirty": bool(w >> 55 & 1), "guard": bool(w >> 58 & 1)}),
     "no-scan-before-6.7": every_category,
     "empty-pages-are-written": by_page(lambda w: {"written": present(w) and not w >> 57 & 1}),
+    "merged-pages": by_page(lambda w: {"exclusive": present(w) and not w >> 61 & 1}),
+    "in-the-swap-cache": by_flags(lambda flags: {"swapped": bool(flags >> 13 & 1)}),
+    "lazily-freed": by_flags(lambda flags: {"present": bool(flags >> 14 & 1) or not flags >> 12 & 1}),
     "hugetlb-pages": by_page(
         lambda w: {"present": present(w), "pfn": w & FRAME & -512 if present(w) else None}
     ),

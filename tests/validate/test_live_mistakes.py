@@ -11,34 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from pmcore.program import run
 from pmcore.registry import open_workbench
-from pmcore.validate import Truth, cases
-from pmcore.validate.says import compare, read_says
+from pmcore.validate import cases
 
-from .careful import careful
-from .misuses import WRONG, in_core
+from . import mistakes
 
 pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 CASES = {case.name: case for case in cases()}
-#: Those that a running 6.18 shows, too.
-LIVE = (
-    "walk-end-is-not-the-end",
-    "dirty-and-swapped",
-    "categories-come-with-kernels",
-    "clear-bit-without-registration",
-    "not-in-core-is-not-gone",
-    "clear-refs-is-for-everybody",
-    "words-are-64-bits",
-    "not-empty-is-not-swapped",
-    "protected-pages",
-    "one-frame-many-pages",
-    "mapped-twice-by-one",
-    "private-copies-are-not-the-file",
-    "the-zero-page",
-    "swap-field-is-no-frame",
-    "empty-pages-are-written",
-)
+
+
+def needs_nothing(case):
+    """Neither settings of huge pages nor hugetlb: test_all_on_the_running_kernel has those."""
+    return mistakes.needed(case) == ({}, {})
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +35,31 @@ def bench():
         yield workbench
 
 
-@pytest.mark.rule("AC-012", "PM-012", "PM-024", "SC-011", "SC-014", "SC-018", "SC-026", "SC-039")
-@pytest.mark.parametrize("name", LIVE)
+@pytest.mark.rule(
+    *(
+        "AC-012",
+        "KS-004",
+        "PM-012",
+        "PM-024",
+        "SC-011",
+        "SC-014",
+        "SC-018",
+        "SC-026",
+        "SC-039",
+        "VM-011",
+        "VM-021",
+    )
+)
+@pytest.mark.parametrize("name", [case.name for case in cases() if needs_nothing(case)])
 def test_on_the_running_kernel(bench, name):
     """The right reader says what the kernel's interfaces say through pmcore; the wrong one does not."""
-    case = CASES[name]
-    state = run(case.program, bench)
-    try:
-        bench.settle()
-        pid, areas = (
-            state.task("main").pid,
-            [(start, start + length) for start, length in state.areas.values()],
-        )
-        truth = Truth.of(bench.kernel, pid, within=areas)
-        assert compare(read_says(careful(pid, areas)), truth, case) == ()
-        reader = WRONG.get(name) or in_core(state)
-        if name == "categories-come-with-kernels":
-            with pytest.raises(OSError, match="Invalid argument"):
-                reader(pid, areas)
-            return
-        said = reader(pid, areas)
-        assert {finding.rule for finding in compare(read_says(said), truth, case)} & set(case.rules)
-    finally:
-        for task in list(state.tasks.values()):
-            task.exit()
+    version = ".".join(os.uname().release.split(".")[:2])
+    reason = mistakes.why_not(CASES[name], version)
+    if reason:
+        pytest.skip(reason)
+    careful, misuses = mistakes.readers(str(Path(__file__).parent))
+    outcome = mistakes.judge(CASES[name], bench, careful, misuses, version)
+    assert outcome in (mistakes.SHOWN, mistakes.RIGHT)
 
 
 HIDDEN = """
