@@ -15,7 +15,7 @@ from pmcore.arrays import U64Array
 from pmcore.errors import FormatError, UnknownCapability, syscall_error
 from pmcore.procview.dump import PROFILE
 from pmcore.profile import KernelProfile, preset, profile_from_row
-from pmcore.protocols import FileResidency, FrameFile, Kernel, Process
+from pmcore.protocols import IDLE_BITMAP, FileResidency, FrameFile, Kernel, Process
 from pmcore.scan.over_pagemap import scan_pagemap
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import ScanResult
@@ -164,7 +164,7 @@ class DumpedKernel(Kernel):
     def pread(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of a file."""
         path = self.root.parent / name.lstrip("/") if name.startswith("/sys/") else self.root / name
-        return _bytes(path, offset, length, words=name in tuple(FrameFile))
+        return _bytes(path, offset, length, words=name in (*FrameFile, IDLE_BITMAP))
 
     def read_frames(self, file: FrameFile, start_pfn: int, out: U64Array) -> int:
         """Raw words of `file` from `start_pfn` on."""

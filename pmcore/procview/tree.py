@@ -27,6 +27,7 @@ __all__ = ["Node", "ProcView"]
 #: Permissions of the files that are not readable by all; (rule FS-001).
 _MODES = {
     **{str(file): 0o400 for file in FrameFile},
+    "pagetypeinfo": 0o400,
     "pagemap": 0o400,
     "clear_refs": 0o200,
     "comm": 0o644,
@@ -157,7 +158,8 @@ class ProcView:
         kernel, buffer = self.kernel, self.kernel.geometry.page_size
         if name in tuple(FrameFile):
             return _file(path, _MODES[name], 0, lambda _o, _r: WordsFile(path, kernel, name))
-        return _file(path, 0o444, 0, lambda _o, _r: TextFile(path, kernel, name, buffer=buffer))
+        mode = _MODES.get(name, 0o444)
+        return _file(path, mode, 0, lambda _o, _r: TextFile(path, kernel, name, buffer=buffer))
 
     def _under_process(self, path: str, pid: int, parts: list[str]) -> Node:
         try:

@@ -75,7 +75,8 @@ def test_files_are_the_machines(python, machine):
         assert bytes.fromhex(text) == expected, path
     listing = python("import os; print(*os.listdir('/proc'), *os.listdir('/sys/kernel/mm'))").split()
     assert {"1", "2", "self", "meminfo", "transparent_hugepage"} <= set(listing)
-    assert not {"vmstat", "zoneinfo", "kcore", "damon", "ksm", "3", str(os.getpid())} & set(listing)
+    assert {"vmstat", "pagetypeinfo"} <= set(listing)
+    assert not {"zoneinfo", "kcore", "damon", "ksm", "3", str(os.getpid())} & set(listing)
 
 
 ERRORS = """

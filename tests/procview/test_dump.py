@@ -95,7 +95,7 @@ def test_the_directory_is_a_backend(machine, place):
         with pytest.raises(ProcessGone):
             kernel.process(3)
         with pytest.raises(Missing):
-            kernel.pread("vmstat", 0, 8)
+            kernel.pread("zoneinfo", 0, 8)
         record(kernel, place.parent / "again.rec")
     with pmcore.open("recording", place.parent / "again.rec") as again:
         assert (again.kpageflags().values == machine.kpageflags().values).all()
@@ -119,7 +119,7 @@ def test_only_what_the_opener_may_read(machine, tmp_path):
     """Somebody unprivileged gets no frame files, and entries without frame numbers."""
     done = dump(ProcView(machine, owner=1000), tmp_path / "d", opener=Opener.user(1000))
     assert {path for path, _ in done.refused} == {
-        *(f"/proc/{n}" for n in ("kpageflags", "kpagecount", "kpagecgroup")),
+        *(f"/proc/{n}" for n in ("kpageflags", "kpagecount", "kpagecgroup", "pagetypeinfo")),
         IDLE_BITMAP,
     }
     assert {number for _, number in done.refused} == {errno.EACCES}

@@ -105,7 +105,7 @@ def test_golden_digest():
     for step in program.steps:
         run.advance(step)
     machine.check()
-    assert machine.digest() == "1adc61b0a1980b5ba206867c63431cbcdca98c767d1e12ce15fad28fe73538b3"
+    assert machine.digest() == "1c0ba3be788d81bea683ff2afe813835c9cd6381f6216caa4a6063184f1e7e0a"
 
 
 SHOWN = """{"pmcore_program": 1, "name": "shown", "steps": [

@@ -84,6 +84,7 @@ def _one(
         folio = core.memory.folio(core.geometry.pmd_order, mapping.NEW_ANON | thp.THP | ANON_EXCLUSIVE)
     except NoMemory:
         return Errno.ENOMEM, True
+    core.count("thp_collapse_alloc")
     guard = (entries & np.uint64(GUARD)) != 0
     for index in np.flatnonzero(guard | swap_entries(entries)).tolist():
         if guard[index]:  # what came before it has been read back
@@ -159,6 +160,7 @@ def scan_block(
         folio = core.memory.folio(core.geometry.pmd_order, mapping.NEW_ANON | thp.THP | ANON_EXCLUSIVE)
     except NoMemory:
         return "alloc_huge_page_fail"
+    core.count("thp_collapse_alloc")
     try:
         for index in swapped.tolist():
             entry = int(entries[index])

@@ -229,6 +229,8 @@ def take_apart(core: Core, folios: list[LargeFolio], maps: rmap.Mappings) -> Boo
         core.memory.dissolve(folio)
         core.mlocks.pop(folio.head, None)
     core.count("split_folio", len(folios))
+    if huge := sum(folio.order == core.geometry.pmd_order for folio in folios):
+        core.count("thp_split_page", huge)
     gone = np.zeros(frames.rows, dtype=np.bool_)
     if core.caps.split_maps_zero:
         gone[pages] = core.memory.contents.zero(frames.content[pages]) & ~cached
@@ -314,6 +316,12 @@ def leave(core: Core, pfns: Pfns, fields: NDArray[np.int64], *, folio: LargeFoli
     """
     memory, frames = core.memory, core.memory.frames
     areas = core.swap.there
+    devices = [area.number for area in areas if not area.compressed]
+    if devices:
+        sent = np.isin(fields & 0x1F, devices) & ((frames.flags[pfns] & np.uint64(_DIRTY)) != 0)
+        if core.caps.swap_zeromap:
+            sent &= ~memory.contents.zero(frames.content[pfns])
+        core.count("pswpout", int(sent.sum()))
     now = [area.number for area in areas if area.immediate]
     if len(now) == len(areas):
         gone = np.ones(len(pfns), dtype=np.bool_)
@@ -354,6 +362,8 @@ def leave_one(core: Core, pfn: int, field: int) -> None:
     """`leave` for one page."""
     memory, frames = core.memory, core.memory.frames
     area, slot, row = core.swap.area(field), field >> 5, frames.content_at[pfn]
+    if not area.compressed and frames.flags_at[pfn] & _DIRTY:
+        core.count("pswpout", not (core.caps.swap_zeromap and memory.contents.is_zero(row)))
     if (
         area.immediate
         or not frames.flags_at[pfn] & _DIRTY

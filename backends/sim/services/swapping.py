@@ -63,6 +63,8 @@ def bring_in(core: Core, field: int) -> int:
     area.content[slot] = 0
     core.swap.cache_one(pfn, field)
     core.count("swap_in")
+    if not area.compressed and not (core.caps.swap_zeromap and core.memory.contents.is_zero(row)):
+        core.count("pswpin")
     return pfn
 
 
@@ -231,5 +233,8 @@ def _swap_in_run(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *
     frames.mapcount[pfns] = 1
     entries[:got] = new
     core.count("swap_in", got)
+    if not area.compressed:
+        read = ~memory.contents.zero(rows) if core.caps.swap_zeromap else np.ones(got, dtype=np.bool_)
+        core.count("pswpin", int(read.sum()))
     if got < len(entries):
         raise NoMemory

@@ -90,6 +90,7 @@ def maybe_shared(core: Core, folio: LargeFolio) -> bool:
 def huge_zero(core: Core) -> int:
     """The first frame of the huge zero page. Raises NoMemory."""
     if not core.huge_zero_pfn:
+        core.count("thp_zero_page_alloc")
         core.huge_zero_pfn = core.memory.kernel_folio(core.geometry.pmd_order, core.caps.huge_zero_flags)
     return core.huge_zero_pfn
 
@@ -104,6 +105,7 @@ def fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int, *, wr
         folio = core.memory.folio(core.geometry.pmd_order, mapping.NEW_ANON | THP | ANON_EXCLUSIVE)
     except NoMemory:
         return False
+    core.count("thp_fault_alloc")
     map_huge(core, mm, vma, folio, slot, write=write)
     return True
 
@@ -134,6 +136,7 @@ def wp_fault(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot: int) ->
             except NoMemory:
                 pass
             else:
+                core.count("thp_fault_alloc")
                 mm.prepare_anon(vma)
                 map_huge(core, mm, vma, folio, slot, write=True)
                 return True
@@ -233,6 +236,8 @@ def split_folio(
     mlocked = left > 0
     if locks and not mlocked:
         frames.clear_bits(head, pages, mapping.MLOCKED)
+    if folio.order == core.geometry.pmd_order:
+        core.count("thp_split_page")
     core.memory.dissolve(folio)
     if left > 1:
         core.mlocks[head] = left
@@ -257,6 +262,9 @@ def split_whole(core: Core, entries: U64Array, index: NDArray[np.intp], pfns: Pf
         entries[index[written]] |= np.uint64(core.soft_dirty)
     dirty = np.unique((pfns - frames.behind[pfns])[written])
     frames.flags[pfns[np.isin(pfns - frames.behind[pfns], dirty)]] |= np.uint64(PageFlag.DIRTY)
+    orders = core.memory.large.orders(pfns[frames.behind[pfns] == 0])
+    if huge := int((orders == core.geometry.pmd_order).sum()):
+        core.count("thp_split_page", huge)
     core.count("split_folio", core.memory.dissolve_many(pfns))
     if core.caps.split_maps_zero:
         _map_zeros(core, entries, index)

@@ -1,4 +1,4 @@
-"""Texts of /proc and /sys about the machine: meminfo, buddyinfo, swaps, version, huge pages. Only what is modelled."""
+"""Texts of /proc and /sys about the machine: free blocks, swaps, version, huge pages. Only what is modelled."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
-from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.policy import MIN_ORDER, SETTINGS
-from pmcore.backends.sim.views import hugetlb as huge_view
-from pmcore.uapi import PageFlag
+from pmcore.backends.sim.views import amounts
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -34,53 +32,6 @@ _KHUGEPAGED = [
 _POOL = ("nr_hugepages", "free_hugepages", "resv_hugepages", "surplus_hugepages", "nr_overcommit_hugepages")
 
 
-def _meminfo(core: Core) -> str:
-    """Pages by what their frames say. Lines that would count what is not modelled are left out (rule FS-008)."""
-    kilobytes, frames = core.geometry.page_size >> 10, core.memory.frames
-    used = np.flatnonzero((frames.flags != 0) & (frames.flags != np.uint64(PageFlag.BUDDY)))
-    flags, mapped = frames.flags[used], frames.mapcount[used] > 0
-
-    def count(having: int, lacking: int = 0, also: object = True) -> int:
-        found = (flags & np.uint64(having | lacking)) == np.uint64(having)
-        return int((found & also).sum())
-
-    lru, active, backed = PageFlag.LRU, PageFlag.ACTIVE, PageFlag.SWAPBACKED
-    stuck, anon = PageFlag.UNEVICTABLE, PageFlag.ANON
-    lists = {
-        (name, kind): count(lru | yes | way, stuck | no | other)
-        for name, yes, no in (("Active", active, 0), ("Inactive", 0, active))
-        for kind, way, other in (("anon", backed, 0), ("file", 0, backed))
-    }
-    shmem = count(CACHED)
-    areas = core.swap.there
-    rows = {
-        "MemTotal": core.memory.managed - count(PageFlag.RESERVED),
-        "MemFree": core.memory.free_total,
-        "Cached": shmem,
-        "SwapCached": count(PageFlag.SWAPCACHE),
-        "Active": lists["Active", "anon"] + lists["Active", "file"],
-        "Inactive": lists["Inactive", "anon"] + lists["Inactive", "file"],
-        **{f"{name}({kind})": pages for kind in ("anon", "file") for name, pages in _of(lists, kind)},
-        "Unevictable": count(lru | stuck),
-        "Mlocked": count(PageFlag.MLOCKED),
-        "SwapTotal": sum(area.slots - 1 for area in areas),
-        "SwapFree": sum(area.slots - 1 - area.used for area in areas),
-        "AnonPages": count(anon, PageFlag.HUGE, mapped),
-        "Mapped": count(0, anon | PageFlag.HUGE | PageFlag.RESERVED | PageFlag.ZERO_PAGE, mapped),
-        "Shmem": shmem,
-        "Slab": count(PageFlag.SLAB),
-        "PageTables": core.pool.in_use,
-    }
-    if core.caps.thp:
-        rows["AnonHugePages"] = core.memory.large.mapped_by_pmd
-    lines = [f"{name + ':':<16}{pages * kilobytes:8d} kB\n" for name, pages in rows.items()]
-    return "".join(lines) + (huge_view.meminfo(core) if core.caps.hugetlb else "")
-
-
-def _of(lists: dict[tuple[str, str], int], kind: str) -> list[tuple[str, int]]:
-    return [(name, lists[name, kind]) for name in ("Active", "Inactive")]
-
-
 def _buddyinfo(core: Core) -> str:
     """Free blocks of each order, a line a zone; zones that a hole divides are one."""
     counts: dict[tuple[int, bool, str], list[int]] = {}
@@ -100,6 +51,14 @@ def _blocks(core: Core, zone: Zone) -> list[int]:
     blocks = np.bincount(orders[orders > 0] - 1, minlength=MAX_ORDER + 1).tolist()
     blocks[MAX_ORDER] += zone.end - zone.frontier >> MAX_ORDER
     return [int(number) for number in blocks]
+
+
+def _pagetypeinfo(core: Core) -> str:
+    """Block order and size; nothing by migrate type, of which the simulated machine has none (rule FS-016)."""
+    order = min(core.geometry.pmd_order, MAX_ORDER)
+    orders = "".join(f"{number:6d} " for number in range(MAX_ORDER + 1))
+    head = f"Page block order: {order}\nPages per block:  {1 << order}\n\n"
+    return f"{head}{'Free pages count per migrate type at order':<43} {orders}\n"
 
 
 def _swaps(core: Core) -> str:
@@ -176,8 +135,10 @@ def _pools(core: Core) -> dict[str, Callable[[Core], str]]:
 
 def _texts(core: Core) -> dict[str, Callable[[Core], str]]:
     found: dict[str, Callable[[Core], str]] = {
-        "meminfo": _meminfo,
+        "meminfo": amounts.meminfo,
+        "vmstat": amounts.vmstat,
         "buddyinfo": _buddyinfo,
+        "pagetypeinfo": _pagetypeinfo,
         "swaps": _swaps,
         "version": _version,
     }
