@@ -114,8 +114,10 @@ class HiddenPfn(PmcoreError, PermissionError):
 class AddressSpaceFault(PmcoreError):
     """An access that would have killed the process: `signal` is "SIGSEGV" or "SIGBUS", at `address`."""
 
-    def __init__(self, signal: str, address: int, cause: str) -> None:
+    def __init__(self, signal: str, address: int, cause: str, *, lsb: int = 0) -> None:
         super().__init__(f"{signal} at {address:#x}: {cause}")
+        #: Of a SIGBUS for corrupted memory (BUS_MCEERR_AR): how many low bits of the address say nothing; else 0.
+        self.lsb = lsb
         self.signal = signal
         self.address = address
         self.cause = cause

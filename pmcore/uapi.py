@@ -194,6 +194,7 @@ class Errno(enum.IntEnum):
     ESPIPE = 29
     ENOSYS = 38
     EOPNOTSUPP = 95
+    EHWPOISON = 133
 
 
 # -- memory system calls -------------------------------------------------------------------------------

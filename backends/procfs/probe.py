@@ -24,7 +24,7 @@ from pmcore.pagemap import PagemapEntry
 from pmcore.procmap import MapQuery
 from pmcore.profile import KernelProfile, preset
 from pmcore.scan.request import ScanRequest
-from pmcore.uapi import PageCategory, ProcmapFlag, UffdFeature
+from pmcore.uapi import Madvise, PageCategory, ProcmapFlag, UffdFeature
 
 __all__ = ["Probe", "pfn_is_visible", "probe_all", "running_profile"]
 
@@ -81,7 +81,7 @@ def probe_all(root: str) -> tuple[Probe, ...]:
     found += [_procmap_query(root), _clear_refs(root), _guard(), _idle()]
     found += [_directory("mm.thp", "transparent huge pages", "/sys/kernel/mm/transparent_hugepage")]
     found += [_directory("mm.ksm", "same-page merging", "/sys/kernel/mm/ksm")]
-    found += [_hugetlb(), _swap(root), _groups(root)]
+    found += [_hugetlb(), _memory_failure(), _swap(root), _groups(root)]
     return tuple(found)
 
 
@@ -322,6 +322,19 @@ def _hugetlb() -> Probe:
         seen=", ".join(pools) or "not configured",
         remedy="" if sizes else "needs CONFIG_HUGETLBFS",
         capability="mm.hugetlb",
+    )
+
+
+def _memory_failure() -> Probe:
+    """Whether the kernel knows MADV_HWPOISON: advice about no memory at all is refused if it does not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    ok = libc.madvise(ctypes.c_void_p(0), ctypes.c_size_t(0), int(Madvise.HWPOISON)) == 0
+    return Probe(
+        name="memory failure",
+        ok=ok,
+        seen="MADV_HWPOISON is known" if ok else "MADV_HWPOISON is not known",
+        remedy="" if ok else "needs CONFIG_MEMORY_FAILURE",
+        capability="mm.memory_failure",
     )
 
 

@@ -21,8 +21,12 @@ _TAIL_FLAGS = (
     | PageFlag.OWNER_2
 )
 _SEQ_READ, _RAND_READ = 0x8000, 0x10000
+#: Below the three types of migration entries and the one of markers; with CONFIG_DEVICE_PRIVATE there would be more.
+_HWPOISON_TYPE = 27
 _ADVICE = {
     Madvise.FREE: "madv.free",
+    Madvise.HWPOISON: "mm.memory_failure",
+    Madvise.SOFT_OFFLINE: "mm.memory_failure",
     Madvise.HUGEPAGE: "madv.hugepage",
     Madvise.NOHUGEPAGE: "madv.hugepage",
     Madvise.DONTDUMP: "madv.dontdump",
@@ -108,6 +112,8 @@ class Capabilities:
     hugetlb_small_indices: bool
     #: The swap type that markers show.
     marker_type: int
+    #: The swap type of entries of poisoned pages.
+    hwpoison_type: int
     mmap_says_why: bool
     swapin_writable: bool
     ksm_unshares: bool
@@ -218,6 +224,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         memcg_v1=has("memcg.v1"),
         memcg_of_tails=has("kpagecgroup.tails"),
         marker_type=SWP_PTE_MARKER - has("quirk.swapin_error_type"),
+        hwpoison_type=_HWPOISON_TYPE - has("quirk.swapin_error_type"),
         mmap_says_why=has("mm.mmap_says_why"),
         swapin_writable=has("mm.swapin_writable"),
         ksm_unshares=has("mm.ksm_unshares"),

@@ -20,11 +20,12 @@ from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.errors import PmcoreError
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
+    from pmcore.arrays import U64Array
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
@@ -57,6 +58,7 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
     yield from _compound(core, maps)
     yield from _free(core)
     yield from _offline(core)
+    yield from _out_of_use(core)
     yield from _pools(core, spaces, maps)
     yield from _files(core, spaces)
     yield from disk_findings(core, spaces)
@@ -166,6 +168,7 @@ class _Mappings:
                 heads, counts = np.unique(compound - core.memory.frames.behind[compound], return_counts=True)
                 for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
                     self._of(mm, head, count)
+                self._poisoned(extent.start, entries)
                 swap = entries[swap_entries(entries)] & _FIELD
                 self.slots.update(swap.tolist())
         everywhere = sum(
@@ -173,6 +176,12 @@ class _Mappings:
         )
         if everywhere != total:
             self.bad.append(Finding("entries lie inside VMAs", f"{everywhere - total} do not"))
+
+    def _poisoned(self, start: int, entries: U64Array) -> None:
+        named = entries[hwpoison_entries(entries)] & _FIELD
+        pfns = np.minimum((named >> np.uint64(5)).view(np.int64), self.core.memory.frames.rows - 1)
+        if (self.core.memory.frames.flags[pfns] & np.uint64(PageFlag.HWPOISON) == 0).any():
+            self.bad.append(Finding("an hwpoison entry names a poisoned frame", f"{start:#x}"))
 
     def _hugetlb(self, mm: AddressSpace, vma: VmArea) -> int:
         """Entries of a hugetlb VMA; how many of them lie in tables of PMDs."""
@@ -293,6 +302,17 @@ def _free(core: Core) -> Iterator[Finding]:
             if len(wrong):
                 yield Finding("frames that were never used hold nothing", f"{name}: {_some(wrong)}")
         position = max(position, high)
+
+
+def _out_of_use(core: Core) -> Iterator[Finding]:
+    frames = core.memory.frames
+    pfns = np.flatnonzero((frames.flags & np.uint64(PageFlag.HWPOISON)) != 0)
+    has = (frames.flags[pfns] & np.uint64(_LRU | _BUDDY)) != 0
+    has |= (frames.mapcount[pfns] != 0) | (frames.content[pfns] != 0) | (frames.lru[pfns] != 0)
+    if has.any():
+        yield Finding(
+            "a poisoned frame is not mapped, free or on a list, and holds nothing", _some(pfns[has])
+        )
 
 
 def _offline(core: Core) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ from pmcore.backends.sim.physical.frames import Frames
 from pmcore.backends.sim.physical.memory import Memory, NoMemory, min_watermark
 from pmcore.backends.sim.policy import Policy, as_policy, check_sizes, thp_orders
 from pmcore.backends.sim.process import SimProcess
-from pmcore.backends.sim.services import hotplug, page_idle, shrink, writeback
+from pmcore.backends.sim.services import hotplug, memory_failure, page_idle, shrink, writeback
 from pmcore.backends.sim.services import swapoff as swapping_areas
 from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.khugepaged import Khugepaged
@@ -433,6 +433,14 @@ class SimMachine(Grouping, Kernel):
     def balloon_deflate(self, amount: int | str) -> int:
         """Take so many pages, or bytes, back from the balloon; how many there were."""
         return hotplug.deflate(self.core, self._pages("balloon_deflate", amount))
+
+    def hwpoison(self, pfns: U64Array) -> None:
+        """Write frame numbers to hwpoison/corrupt-pfn: free frames, and pages of anonymous memory (rule HW-006)."""
+        memory_failure.hwpoison(self.core, pfns)
+
+    def unpoison(self, pfns: U64Array) -> None:
+        """Write frame numbers to hwpoison/unpoison-pfn: the frames are free again."""
+        memory_failure.unpoison(self.core, pfns)
 
     @property
     def counters(self) -> Counter[str]:

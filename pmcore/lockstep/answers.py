@@ -134,7 +134,13 @@ def _result(
 
 def _outcome(outcome: Outcome) -> str:
     value = outcome.value.hex() if isinstance(outcome.value, bytes) else outcome.value
-    parts = {"value": value, "errno": outcome.errno, "signal": outcome.signal, "fault": outcome.fault}
+    parts = {
+        "value": value,
+        "errno": outcome.errno,
+        "signal": outcome.signal,
+        "fault": outcome.fault,
+        "lsb": outcome.lsb,
+    }
     return json.dumps({key: part for key, part in parts.items() if part not in (None, 0)})
 
 

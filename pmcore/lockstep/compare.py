@@ -14,6 +14,7 @@ from pmcore.lockstep.look import Look, TaskLook
 from pmcore.lockstep.masks import COUNTER_MASKS, FLAG_MASKS
 from pmcore.pageflags import FrameFlags
 from pmcore.pagemap import PagemapEntry
+from pmcore.program.run import frames_of, named_frames
 from pmcore.uapi import MAX_SWAPFILES, PM_PFRAME_MASK, PM_PRESENT, PM_SWAP, PM_SWAP_TYPE_MASK, PageFlag
 from pmcore.vma import Vma, VmaKind
 
@@ -86,8 +87,9 @@ class Comparer:
             return
         differ = ((left.words ^ right.words) & ~_FIELD) != 0
         # A marker's or special entry's field is compared as it is; frames and swap slots are only paired.
-        special = _swapped(left.words) & ((left.words & np.uint64(PM_SWAP_TYPE_MASK)) >= MAX_SWAPFILES)
+        special = _special(left.words) & ~named_frames(left.words)
         differ |= special & (left.words != right.words)
+        differ |= named_frames(left.words) != named_frames(right.words)
         # A field that is empty on one side alone is hidden, or is not.
         differ |= ((left.words & _FIELD) == 0) != ((right.words & _FIELD) == 0)
         for index in np.flatnonzero(differ).tolist():
@@ -121,7 +123,7 @@ class Comparer:
     # -- frames ----------------------------------------------------------------------------------------
 
     def _frames(self, left: Look, right: Look) -> Iterator[Difference]:
-        for what, chosen in (("frame", _present), ("swap slot", _slots)):
+        for what, chosen in (("frame", _frames), ("swap slot", _slots)):
             pairs, places = _pairs(left, right, chosen)
             for side, other in ((0, 1), (1, 0)):
                 order = np.lexsort((pairs[other], pairs[side]))
@@ -222,8 +224,8 @@ def _pairs(
     for name in names:
         one, other = left.tasks[name], right.tasks[name]
         both = chosen(one.words) & chosen(other.words)
-        a.append(one.words[both] & _FIELD)
-        b.append(other.words[both] & _FIELD)
+        a.append(frames_of(one.words[both]))
+        b.append(frames_of(other.words[both]))
         addresses.append(one.addresses[both])
         lengths.append(int(both.sum()))
     return (np.concatenate(a), np.concatenate(b)), _Places(names, lengths, np.concatenate(addresses))
@@ -247,7 +249,15 @@ def _swapped(words: U64Array) -> BoolArray:
 
 
 def _slots(words: U64Array) -> BoolArray:
-    return _swapped(words) & ((words & np.uint64(PM_SWAP_TYPE_MASK)) < MAX_SWAPFILES)
+    return _swapped(words) & ~_special(words)
+
+
+def _special(words: U64Array) -> BoolArray:
+    return _swapped(words) & ((words & np.uint64(PM_SWAP_TYPE_MASK)) >= MAX_SWAPFILES)
+
+
+def _frames(words: U64Array) -> BoolArray:
+    return _present(words) | named_frames(words)
 
 
 def _entry(word: np.uint64) -> str:

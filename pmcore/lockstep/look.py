@@ -9,6 +9,7 @@ from pmcore.arrays import BoolArray, U64Array
 from pmcore.errors import SyscallError
 from pmcore.pagemap import PagemapEntries
 from pmcore.program import Run
+from pmcore.program.run import frames_of, named_frames
 from pmcore.protocols import FrameFile, Kernel, Task
 from pmcore.smaps import SmapsEntry
 from pmcore.uapi import PM_PFRAME_MASK, PM_PRESENT
@@ -62,7 +63,8 @@ def take(run: Run) -> Look:
     tasks = {name: _task(task, spans) for name, task in run.tasks.items()}
     kernel = run.workbench.kernel
     seen = [PagemapEntries(t.words, profile=kernel.profile) for t in tasks.values()]
-    pfns = np.unique(np.concatenate([np.zeros(0, np.uint64), *(e.pfn[e.has_pfn] for e in seen)]))
+    named = [frames_of(t.words[named_frames(t.words)]) for t in tasks.values()]
+    pfns = np.unique(np.concatenate([np.zeros(0, np.uint64), *(e.pfn[e.has_pfn] for e in seen), *named]))
     return Look(
         tasks=tasks,
         pfns=pfns,

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from pmcore.arrays import U64Array
+from pmcore.arrays import BoolArray, U64Array
 from pmcore.errors import AddressSpaceFault, ArgumentError, Missing, SyscallError
 from pmcore.geometry import align_up
 from pmcore.procmap import MapQuery
@@ -18,6 +18,7 @@ from pmcore.protocols import HEAP, IDLE_BITMAP, Task, Workbench
 from pmcore.scan.request import ScanRequest
 from pmcore.uapi import (
     MAX_SWAPFILES,
+    MAX_SWAPFILES_SHIFT,
     PM_PFRAME_MASK,
     PM_PRESENT,
     PM_SWAP,
@@ -27,7 +28,7 @@ from pmcore.uapi import (
     ProcmapFlag,
 )
 
-__all__ = ["ARENA", "Outcome", "Run", "run"]
+__all__ = ["ARENA", "Outcome", "Run", "frames_of", "named_frames", "run"]
 
 #: Where areas are put, one after the other: free in any process, and the same on every workbench.
 ARENA = 0x1000_0000_0000
@@ -42,6 +43,8 @@ class Outcome:
     value: Any = None
     errno: int = 0
     signal: str | None = None
+    #: Of a signal that tells of corrupted memory: how many low bits of the address say nothing.
+    lsb: int = 0
     #: Page of the area at which the access failed, or the address where it lies in none.
     fault: str | None = None
 
@@ -98,7 +101,7 @@ class Run:
         try:
             outcome = Outcome(value=_DO[type(step)](self, step))
         except AddressSpaceFault as fault:
-            outcome = Outcome(signal=fault.signal, fault=self.where(fault.address))
+            outcome = Outcome(signal=fault.signal, fault=self.where(fault.address), lsb=fault.lsb)
         except SyscallError as error:
             outcome = Outcome(errno=error.errno)
         self.outcomes.append(outcome)
@@ -203,6 +206,24 @@ def _brk(state: Run, step: s.Brk) -> int:
     return state.task(step.task).brk(HEAP + step.length) - HEAP
 
 
+def named_frames(words: U64Array) -> BoolArray:
+    """Which entries are not present but name a frame: those of poisoned pages, and migration entries.
+
+    Of types that are no swap area those whose offset is no set of markers: nobody's frame is one of the first 16.
+    """
+    special: BoolArray = (words & np.uint64(PM_PRESENT | PM_SWAP)) == np.uint64(PM_SWAP)
+    special &= (words & np.uint64(PM_SWAP_TYPE_MASK)) >= MAX_SWAPFILES
+    special &= (words & np.uint64(PM_PFRAME_MASK)) >= np.uint64(16 << MAX_SWAPFILES_SHIFT)
+    return special
+
+
+def frames_of(words: U64Array) -> U64Array:
+    """The frames, or swap entries, that entries name."""
+    field = words & np.uint64(PM_PFRAME_MASK)
+    found: U64Array = np.where(named_frames(words), field >> np.uint64(MAX_SWAPFILES_SHIFT), field)
+    return found
+
+
 def _pagemap_read(state: Run, step: s.PagemapRead) -> dict[str, Any]:
     process, geometry = state.task(step.task).process, state.workbench.kernel.profile.geometry
     first = (geometry.task_size if step.from_end else state.area(step.area)[0]) >> geometry.page_shift
@@ -214,7 +235,7 @@ def _pagemap_read(state: Run, step: s.PagemapRead) -> dict[str, Any]:
     special = ((words & np.uint64(PM_PRESENT | PM_SWAP)) == np.uint64(PM_SWAP)) & (
         (words & np.uint64(PM_SWAP_TYPE_MASK)) >= MAX_SWAPFILES
     )
-    shown = np.where(special, words, words & ~np.uint64(PM_PFRAME_MASK))
+    shown = np.where(special & ~named_frames(words), words, words & ~np.uint64(PM_PFRAME_MASK))
     return {"bytes": len(data), "agree": bool((words == again).all()), "words": shown.tolist()}
 
 

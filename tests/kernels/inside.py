@@ -54,7 +54,9 @@ def main() -> None:
     nodes = wanted.get("nodes", 1)
     device, size = wanted["swap_device"], wanted["swap"]
     ends = time.monotonic() + wanted["seconds"]
-    with registry.open_workbench("procfs", still=True, swap=device or size, hugepages=_POOL) as right:
+    with registry.open_workbench(
+        "procfs", still=True, swap=device or size, hugepages=_POOL, poison=bool(device)
+    ) as right:
         profile = right.kernel.profile
         kind = "device" if device else "compressed"
 

@@ -76,6 +76,7 @@ def _options() -> argparse.Namespace:
         default=1,
         help="so many nodes of memory, and programs that move pages between them",
     )
+    parser.add_argument("--focus", default="", help="a subject that random programs are biased to")
     parser.add_argument("--ask", action="store_true", help="have it answer only, and compare here")
     parser.add_argument("--again", action="store_true", help="compare what it answered last with that seed")
     parser.add_argument("--record", action="store_true", help="keep the result for the table of spec/")
@@ -91,6 +92,8 @@ def _wanted(options: argparse.Namespace, **values: Any) -> dict[str, Any]:
     wanted = {"programs": options.programs, "seed": options.seed, "seconds": options.minutes * 60}
     if options.nodes > 1:
         wanted |= {"nodes": options.nodes, "focus": "nodes"}
+    if options.focus:
+        wanted["focus"] = options.focus
     return {**wanted, **values}
 
 

@@ -5,8 +5,9 @@
     .venv/bin/python tests/lockstep/record_answers.py --kernel 6.12 --kernel 6.1 --nodes 2
 
 The first asks the running kernel, the second kernels of tests/kernels, booted under software emulation, without a disk.
-Answers are written to tests/lockstep/answers/RELEASE/, those to programs of a folder of kept (disk, cgroups, nodes) to
-one of its own; nodes are programs that need two nodes of memory. A file whose answers are the same is left as it is.
+Answers are written to tests/lockstep/answers/RELEASE/, those to programs of a folder of kept (disk, cgroups, nodes,
+poison) to one of its own; nodes are programs that need two nodes of memory, poison ones that need CONFIG_MEMORY_FAILURE
+and memory that may be lost. A file whose answers are the same is left as it is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "kept"
+#: Folders of programs that guests are asked alone.
+_GUESTS = ("nodes", "poison")
 sys.path.append(str(HERE.parents[1]))  # at the end: the installed project comes first
 
 from pmcore.errors import ArgumentError, BackendUnavailable, NotModelled  # noqa: E402
@@ -46,7 +49,7 @@ def main() -> int:
     options = parser.parse_args()
     keeper = Keeper()
     if not options.kernel:
-        every = sorted(path for path in KEPT.rglob("*.json") if path.parent.name != "nodes")
+        every = sorted(path for path in KEPT.rglob("*.json") if path.parent.name not in _GUESTS)
         running(options.programs or every, keeper)
     folder = "nodes" if options.nodes > 1 else ""
     paths = options.programs or sorted((KEPT / folder).glob("*.json"))
@@ -110,12 +113,14 @@ def running(paths: list[Path], keeper: Keeper) -> None:
 
 def emulated(tree: Any, paths: list[Path], keeper: Keeper, cache: Path, nodes: int) -> None:
     """An emulated kernel's answers."""
+    below = [path.resolve() for path in paths]
+    folders = {path.stem: f"{path.parent.name}/" for path in below if path.parent.parent == KEPT}
 
     def listen(line: dict[str, Any]) -> None:
         if line["kind"] == "answers" and "cannot" in line:
             print(f"{line['program']}: cannot be asked: {line['cannot']}")
         elif line["kind"] == "answers":
-            keeper.keep(("nodes/" if nodes > 1 else "") + line["program"], answers_of(line))
+            keeper.keep(folders.get(line["program"], "") + line["program"], answers_of(line))
 
     wanted = {"programs": 0, "seed": 0, "seconds": 1500, "answers": True, "nodes": nodes}
     inside(tree, wanted, paths, cache=cache, listen=listen)

@@ -28,14 +28,15 @@ HEADER = struct.Struct("=II")
 #:   0x00 read:    for (i = 0; i < count; i++, address += step) { byte b = *address; if (buffer) buffer[i] = b; }
 #:   0x20 write:   the same, with *address = buffer[i], or a locked *address |= 0 without a buffer: one write
 #:                 access; without the lock an emulated processor reads first, and has two faults
-#:   0x50 recover: fault[0] = signal; fault[1] = address; return i
+#:   0x50 recover: fault[0] = signal | code << 8 | address_lsb << 40; fault[1] = address; return i
 #:   0x60 handler: if the faulting instruction lies before 0x58: go on at recover; otherwise restore the default action
 _CODE = bytes.fromhex(
     "31c04839d07314448a1f4885c9740444881c014801f748ffc0ebe7c30f1f400031c04839d0731a4885c97409448a1c01"
     "44881feb04f0800f004801f748ffc0ebe1c3662e0f1f8400000000000f1f40004d89084d895008c30f1f840000000000"
-    "488b8aa8000000488d0592ffffff4839c1722a488d05deffffff4839c1731e4863ff48897a30488b461048894238488d"
-    "05bbffffff488982a8000000c34883ec2848c704240000000048c74424080000000048c74424100000000048c7442418"
-    "000000004863ff4889e631d241ba08000000b80d0000000f054883c428c3"
+    "488b8aa8000000488d0592ffffff4839c1723f488d05deffffff4839c173334863ff8b460848c1e0084809c70fb74618"
+    "48c1e0284809c748897a30488b461048894238488d05a6ffffff488982a8000000c34883ec2848c704240000000048c7"
+    "4424080000000048c74424100000000048c7442418000000004863ff4889e631d241ba08000000b80d0000000f054883"
+    "c428c3"
 )
 _READ, _WRITE, _HANDLER = 0x00, 0x20, 0x60
 _SA_SIGINFO, _SA_NODEFER = 4, 0x40000000
@@ -49,6 +50,11 @@ _UNWRITTEN = 0x7FFF_FFFF
 _SYS_PIDFD_GETFD = 438
 _UFFDIO = {"api": 0xC018AA3F, "register": 0xC020AA00, "unregister": 0x8010AA01, "writeprotect": 0xC018AA06}
 
+#: BUS_MCEERR_AR and BUS_MCEERR_AO of siginfo; where the code, the address and its lsb are.
+_MCEERR = (4, 5)
+_SI_CODE, _SI_ADDR, _SI_LSB = 8, 16, 24
+_INT = 0xFFFF_FFFF
+
 libc = ctypes.CDLL(None, use_errno=True)
 _WORD = ctypes.c_ulong
 _FAILED = (1 << 64) - 1
@@ -59,7 +65,7 @@ class Refused(Exception):
 
 
 class Fault(Exception):
-    """An access would have killed: (signal, address, accesses done before it)."""
+    """An access would have killed: (signal, address, accesses done before it, lsb of a machine check or 0)."""
 
 
 def _declare() -> None:
@@ -113,6 +119,11 @@ def _move_heap(start: int) -> None:
         raise Refused(ctypes.get_errno())
 
 
+def _lsb(code: int, lsb: int) -> int:
+    """How many low bits of the address say nothing, where a signal tells of corrupted memory; else 0."""
+    return lsb if code in _MCEERR else 0
+
+
 class _Native:
     """Accesses in user mode, by the machine code above."""
 
@@ -125,17 +136,41 @@ class _Native:
         self._read, self._write = kind(base + _READ), kind(base + _WRITE)
         self._fault = (_WORD * 2)()
         self._where = ctypes.addressof(self._fault)
+        self._handler = base + _HANDLER
+        self._note = ctypes.CFUNCTYPE(None, ctypes.c_int, _WORD, _WORD)(self._noted)
+        self._signals: list[tuple[int, int, int]] = []
         for number in (signal.SIGSEGV, signal.SIGBUS):
-            # struct sigaction of glibc and musl on x86-64: handler, mask of 128 bytes, flags, restorer.
-            action = struct.pack("=Q128xi4xQ", base + _HANDLER, _SA_SIGINFO | _SA_NODEFER, 0)
-            if libc.sigaction(int(number), action, None):
-                raise OSError(ctypes.get_errno(), "sigaction")
+            self._handle(int(number), self._handler)
+
+    def _handle(self, number: int, handler: int) -> None:
+        # struct sigaction of glibc and musl on x86-64: handler, mask of 128 bytes, flags, restorer.
+        action = struct.pack("=Q128xi4xQ", handler, _SA_SIGINFO | _SA_NODEFER, 0)
+        if libc.sigaction(number, action, None):
+            raise OSError(ctypes.get_errno(), "sigaction")
+
+    def _noted(self, number: int, info: int, _context: int) -> None:
+        raw = ctypes.string_at(info, _SI_LSB + 2)
+        code, address = struct.unpack_from("=i", raw, _SI_CODE)[0], struct.unpack_from("=Q", raw, _SI_ADDR)[0]
+        self._signals.append((number, address, _lsb(code, struct.unpack_from("=H", raw, _SI_LSB)[0])))
+
+    def advise(self, *arguments: int) -> None:
+        """madvise that sends SIGBUS to who asks: the first one is raised as a fault once the call is done."""
+        self._signals.clear()
+        self._handle(int(signal.SIGBUS), ctypes.cast(self._note, ctypes.c_void_p).value or 0)
+        try:
+            call("madvise", *arguments)
+        finally:
+            self._handle(int(signal.SIGBUS), self._handler)
+            if self._signals:
+                number, address, lsb = self._signals[0]
+                raise Fault(number, address, 0, lsb)
 
     def access(self, address: int, step: int, count: int, buffer: int, *, write: bool) -> None:
         self._fault[0] = 0
         done = (self._write if write else self._read)(address, step, count, buffer, self._where)
         if self._fault[0]:
-            raise Fault(int(self._fault[0]), int(self._fault[1]), int(done))
+            word = int(self._fault[0])
+            raise Fault(word & 0xFF, int(self._fault[1]), int(done), _lsb(word >> 8 & _INT, word >> 40))
 
 
 class _Portable:
@@ -159,7 +194,7 @@ class _Portable:
 
     def _copy(self, function: Any, place: int, index: int) -> None:
         if function(self._scratch, ctypes.c_void_p(place), ctypes.c_size_t(1), ctypes.c_long(0)) != 1:
-            raise Fault(int(signal.SIGSEGV), place, index)
+            raise Fault(int(signal.SIGSEGV), place, index, 0)
 
 
 class Task:
@@ -214,6 +249,12 @@ class Task:
         length = 64 * os.sysconf("SC_PAGE_SIZE")
         area = call("mmap", 0, length, 3, _MAP_POPULATED, _FAILED, 0)
         call("munmap", area, length)
+        return 0, b""
+
+    def do_poison(self, *, start: int, length: int, advice: int, payload: bytes) -> tuple[int, bytes]:
+        if not isinstance(self.memory, _Native):
+            raise Refused(errno.ENOSYS)
+        self.memory.advise(start, length, advice)
         return 0, b""
 
     def do_move_pages(

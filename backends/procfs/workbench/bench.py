@@ -147,8 +147,10 @@ class ProcfsTask(Task):
         if "errno" in answer:
             raise syscall_error(answer["errno"], call)
         if "fault" in answer:
-            number, address, _ = answer["fault"]
-            raise AddressSpaceFault(signal.Signals(number).name, address, f"{call} by task {self.pid}")
+            number, address, _, lsb = answer["fault"]
+            raise AddressSpaceFault(
+                signal.Signals(number).name, address, f"{call} by task {self.pid}", lsb=lsb
+            )
         return answer["value"], data
 
     def _call(self, name: str, *arguments: int) -> int:
@@ -185,6 +187,11 @@ class ProcfsTask(Task):
 
     def madvise(self, start: int, length: int, advice: Madvise | int) -> None:
         """madvise(2)."""
+        self._bench.may_poison(advice)
+        if advice == Madvise.HWPOISON:  # it sends signals
+            call = f"madvise({start:#x}, {length:#x}, {int(advice)})"
+            self._ask("poison", call, start=start, length=length, advice=int(advice))
+            return
         self._call("madvise", start, length, advice)
 
     def mlock(self, start: int, length: int, *, onfault: bool = False) -> None:
@@ -379,8 +386,10 @@ class ProcfsWorkbench(Workbench):
         held: ExitStack | None = None,
         pools: Mapping[str, str] | None = None,
         disk: Disk | None = None,
+        poison: bool = False,
     ) -> None:
         self._kernel = kernel
+        self._poison = poison
         #: What regular files lie on, if that was made for this workbench.
         self.disk = disk
         #: Knobs of hugetlb pools, and how many pages are set aside by them.
@@ -513,6 +522,16 @@ class ProcfsWorkbench(Workbench):
         """Those that it made, with their inode numbers."""
         return {} if self._groups is None else dict(self._groups.there)
 
+    def may_poison(self, advice: int) -> None:
+        """Raise BackendUnavailable for advice that takes memory from the machine, unless opened for that."""
+        if advice not in (Madvise.HWPOISON, Madvise.SOFT_OFFLINE) or self._poison:
+            return
+        if self._kernel.profile.has("mm.memory_failure"):
+            raise BackendUnavailable(
+                "poisoned memory is lost until the machine boots again",
+                remedy="open the workbench with poison=True where that may be",
+            )
+
     def set_readahead(self, length: int) -> None:
         """Write to read_ahead_kb of the disk."""
         if self.disk is None:
@@ -625,6 +644,7 @@ def open_workbench(
     knobs: Mapping[str, str] | None = None,
     hugepages: Mapping[int | str, int | tuple[int, int]] | None = None,
     disk: int | str = 0,
+    poison: bool = False,
 ) -> ProcfsWorkbench:
     """A workbench of real processes; regular files lie in a new directory below `directory` (default: TMPDIR).
 
@@ -633,6 +653,7 @@ def open_workbench(
     write to them meanwhile; both imply `still`.
     `hugepages` are hugetlb pages set aside meanwhile, by size: {"2 MiB": 20}, or with surplus pages allowed (20, 4).
     `disk` ("64 MiB", or bytes) is the size of a file system of its own that regular files lie on instead, see `Disk`.
+    `poison`: tasks may poison memory of the machine, which is lost until it boots again.
     Raises BackendUnavailable off Linux, or where swap cannot be switched on, or huge pages cannot be had.
     """
     if not sys.platform.startswith("linux"):
@@ -657,6 +678,7 @@ def open_workbench(
             held=held.pop_all() if still else None,
             pools=pools,
             disk=place,
+            poison=poison,
         )
     raise AssertionError("unreachable")
 

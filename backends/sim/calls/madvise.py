@@ -15,13 +15,23 @@ from pmcore.backends.sim.services import (
     collapse,
     filesystem,
     ksm_merge,
+    memory_failure,
     readahead,
     reclaim,
     swapping,
 )
 from pmcore.backends.sim.virtual import zap
 from pmcore.backends.sim.virtual.populate import fault_in
-from pmcore.backends.sim.virtual.pte import FIELD, GUARD, GUARD_MARKER, PRESENT, SWAP, UFFD_WP, is_marker
+from pmcore.backends.sim.virtual.pte import (
+    FIELD,
+    GUARD,
+    GUARD_MARKER,
+    PRESENT,
+    SWAP,
+    UFFD_WP,
+    is_hwpoison,
+    is_marker,
+)
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.errors import AddressSpaceFault, NotModelled
 from pmcore.geometry import align_up
@@ -50,10 +60,7 @@ _FLAGS = {
 }
 #: Faulting in: whether for writing.
 _POPULATE = {int(Madvise.POPULATE_READ): False, int(Madvise.POPULATE_WRITE): True}
-_NOT_MODELLED = {
-    int(Madvise.HWPOISON): "memory failure",
-    int(Madvise.SOFT_OFFLINE): "memory failure",
-}
+_INJECT = {int(Madvise.HWPOISON): False, int(Madvise.SOFT_OFFLINE): True}
 
 
 def madvise(core: Core, mm: AddressSpace, start: int, length: int, advice: int) -> None:
@@ -73,8 +80,9 @@ def madvise(core: Core, mm: AddressSpace, start: int, length: int, advice: int) 
     if do is not None:
         _walk(mm, call, start, end, lambda vma, low, high: do(core, mm, call, vma, low, high))
         return
-    if advice in _NOT_MODELLED:
-        raise NotModelled(f"madvise({Madvise(advice).name}): {_NOT_MODELLED[advice]}")
+    if advice in _INJECT:
+        memory_failure.inject(core, mm, call, start, end, soft=_INJECT[advice])
+        return
     if advice in _POPULATE:
         _populate(core, mm, call, start, end, write=_POPULATE[advice])
         return
@@ -127,8 +135,8 @@ def _populate(core: Core, mm: AddressSpace, call: Call, start: int, end: int, *,
         stop = min(vma.end, end)
         try:
             fault_in(core, mm, position, stop, write=write)
-        except AddressSpaceFault:
-            refuse(Errno.EFAULT, call)
+        except AddressSpaceFault as fault:
+            refuse(Errno.EHWPOISON if fault.lsb else Errno.EFAULT, call)
         except NoMemory:
             refuse(Errno.ENOMEM, call)
         position = stop
@@ -186,7 +194,7 @@ def _willneed(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, h
         with contextlib.suppress(NoMemory):
             for slot in few:
                 pte = core.pool.at[slot]
-                if pte & (PRESENT | SWAP) == SWAP and not is_marker(pte):
+                if pte & (PRESENT | SWAP) == SWAP and not is_marker(pte) and not is_hwpoison(pte):
                     swapping.bring_in(core, pte & FIELD)
         return
     # In a mapping of a file only the file's pages are read, not private copies that lie in swap.

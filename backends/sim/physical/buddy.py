@@ -85,6 +85,25 @@ class Zone:
             free_order[rest] = have + 1
             heapq.heappush(self._heaps[have], rest)
 
+    def take_off(self, pfn: int) -> None:
+        """Take this frame, which is free, out of the block that it lies in; the rest of the block stays free."""
+        while self.frontier <= pfn:
+            block = self.frontier
+            self._advance(1)
+            self.frames.free_order_at[block] = MAX_ORDER + 1
+            heapq.heappush(self._heaps[MAX_ORDER], block)
+        free_order = self.frames.free_order_at
+        order = next(o for o in range(MAX_ORDER + 1) if free_order[pfn & -(1 << o)] == o + 1)
+        head = pfn & -(1 << order)
+        free_order[head] = 0
+        while order:
+            order -= 1
+            low, high = head, head + (1 << order)
+            head, rest = (high, low) if pfn >= high else (low, high)
+            free_order[rest] = order + 1
+            heapq.heappush(self._heaps[order], rest)
+        self.free_pages -= 1
+
     def take_pages(self, count: int) -> Pfns:
         """Up to `count` single pages, as the same number of single requests would get them."""
         pieces: list[Pfns] = []

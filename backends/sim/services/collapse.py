@@ -14,7 +14,8 @@ from pmcore.backends.sim.services import lru, swapping, thp
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, GUARD, LEAF, PRESENT, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
+from pmcore.errors import NotModelled
 from pmcore.uapi import Errno, PageFlag
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ def collapse_range(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: i
     return failed
 
 
+def _no_poison(entries: U64Array) -> None:
+    if hwpoison_entries(entries).any():
+        raise NotModelled("collapsing a block with poisoned pages")
+
+
 def _one(
     core: Core, mm: AddressSpace, vma: VmArea, addr: int, waiting: list[int]
 ) -> tuple[Errno | None, bool]:
@@ -65,6 +71,7 @@ def _one(
     pages, size = core.geometry.pmd_pages, core.geometry.page_size
     first = mm.tables.pte_slot(addr)
     entries = core.pool.flat[first : first + pages]
+    _no_poison(entries)
     present = (entries & _PRESENT) != 0
     normal = present & ((entries & _FIELD) != np.uint64(core.zero_pfn))
     # The first entry that stands in the way decides: an empty one that a userfaultfd waits for, or a protected one.
@@ -130,6 +137,7 @@ def scan_block(
     pages, frames, size = core.geometry.pmd_pages, core.memory.frames, core.geometry.page_size
     first = mm.tables.pte_slot(addr)
     entries = core.pool.flat[first : first + pages]
+    _no_poison(entries)
     present = (entries & _PRESENT) != 0
     swapped = np.flatnonzero(~present & (entries != 0))  # markers among them
     normal = present & ((entries & _FIELD) != np.uint64(core.zero_pfn))

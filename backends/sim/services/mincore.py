@@ -10,9 +10,9 @@ from pmcore.arrays import BoolArray
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.services import writeback
 from pmcore.backends.sim.virtual import hugetlb
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP, is_marker
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP, is_hwpoison, is_marker
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.geometry import align_up
 from pmcore.uapi import Errno, PageFlag
 
@@ -46,7 +46,7 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
     few = mm.tables.few(start, end)
     for index, slot in enumerate(few or ()):
         pte = core.pool.at[slot]
-        if pte & PRESENT:
+        if pte & PRESENT or is_hwpoison(pte):
             found[index] = True
         elif pte & SWAP and not is_marker(pte):
             found[index] = core.swap.cached(pte & FIELD) >= 0  # whatever the file has there
@@ -57,6 +57,7 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
             part[:] = True
             continue
         part |= (extent.entries & np.uint64(PRESENT)) != 0
+        part |= hwpoison_entries(extent.entries)
         swap = swap_entries(extent.entries)
         if swap.any():
             fields = extent.entries[swap] & np.uint64(FIELD)

@@ -27,11 +27,12 @@ from pmcore.backends.sim.virtual.pte import (
     UFFD_MARKER,
     UFFD_WP,
     YOUNG,
+    is_hwpoison,
     is_marker,
 )
 from pmcore.backends.sim.virtual.tables import Extent
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
@@ -215,6 +216,7 @@ def lazy_free(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -
                     core.pool.at[slot] &= ~(YOUNG | DIRTY)
                     _mark_lazy(core, np.arange(folio.head, folio.head + folio.pages, dtype=np.int64))
             continue
+        entries[hwpoison_entries(entries)] = 0
         swap = swap_entries(entries)
         if swap.any():
             fields = entries[swap] & _FIELD
@@ -249,7 +251,8 @@ def _free_few(core: Core, few: range) -> None:
         pte = at[slot]
         if pte & (PRESENT | SWAP) == SWAP and not is_marker(pte):
             at[slot] = 0
-            fields.append(pte & FIELD)
+            if not is_hwpoison(pte):
+                fields.append(pte & FIELD)
     if fields:
         core.swap.release(np.array(fields, dtype=np.uint64))
     for slot in few:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.views import hugetlb as huge_view
-from pmcore.uapi import PageFlag
+from pmcore.uapi import Madvise, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -97,6 +97,9 @@ def meminfo(core: Core) -> str:
         "Slab": pages["slab"],
         "PageTables": pages["nr_page_table_pages"],
     }
+    if core.knows_advice(int(Madvise.HWPOISON)):
+        poisoned = core.memory.frames.flags & np.uint64(PageFlag.HWPOISON)
+        rows["HardwareCorrupted"] = int(np.count_nonzero(poisoned))
     if core.caps.thp:
         rows["AnonHugePages"] = core.memory.large.mapped_by_pmd
     lines = [f"{name + ':':<16}{pages * kilobytes:8d} kB\n" for name, pages in rows.items()]

@@ -11,7 +11,7 @@ from pmcore.backends.sim.services import thp
 from pmcore.backends.sim.views import hugetlb as huge_view
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, YOUNG
 from pmcore.backends.sim.virtual.vma import VM_FLAG_CODES, VmArea, VmFlag
-from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.smaps import SmapsEntry
 from pmcore.uapi import PageFlag
 from pmcore.vma import Vma
@@ -190,7 +190,10 @@ def _shmem_swap(core: Core, mm: AddressSpace, vma: VmArea, sums: _Counters, size
 
 
 def _present(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
+    poisoned = entries[hwpoison_entries(entries)]
     entries = entries[((entries & _PRESENT) != 0) & ((entries & _FIELD) != np.uint64(core.zero_pfn))]
+    if len(poisoned):  # counted like pages that are mapped once, but as shared (rule HW-007)
+        entries = np.concatenate([entries, (poisoned & _FIELD) >> np.uint64(5)])
     if not len(entries):
         return
     frames = core.memory.frames
@@ -209,6 +212,6 @@ def _present(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
     sums.pss += int(pss.sum())
     sums.pss_dirty += int(pss[dirty].sum())
     sums.pss_anon += int(pss[anon].sum())
-    private = counts == 1
+    private = (counts == 1) & ((entries & _PRESENT) != 0)
     for index, chosen in enumerate((~private & ~dirty, ~private & dirty, private & ~dirty, private & dirty)):
         sums.kinds[index] += int(chosen.sum()) * size

@@ -22,6 +22,7 @@ from pmcore.backends.sim.virtual.pte import (
     UFFD_WP,
     WRITE,
     YOUNG,
+    is_hwpoison,
     is_marker,
 )
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -117,6 +118,8 @@ def _access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool
             _write_protected(core, mm, vma, addr, slot, pte)
         elif not pte or is_marker(pte):
             _missing(core, mm, vma, addr, slot, pte, write=write, fresh=not pmd)
+        elif is_hwpoison(pte):
+            raise AddressSpaceFault("SIGBUS", addr, "the page is poisoned", lsb=core.geometry.page_shift)
         else:
             swapping.swap_in(core, mm, vma, slot, pte, write=write, addr=addr)
 

@@ -19,10 +19,11 @@ from pmcore.backends.sim.virtual.pte import (
     UFFD_WP,
     WRITE,
     YOUNG,
+    is_hwpoison,
     is_marker,
 )
 from pmcore.backends.sim.virtual.vma import AnonVma, VmFlag
-from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.uapi import UffdFeature
 
 if TYPE_CHECKING:
@@ -122,7 +123,13 @@ def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: Vm
             new = entries & _without(YOUNG | drop)
             if drop:
                 # A marker is nothing without what it marks.
-                marker = ~present & ~swap & (entries != 0) & ((entries & np.uint64(GUARD)) == 0)
+                marker = (
+                    ~present
+                    & ~swap
+                    & ~hwpoison_entries(entries)
+                    & (entries != 0)
+                    & ((entries & np.uint64(GUARD)) == 0)
+                )
                 new[marker] = 0
         if shared:
             new &= _without(DIRTY)
@@ -149,7 +156,8 @@ def _copy_few(core: Core, slots: range, first: int, drop: int, *, shared: bool) 
                 frames.mapcount_at[pfn] += 1
                 frames.flags_at[pfn] &= ~ANON_EXCLUSIVE
         elif pte & SWAP and not is_marker(pte):
-            fields.append(pfn)
+            if not is_hwpoison(pte):
+                fields.append(pfn)
         elif drop and not pte & GUARD:
             gone = pte  # a marker is nothing without what it marks
         at[slot] = pte = pte & ~SWAP_EXCLUSIVE & ~(0 if shared else WRITE)

@@ -23,7 +23,7 @@ from pmcore.backends.sim.virtual.pte import (
     is_marker,
 )
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.backends.sim.virtual.zap import swap_entries
+from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.uapi import UffdFeature
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
         present = (entries & _PRESENT) != 0
         if core.memory.large and not extent.huge:
             _share_marks(core, extent.start, entries)
-        swap = swap_entries(entries) if not extent.huge else np.zeros(len(entries), np.bool_)
+        none = np.zeros(len(entries), np.bool_)
+        swap = none if extent.huge else swap_entries(entries) | hwpoison_entries(entries)
         if protect:
             entries[present] = (entries[present] | np.uint64(UFFD_WP)) & np.uint64(~WRITE & _ALL)
             entries[swap] |= np.uint64(UFFD_WP)

@@ -7,6 +7,7 @@ the view is a mask; between the frame number and those lie the bits that pagemap
 from __future__ import annotations
 
 from pmcore.uapi import (
+    MAX_SWAPFILES,
     PM_GUARD_REGION,
     PM_PRESENT,
     PM_SOFT_DIRTY,
@@ -33,6 +34,7 @@ __all__ = [
     "UFFD_WP",
     "WRITE",
     "YOUNG",
+    "is_hwpoison",
     "is_marker",
 ]
 
@@ -57,6 +59,7 @@ PRESENT = PM_PRESENT
 #: What pagemap shows of an entry.
 SHOWN = FIELD | SOFT_DIRTY | UFFD_WP | GUARD | SWAP | PRESENT
 
+_MARKERS = SWP_PTE_MARKER
 UFFD_MARKER = SWAP | UFFD_WP | SWP_PTE_MARKER | PTE_MARKER_UFFD_WP << 5
 GUARD_MARKER = SWAP | GUARD | SWP_PTE_MARKER | PTE_MARKER_GUARD << 5
 
@@ -64,3 +67,8 @@ GUARD_MARKER = SWAP | GUARD | SWP_PTE_MARKER | PTE_MARKER_GUARD << 5
 def is_marker(pte: int) -> bool:
     """Whether the entry is a PTE marker."""
     return (pte & (PRESENT | SWAP)) == SWAP and (pte & 0x1F) == SWP_PTE_MARKER
+
+
+def is_hwpoison(pte: int) -> bool:
+    """Whether the entry is that of a poisoned page: its field is a type that is no swap area, and the frame."""
+    return (pte & (PRESENT | SWAP)) == SWAP and MAX_SWAPFILES <= (pte & 0x1F) < _MARKERS

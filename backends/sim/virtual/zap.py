@@ -13,7 +13,7 @@ from pmcore.backends.sim.virtual import accessed
 from pmcore.backends.sim.virtual.mapping import remove_page, remove_pages
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, GUARD, PRESENT, SWAP, UFFD_MARKER, UFFD_WP, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.uapi import SWP_PTE_MARKER, PageFlag
+from pmcore.uapi import MAX_SWAPFILES, SWP_PTE_MARKER, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["swap_entries", "unmap_file", "zap"]
+__all__ = ["hwpoison_entries", "swap_entries", "unmap_file", "zap"]
 
 _FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
 _STATE = _PRESENT | _SWAP
@@ -29,11 +29,20 @@ _NOT_RECLAIM = np.uint64(~int(PageFlag.RECLAIM) & (1 << 64) - 1)
 
 
 def swap_entries(entries: U64Array) -> BoolArray:
-    """Which entries name a slot of a swap area (markers do not)."""
+    """Which entries name a slot of a swap area (markers and those of poisoned pages do not)."""
     swap: BoolArray = (entries & _STATE) == _SWAP
     if swap.any():
-        swap &= (entries & np.uint64(0x1F)) != SWP_PTE_MARKER
+        swap &= (entries & np.uint64(0x1F)) < MAX_SWAPFILES
     return swap
+
+
+def hwpoison_entries(entries: U64Array) -> BoolArray:
+    """Which entries are those of poisoned pages."""
+    named: BoolArray = (entries & _STATE) == _SWAP
+    if named.any():
+        kind = entries & np.uint64(0x1F)
+        named &= (kind >= MAX_SWAPFILES) & (kind != SWP_PTE_MARKER)
+    return named
 
 
 def zap(
@@ -97,7 +106,7 @@ def _zap_one(core: Core, mm: AddressSpace, vma: VmArea, slot: int, keep_guards: 
     if entry & PRESENT:
         if entry & FIELD != core.zero_pfn:
             remove_page(core, mm, vma, entry & FIELD)
-    elif entry & 0x1F != SWP_PTE_MARKER:
+    elif entry & 0x1F < MAX_SWAPFILES:
         core.swap.release(np.array([entry & FIELD], dtype=np.uint64))
 
 
@@ -115,9 +124,10 @@ def _zap_file(
     pfns = (old & _FIELD).view(np.int64)
     cached = present.copy()
     cached[present] = (frames.flags[pfns[present]] & np.uint64(CACHED)) != 0
-    gone = present | swap if copies else cached
+    poisoned = hwpoison_entries(old)
+    gone = present | swap | poisoned if copies else cached
     entries[gone] = 0
-    other = (old != 0) & ~present & ~swap
+    other = (old != 0) & ~present & ~swap & ~poisoned
     guard = other & ((old & np.uint64(GUARD)) != 0)
     if not keep_guards:
         entries[guard] = 0

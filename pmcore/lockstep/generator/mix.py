@@ -14,6 +14,7 @@ from pmcore.lockstep.generator.hugetlb import map_huge, touch_huge, track_huge
 from pmcore.lockstep.generator.ksm import KSM, ask, compared
 from pmcore.lockstep.generator.mappings import brk, map_anywhere, map_memory, map_over, move, stack
 from pmcore.lockstep.generator.nodes import NODES, move_pages
+from pmcore.lockstep.generator.poison import POISON
 from pmcore.lockstep.generator.state import HUGE, KEPT, Maker, State, ranged
 from pmcore.lockstep.generator.tracking import (
     arm,
@@ -33,7 +34,7 @@ from pmcore.uapi import Madvise
 __all__ = ["FOCUSES", "random_program", "random_thp"]
 
 #: Subjects that programs may be biased to.
-FOCUSES = ("cgroups", "disk", "ksm", "nodes")
+FOCUSES = ("cgroups", "disk", "ksm", "nodes", "poison")
 
 _EITHER = (False, True)
 #: PROT_GROWSDOWN, PROT_GROWSUP.
@@ -152,6 +153,8 @@ def random_program(
         kinds = (*kinds, *CGROUPS)
     elif focus == "nodes":
         kinds = (*kinds, *NODES)
+    elif focus == "poison":
+        kinds = (*kinds, *POISON)
     steps: list[s.Step] = [first, *(ask(draw, first) if merging else ())]
     if first.pages >= HUGE and draw.flip():
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
