@@ -177,4 +177,4 @@ def test_accesses_through_the_kernels_copying():
     for write in (False, True):
         with pytest.raises(_child.Fault) as caught:
             memory.access(1 << 46, 1, 1, 0, write=write)
-        assert caught.value.args == (signal.SIGSEGV, 1 << 46, 0)
+        assert caught.value.args == (signal.SIGSEGV, 1 << 46, 0, 0)

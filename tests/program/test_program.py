@@ -127,6 +127,7 @@ def test_every_kind_of_step_runs(bench):
         s.Lock(area="a", page=2, pages=1, onfault=True),
         s.Unlock(area="a", page=2, pages=1),
         s.Mincore(area="a", pages=8),
+        s.MovePages(area="a", pages=8),
         s.Msync(area="a", pages=8),
         s.LockAll(flags=2),
         s.UnlockAll(),
