@@ -24,10 +24,19 @@ from pmcore.lockstep.look import Look, TaskLook, take
 from pmcore.lockstep.run import Result, renewed
 from pmcore.profile import KernelProfile, profile_from_row, profile_row
 from pmcore.program import Outcome, Program, Run, program_from_json, program_to_json
+from pmcore.program.run import named_frames
 from pmcore.program.steps import Map, Scan
 from pmcore.protocols import Workbench
 from pmcore.smaps import SmapsEntry
-from pmcore.uapi import MAX_SWAPFILES, PM_PFRAME_MASK, PM_PRESENT, PM_SWAP, PM_SWAP_TYPE_MASK, PageFlag
+from pmcore.uapi import (
+    MAX_SWAPFILES,
+    MAX_SWAPFILES_SHIFT,
+    PM_PFRAME_MASK,
+    PM_PRESENT,
+    PM_SWAP,
+    PM_SWAP_TYPE_MASK,
+    PageFlag,
+)
 from pmcore.vma import format_maps_line, parse_maps_line
 
 __all__ = ["Answers", "answers_from_json", "answers_to_json", "ask", "changes", "replay"]
@@ -163,7 +172,8 @@ class _Numbers:
         if pfn not in self._single and pfn // _BLOCK in self._block:
             return _BLOCKS + self._block[pfn // _BLOCK] * _BLOCK + pfn % _BLOCK
         # Numbers of singles are never given again: a frame that became another one has another number.
-        return self._single.setdefault(pfn, 1 + max(self._single.values(), default=0))
+        # None is so small that an entry that names it could be taken for a marker.
+        return self._single.setdefault(pfn, 1 + max(self._single.values(), default=15))
 
     def renumbered(self, look: Look) -> Look:
         """The look with the new numbers."""
@@ -175,16 +185,20 @@ class _Numbers:
             present = (words & np.uint64(PM_PRESENT)) != 0
             swapped = (words & np.uint64(PM_PRESENT | PM_SWAP)) == np.uint64(PM_SWAP)
             swapped &= (words & np.uint64(PM_SWAP_TYPE_MASK)) < MAX_SWAPFILES
-            for index in np.flatnonzero(present | swapped).tolist():
+            named = named_frames(words)
+            for index in np.flatnonzero(present | swapped | named).tolist():
                 field = int(words[index] & _FIELD)
                 if not field:
                     continue
+                kind = field & PM_SWAP_TYPE_MASK
+                if named[index]:
+                    field >>= MAX_SWAPFILES_SHIFT
                 if swapped[index]:
                     number = self._slot.setdefault(field, len(self._slot) + 1) << 5
                 else:
                     if field not in new:
                         new[field] = self._frame(field, flags[field])
-                    number = new[field]
+                    number = new[field] << MAX_SWAPFILES_SHIFT | kind if named[index] else new[field]
                 words[index] = (words[index] & ~_FIELD) | np.uint64(number)
             tasks[name] = attrs.evolve(task, words=words)
         pfns = np.array([new[pfn] for pfn in look.pfns.tolist()], dtype=np.uint64)
