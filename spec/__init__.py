@@ -18,6 +18,7 @@ from pmcore.spec._rows import (
     CategoryRow,
     Divergence,
     Feature,
+    FlagProgram,
     FlagRow,
     KernelRow,
     Permission,
@@ -31,6 +32,7 @@ __all__ = [
     "CategoryRow",
     "Divergence",
     "Feature",
+    "FlagProgram",
     "FlagRow",
     "KernelRow",
     "Permission",
@@ -46,6 +48,7 @@ __all__ = [
     "document_lines",
     "documents",
     "features",
+    "flag_programs",
     "kernels",
     "kpageflags",
     "pagemap_bits",
@@ -124,6 +127,12 @@ def pagemap_bits() -> tuple[BitField, ...]:
 def kpageflags() -> tuple[FlagRow, ...]:
     """The bits of a kpageflags word, of all versions, and page-types' display bits."""
     return tuple(_rows(FlagRow, "tables/kpageflags.toml", "flag"))
+
+
+@functools.cache
+def flag_programs() -> tuple[FlagProgram, ...]:
+    """How each of those bits is reached."""
+    return tuple(_rows(FlagProgram, "tables/flag_programs.toml", "flag"))
 
 
 @functools.cache

@@ -60,6 +60,16 @@ class FlagRow(NamedTuple):
     capability: str | None = None
 
 
+class FlagProgram(NamedTuple):
+    """How a flag is reached: one of a kept program, a test, or the reason why it is not."""
+
+    name: str
+    bit: int
+    program: str = ""
+    test: str = ""
+    reason: str = ""
+
+
 class CategoryRow(NamedTuple):
     """A PAGE_IS_* category or PM_SCAN_* flag."""
 
