@@ -471,6 +471,33 @@ class Task(Protocol):
         """UFFDIO_WRITEPROTECT."""
         ...
 
+    def uffd_copy(self, fd: int, start: int, source: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_COPY (mode 1 wakes nobody, 2 write-protects); how many bytes were filled.
+
+        Fewer than asked for are EAGAIN, for this one and those below.
+        """
+        ...
+
+    def uffd_zeropage(self, fd: int, start: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_ZEROPAGE; how many bytes were filled."""
+        ...
+
+    def uffd_continue(self, fd: int, start: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_CONTINUE (mode 2 write-protects); how many bytes were mapped."""
+        ...
+
+    def uffd_poison(self, fd: int, start: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_POISON; how many bytes were poisoned."""
+        ...
+
+    def uffd_move(self, fd: int, start: int, source: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_MOVE (mode 2 allows holes in the source); how many bytes were moved."""
+        ...
+
+    def uffd_wake(self, fd: int, start: int, length: int) -> None:
+        """UFFDIO_WAKE."""
+        ...
+
     def fork(self) -> Task:
         """fork(2); the child, waiting for steps."""
         ...

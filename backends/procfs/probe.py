@@ -236,13 +236,16 @@ def _userfaultfd() -> Iterator[Probe]:
         ("  on shmem and hugetlb", UffdFeature.WP_HUGETLBFS_SHMEM, "uffd.wp_hugetlbfs_shmem"),
         ("  of empty pages", UffdFeature.WP_UNPOPULATED, "uffd.wp_unpopulated"),
         ("  asynchronous", UffdFeature.WP_ASYNC, "uffd.wp_async"),
+        ("userfaultfd minor faults", UffdFeature.MINOR_SHMEM, "uffd.minor"),
+        ("userfaultfd poisons", UffdFeature.POISON, "uffd.poison"),
+        ("userfaultfd moves", UffdFeature.MOVE, "uffd.move"),
     ):
         ok = bool(features & bit)
         yield Probe(
             name=name,
             ok=ok,
             seen="offered" if ok else "not offered",
-            remedy="" if ok else "needs a newer kernel (6.7 has all) with CONFIG_PTE_MARKER_UFFD_WP",
+            remedy="" if ok else "needs a newer kernel (6.8 has all) with CONFIG_PTE_MARKER_UFFD_WP",
             capability=capability,
         )
 

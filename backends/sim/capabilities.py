@@ -109,6 +109,7 @@ class Capabilities:
     memcg: bool
     memcg_v1: bool
     memcg_of_tails: bool
+    memfd_hugetlb: bool
     hugetlb_small_indices: bool
     #: The swap type that markers show.
     marker_type: int
@@ -123,6 +124,10 @@ class Capabilities:
     hugetlb_promises_again: bool
     hugetlb_promises_while_shared: bool
     uffd_unregister_own: bool
+    uffd_minor: bool
+    uffd_continue_wp: bool
+    uffd_poison: bool
+    uffd_move: bool
     #: Whether a page with buffers of which a part is cut off shows OWNER_2 (mapped to disk) no more.
     partial_invalidate_unmaps: bool
     #: Whether fault-around makes no page table for the last page of a file on a disk.
@@ -160,11 +165,14 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         features |= UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.SIGBUS | UffdFeature.EVENT_FORK
         features |= UffdFeature.EVENT_REMAP | UffdFeature.EVENT_REMOVE | UffdFeature.EVENT_UNMAP
         features |= UffdFeature.THREAD_ID | UffdFeature.EXACT_ADDRESS | UffdFeature.MISSING_SHMEM
-        features |= UffdFeature.MISSING_HUGETLBFS | UffdFeature.MINOR_SHMEM | UffdFeature.MINOR_HUGETLBFS
+        features |= UffdFeature.MISSING_HUGETLBFS
     for name, bits in (
         ("uffd.wp_hugetlbfs_shmem", UffdFeature.WP_HUGETLBFS_SHMEM),
         ("uffd.wp_unpopulated", UffdFeature.WP_UNPOPULATED),
-        ("uffd.wp_async", UffdFeature.WP_ASYNC | UffdFeature.MOVE | UffdFeature.POISON),
+        ("uffd.minor", UffdFeature.MINOR_SHMEM | UffdFeature.MINOR_HUGETLBFS),
+        ("uffd.poison", UffdFeature.POISON),
+        ("uffd.wp_async", UffdFeature.WP_ASYNC),
+        ("uffd.move", UffdFeature.MOVE),
     ):
         if has(name):
             features |= bits
@@ -223,6 +231,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         memcg=has("kpagecgroup"),
         memcg_v1=has("memcg.v1"),
         memcg_of_tails=has("kpagecgroup.tails"),
+        memfd_hugetlb=has("mm.hugetlb_memfd"),
         marker_type=SWP_PTE_MARKER - has("quirk.swapin_error_type"),
         hwpoison_type=_HWPOISON_TYPE - has("quirk.swapin_error_type"),
         mmap_says_why=has("mm.mmap_says_why"),
@@ -234,6 +243,10 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         hugetlb_promises_again=has("mm.hugetlb_promises_again"),
         hugetlb_promises_while_shared=has("quirk.hugetlb_promises_while_shared"),
         uffd_unregister_own=has("mm.mremap_checks_early"),
+        uffd_minor=has("uffd.minor"),
+        uffd_continue_wp=has("uffd.wp_unpopulated"),
+        uffd_poison=has("uffd.poison"),
+        uffd_move=has("uffd.move"),
         uffd_features=int(features),
         partial_invalidate_unmaps=has("disk.partial_invalidate_unmaps"),
         readahead_ends_aligned=has("disk.readahead_ends_aligned"),

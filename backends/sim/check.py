@@ -15,6 +15,7 @@ from pmcore.backends.sim.check_groups import group_findings
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED, MOVED_YOUNG
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
 from pmcore.backends.sim.services import blocks, ksm_state
+from pmcore.backends.sim.services.hugetlb import HugeFile
 from pmcore.backends.sim.services.pagecache import OpenFile
 from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual import hugetlb
@@ -121,6 +122,8 @@ class _Mappings:
 
     def __init__(self, core: Core, spaces: list[AddressSpace]) -> None:
         self.core = core
+        #: Whether write protection means what it says: no registration without it has followed one with (UF-011).
+        self.protected = "uffd_wp_left" not in core.numbers
         frames = core.memory.frames
         self.counts = np.zeros(frames.rows, dtype=np.int64)
         self.entire: Counter[int] = Counter()
@@ -143,7 +146,8 @@ class _Mappings:
                 entries = extent.entries
                 total += int(np.count_nonzero(entries))
                 present = entries[(entries & _PRESENT) != 0]
-                if (present & np.uint64(WRITE | UFFD_WP) == np.uint64(WRITE | UFFD_WP)).any():
+                both = present & np.uint64(WRITE | UFFD_WP) == np.uint64(WRITE | UFFD_WP)
+                if self.protected and both.any():
                     self.bad.append(
                         Finding("a write-protected entry may not be written", f"{extent.start:#x}")
                     )
@@ -192,11 +196,11 @@ class _Mappings:
             entry = core.pool.at[slot] if slot >= 0 else 0
             found += bool(entry) and pool.level == 1
             if not entry & PRESENT:
-                if entry not in (0, hugetlb.HUGE_MARKER):
+                if entry not in (0, hugetlb.HUGE_MARKER, hugetlb.HUGE_POISON):
                     self.bad.append(Finding("an empty hugetlb entry is none or a marker", f"{addr:#x}"))
                 continue
             head = entry & FIELD
-            if entry & (WRITE | UFFD_WP) == WRITE | UFFD_WP:
+            if self.protected and entry & (WRITE | UFFD_WP) == WRITE | UFFD_WP:
                 self.bad.append(Finding("a write-protected entry may not be written", f"{addr:#x}"))
             if entry & WRITE and not vma.flags & VmFlag.WRITE:
                 self.bad.append(Finding("an entry allows no more than its VMA", f"{addr:#x}"))
@@ -353,6 +357,7 @@ def _pools(core: Core, spaces: list[AddressSpace], maps: _Mappings) -> Iterator[
                 last = first + vma.length // file.pool.size
                 consumed = sum(1 for index in vma.huge.promise.consumed if first <= index < last)
                 promised[file.pool.size] += last - first - consumed
+        files |= {id(file): file for file in mm.files.values() if isinstance(file, HugeFile)}
     held: list[int] = []
     for file in files.values():
         held += file.pages.values()

@@ -78,6 +78,8 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
     def descriptor(file: object) -> list[Any]:
         if isinstance(file, OpenFile):
             return ["file", opened.setdefault(id(file), (len(opened), file))[0]]
+        if isinstance(file, HugeFile):
+            return ["huge", files.number(file)]
         return ["uffd", uffd(file)]
 
     spaces = [_space(mm, uffd, descriptor, files) for mm in tasks.values()]
@@ -145,9 +147,13 @@ class HugeFiles:
         self.files: dict[int, tuple[int, HugeFile]] = {}
         self.promises: dict[int, tuple[int, Promise]] = {}
 
+    def number(self, file: HugeFile) -> int:
+        """The number of a file."""
+        return self.files.setdefault(id(file), (len(self.files), file))[0]
+
     def words(self, huge: HugeMap) -> list[int | None]:
         """The numbers of a VMA's file and promise."""
-        file = self.files.setdefault(id(huge.file), (len(self.files), huge.file))[0]
+        file = self.number(huge.file)
         if huge.promise is None:
             return [file, None]
         return [file, self.promises.setdefault(id(huge.promise), (len(self.promises), huge.promise))[0]]
@@ -357,7 +363,8 @@ def _rebuild_space(
     mm.brk_start, mm.brk = words["brk"]
     mm.soft_dirty_cleared = words["soft_dirty_cleared"]
     mm.group = words.get("group", 0)
-    mm.files = {fd: (opened if kind == "file" else contexts)[n] for fd, kind, n in words["files"]}
+    kinds: dict[str, list[Any]] = {"file": opened, "huge": huge[0], "uffd": contexts}
+    mm.files = {fd: kinds[kind][n] for fd, kind, n in words["files"]}
 
 
 def save(state: State, settings: dict[str, Any], path: str | Path) -> None:

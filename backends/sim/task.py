@@ -13,6 +13,7 @@ from pmcore.backends.sim.calls import mmap as mmap_call
 from pmcore.backends.sim.calls import move_pages as numa_call
 from pmcore.backends.sim.calls import mremap as mremap_call
 from pmcore.backends.sim.calls import uffd as uffd_call
+from pmcore.backends.sim.calls import uffd_fill, uffd_move
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.process import SimProcess
 from pmcore.backends.sim.services import mincore
@@ -278,6 +279,36 @@ class SimTask(Task):
         """UFFDIO_WRITEPROTECT."""
         _words(start, length)
         self._call(uffd_call.writeprotect, fd, start, length, protect_it=protect)
+
+    def uffd_copy(self, fd: int, start: int, source: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_COPY."""
+        _words(start, source, length, mode)
+        return int(self._call(uffd_fill.copy, fd, start, source, length, mode))
+
+    def uffd_zeropage(self, fd: int, start: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_ZEROPAGE."""
+        _words(start, length, mode)
+        return int(self._call(uffd_fill.zeropage, fd, start, length, mode))
+
+    def uffd_continue(self, fd: int, start: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_CONTINUE."""
+        _words(start, length, mode)
+        return int(self._call(uffd_fill.continue_, fd, start, length, mode))
+
+    def uffd_poison(self, fd: int, start: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_POISON."""
+        _words(start, length, mode)
+        return int(self._call(uffd_fill.poison, fd, start, length, mode))
+
+    def uffd_move(self, fd: int, start: int, source: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_MOVE."""
+        _words(start, source, length, mode)
+        return int(self._call(uffd_move.move, fd, start, source, length, mode))
+
+    def uffd_wake(self, fd: int, start: int, length: int) -> None:
+        """UFFDIO_WAKE."""
+        _words(start, length)
+        self._call(uffd_fill.wake, fd, start, length)
 
     # -- coming and going ------------------------------------------------------------------------------
 

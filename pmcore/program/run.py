@@ -419,6 +419,27 @@ def _open_uffd(state: Run, step: s.UffdOpen) -> None:
     state.openers[step.fd] = step.task
 
 
+def _register(state: Run, step: s.UffdRegister) -> int | None:
+    found = state.task(step.task).uffd_register(state.fd(step.fd), *_range(state, step), step.mode)
+    return found if step.ioctls else None
+
+
+def _fill(method: str) -> Callable[[Run, Any], int]:
+    """A step through a userfaultfd that fills a range, from another one if it names that; the pages done."""
+
+    def do(state: Run, step: Any) -> int:
+        size = state.workbench.kernel.profile.geometry.page_size
+        start, length = _range(state, step)
+        places = [start]
+        if hasattr(step, "source"):
+            shift = getattr(step, "shift", 0)
+            places.append(state.area(step.source)[0] + step.source_page * size + shift)
+        function = getattr(state.task(step.task), method)
+        return int(function(state.fd(step.fd), *places, length, mode=step.mode)) // size
+
+    return do
+
+
 def _close(state: Run, step: s.CloseFd) -> None:
     state.task(step.task).close(state.fd(step.fd))
     del state.fds[step.fd]
@@ -455,9 +476,13 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.DropCaches: lambda r, st: [r.workbench.drop_caches(), None][1],  # how many pages is no outcome
     s.CloseFd: _close,
     s.UffdOpen: _open_uffd,
-    s.UffdRegister: lambda r, st: (
-        r.task(st.task).uffd_register(r.fd(st.fd), *_range(r, st), st.mode) and None
-    ),
+    s.UffdRegister: _register,
+    s.UffdCopy: _fill("uffd_copy"),
+    s.UffdZeropage: _fill("uffd_zeropage"),
+    s.UffdContinue: _fill("uffd_continue"),
+    s.UffdPoison: _fill("uffd_poison"),
+    s.UffdMove: _fill("uffd_move"),
+    s.UffdWake: lambda r, st: r.task(st.task).uffd_wake(r.fd(st.fd), *_range(r, st)),
     s.UffdUnregister: lambda r, st: r.task(st.task).uffd_unregister(r.fd(st.fd), *_range(r, st)),
     s.UffdProtect: lambda r, st: r.task(st.task).uffd_writeprotect(
         r.fd(st.fd), *_range(r, st), protect=st.protect

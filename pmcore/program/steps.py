@@ -55,10 +55,16 @@ __all__ = [
     "Step",
     "Sync",
     "Touch",
+    "UffdContinue",
+    "UffdCopy",
+    "UffdMove",
     "UffdOpen",
+    "UffdPoison",
     "UffdProtect",
     "UffdRegister",
     "UffdUnregister",
+    "UffdWake",
+    "UffdZeropage",
     "Unlock",
     "UnlockAll",
     "Unmap",
@@ -364,10 +370,12 @@ class UffdOpen(Step):
 
 @attrs.frozen(kw_only=True)
 class UffdRegister(_Range):
-    """UFFDIO_REGISTER; mode 2 is write protection."""
+    """UFFDIO_REGISTER; mode 1 missing pages, 2 write protection, 4 minor faults."""
 
     fd: str = name("uffd")
     mode: int = number(2)
+    #: Whether the value is the bits of the ioctls that then work on the range.
+    ioctls: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -383,6 +391,52 @@ class UffdProtect(_Range):
 
     fd: str = name("uffd")
     protect: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class _Fill(_Range):
+    fd: str = name("uffd")
+    mode: int = number(0)
+
+
+@attrs.frozen(kw_only=True)
+class UffdCopy(_Fill):
+    """UFFDIO_COPY from page `source_page` of the area `source`; the value is the pages filled. Mode 2 protects them."""
+
+    source: str = name()
+    source_page: int = number(0)
+    #: Bytes behind that page's start.
+    shift: int = number(0)
+
+
+@attrs.frozen(kw_only=True)
+class UffdZeropage(_Fill):
+    """UFFDIO_ZEROPAGE; the value is the pages filled."""
+
+
+@attrs.frozen(kw_only=True)
+class UffdContinue(_Fill):
+    """UFFDIO_CONTINUE; the value is the pages mapped. Mode 2 protects them."""
+
+
+@attrs.frozen(kw_only=True)
+class UffdPoison(_Fill):
+    """UFFDIO_POISON; the value is the pages poisoned."""
+
+
+@attrs.frozen(kw_only=True)
+class UffdMove(_Fill):
+    """UFFDIO_MOVE from page `source_page` of the area `source`; the value is the pages moved. Mode 2 allows holes."""
+
+    source: str = name()
+    source_page: int = number(0)
+
+
+@attrs.frozen(kw_only=True)
+class UffdWake(_Range):
+    """UFFDIO_WAKE."""
+
+    fd: str = name("uffd")
 
 
 @attrs.frozen(kw_only=True)
@@ -546,6 +600,12 @@ STEPS: dict[str, type[Step]] = {
         UffdRegister,
         UffdUnregister,
         UffdProtect,
+        UffdCopy,
+        UffdZeropage,
+        UffdContinue,
+        UffdPoison,
+        UffdMove,
+        UffdWake,
         Fork,
         Exit,
         ClearRefs,

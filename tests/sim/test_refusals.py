@@ -41,6 +41,11 @@ def half_done(step, parts, number):
         return True  # pages were read back from swap before the block turned out to be none; other blocks stay huge
     if isinstance(step, s.Lock) and number in (errno.ENOMEM, errno.EAGAIN):
         return True  # the mapping is locked before its pages are faulted in
+    if isinstance(step, s.UffdCopy | s.UffdZeropage | s.UffdContinue | s.UffdPoison | s.UffdMove):
+        # A source has been read, tables were made, and pages before the one that cannot be filled.
+        return number not in (errno.EBADF, errno.ENOTTY, errno.ESRCH)
+    if isinstance(step, s.Fallocate) and number == errno.ENOSPC:
+        return True  # of a hugetlb file: pages that were had before the pool was exhausted stay
     if isinstance(step, s.Touch | s.Read | s.Write):
         return number == errno.ENOMEM  # no call: the accesses before have happened
     if isinstance(step, s.Fork):

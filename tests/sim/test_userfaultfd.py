@@ -9,10 +9,10 @@ import pytest
 import pmcore
 from pmcore.backends.sim.check import BrokenInvariant
 from pmcore.backends.sim.machine import load_machine
-from pmcore.errors import SyscallError
+from pmcore.errors import AddressSpaceFault, SyscallError
 from pmcore.program import Program, Run
 from pmcore.program import steps as s
-from pmcore.uapi import UffdFeature
+from pmcore.uapi import Madvise, UffdFeature
 
 PAGE = 4096
 ASYNC = int(UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED)
@@ -127,3 +127,232 @@ def test_check_finds_a_registration_with_somebody_elses():
         machine.check()
     vma.uffd = right
     machine.check()
+
+
+# -- filling, poisoning, moving --------------------------------------------------------------------------
+
+SIGBUS = int(UffdFeature.SIGBUS)
+HUGETLB = 0x40022
+
+
+def registered(machine, pages=16, *, mode=1, features=SIGBUS, **mapping):
+    task = machine.spawn()
+    start = task.mmap(pages * PAGE, **mapping)
+    fd = task.userfaultfd(features)
+    task.uffd_register(fd, start, pages * PAGE, mode)
+    return task, start, fd
+
+
+def errno_of(call, *arguments, **named):
+    with pytest.raises(SyscallError) as caught:
+        call(*arguments, **named)
+    return caught.value.errno
+
+
+@pytest.mark.rule("UF-001")
+def test_a_fault_that_nobody_answers_waits():
+    """The deterministic machine says so instead of standing still, also where the kernel would fault in."""
+    machine = make()
+    task, start, _ = registered(machine, features=0)
+    for call in (
+        lambda: task.read(start, 1),
+        lambda: task.write(start, b"x"),
+        lambda: task.madvise(start, PAGE, Madvise.POPULATE_READ),
+    ):
+        with pytest.raises(AddressSpaceFault, match="would wait") as caught:
+            call()
+        assert caught.value.signal == "SIGSTOP"
+    machine.check()
+
+
+@pytest.mark.rule("UF-004")
+def test_a_source_that_would_wait_is_no_source():
+    machine = make()
+    task, start, fd = registered(machine, features=0)
+    with pytest.raises(AddressSpaceFault, match="would wait"):
+        task.uffd_copy(fd, start, start + PAGE, PAGE)
+    machine.check()
+
+
+@pytest.mark.rule("UF-010")
+def test_what_was_done_before_it_stopped_is_kept():
+    machine = make()
+    task, start, fd = registered(machine)
+    source = task.mmap(16 * PAGE)
+    task.write(source + PAGE, b"hello")
+    assert task.uffd_zeropage(fd, start + 3 * PAGE, PAGE) == PAGE
+    assert errno_of(task.uffd_copy, fd, start, source, 8 * PAGE) == errno.EAGAIN
+    entries = task.process.pagemap(start, start + 5 * PAGE)
+    assert entries.present.tolist() == [True, True, True, True, False]
+    assert task.read(start + PAGE, 5) == b"hello"
+    assert errno_of(task.uffd_copy, fd, start, source, PAGE) == errno.EEXIST
+    machine.check()
+
+
+@pytest.mark.rule("UF-004", "UF-005", "UF-007")
+def test_filling_without_memory_leaves_nothing_half_done():
+    machine = make(memory="8 MiB", swap=0)
+    task, start, fd = registered(machine, 4096)
+    source = task.mmap(PAGE)
+    task.write(source, b"x" * PAGE)
+    done = 0
+    for page in range(4096):
+        try:
+            task.uffd_copy(fd, start + page * PAGE, source, PAGE)
+        except SyscallError as error:
+            failed = error.errno
+            break
+        done += 1
+    assert failed == errno.ENOMEM
+    assert done > 500
+    machine.check()
+
+
+@pytest.mark.rule("UF-007", "UF-009")
+def test_state_with_poison_and_moved_pages_is_kept(tmp_path):
+    machine = make()
+    task, start, fd = registered(machine, 2048, mode=3)
+    task.uffd_poison(fd, start + PAGE, 3 * PAGE)
+    origin = task.mmap(16 * PAGE)
+    task.touch(origin, 8 * PAGE)
+    task.uffd_move(fd, start + 8 * PAGE, origin, 8 * PAGE)
+    machine.check()
+    digest, path = machine.digest(), tmp_path / "machine.zip"
+    machine.save(path)
+    again = load_machine(path)
+    assert again.digest() == digest
+    (other,) = again.tasks()
+    with pytest.raises(AddressSpaceFault, match="poisoned"):
+        other.read(start + PAGE, 1)
+    assert other.process.pagemap(start, start + 16 * PAGE).present.tolist() == [False] * 8 + [True] * 8
+
+
+@pytest.mark.rule("UF-008")
+def test_moving_keeps_frames_and_marks():
+    machine = make(kernel="6.12")
+    task, start, fd = registered(machine)
+    origin = task.mmap(4 * PAGE)
+    task.write(origin, b"hello")
+    task.touch(origin + PAGE, PAGE, write=False)
+    task.process.clear_refs(4)
+    before = task.process.pagemap(origin, origin + 2 * PAGE)
+    assert not before.soft_dirty.any()
+    assert task.uffd_move(fd, start, origin, 2 * PAGE) == 2 * PAGE
+    after = task.process.pagemap(start, start + 2 * PAGE)
+    assert after.pfn.tolist() == before.pfn.tolist()
+    assert after.soft_dirty.tolist() == [True, False]
+    assert not task.process.pagemap(origin, origin + 2 * PAGE).values.any()
+    assert task.read(start, 5) == b"hello"
+    machine.check()
+
+
+@pytest.mark.parametrize(
+    ("version", "calls"),
+    [
+        ("5.12", {"copy", "zeropage"}),
+        ("6.1", {"copy", "zeropage", "continue"}),
+        ("6.6", {"copy", "zeropage", "continue", "poison"}),
+        ("6.8", {"copy", "zeropage", "continue", "poison", "move"}),
+    ],
+)
+@pytest.mark.rule("UF-006", "UF-007", "UF-008", "UF-010")
+def test_kernels_have_the_calls_of_their_version(version, calls):
+    """What a kernel does not know is EINVAL, and UFFDIO_REGISTER does not offer it."""
+    machine = make(kernel=version)
+    task = machine.spawn()
+    origin = task.mmap(PAGE)
+    task.touch(origin, PAGE)
+    memory = task.memfd_create("m")
+    task.ftruncate(memory, 4 * PAGE)
+    other = task.mmap(4 * PAGE, flags=1, fd=memory)
+    task.touch(other, PAGE)
+    start, fd = task.mmap(8 * PAGE), task.userfaultfd(SIGBUS)
+    offered = task.uffd_register(fd, start, 8 * PAGE, 1)
+    shared = task.mmap(4 * PAGE, flags=1, fd=memory)
+    task.uffd_register(fd, shared, 4 * PAGE, 1)
+    found = set()
+    for name, call in {
+        "copy": lambda: task.uffd_copy(fd, start, origin, PAGE),
+        "zeropage": lambda: task.uffd_zeropage(fd, start + PAGE, PAGE),
+        "continue": lambda: task.uffd_continue(fd, shared, PAGE),
+        "poison": lambda: task.uffd_poison(fd, start + 2 * PAGE, PAGE),
+        "move": lambda: task.uffd_move(fd, start + 3 * PAGE, origin, PAGE),
+    }.items():
+        if name in calls:
+            assert call() == PAGE
+            found.add(name)
+        else:
+            assert errno_of(call) == errno.EINVAL
+    assert found == calls
+    assert bool(offered & 1 << 5) == ("move" in calls)
+    assert bool(offered & 1 << 8) == ("poison" in calls)
+    machine.check()
+
+
+@pytest.mark.rule("UF-003", "UF-006", "UF-010")
+def test_hugetlb_is_filled_by_whole_pages():
+    machine = make(hugepages={"2 MiB": 4})
+    task, huge = machine.spawn(), 2 << 20
+    fd, memory = task.userfaultfd(SIGBUS), task.memfd_create("h", flags=4)
+    start = task.mmap(2 * huge, flags=1, fd=memory)
+    offered = task.uffd_register(fd, start, 2 * huge, 5)
+    assert offered == 1 << 2 | 1 << 3 | 1 << 7 | 1 << 8
+    with pytest.raises(AddressSpaceFault):
+        task.read(start, 1)
+    source = task.mmap(huge)
+    task.write(source + 5 * PAGE, b"hello")
+    assert errno_of(task.uffd_copy, fd, start, source, PAGE) == errno.EINVAL
+    assert errno_of(task.uffd_zeropage, fd, start, huge) == errno.EINVAL
+    assert errno_of(task.uffd_continue, fd, start, huge) == errno.EFAULT
+    assert task.uffd_copy(fd, start, source, huge) == huge
+    assert task.read(start + 5 * PAGE, 5) == b"hello"
+    assert task.uffd_poison(fd, start + huge, huge) == huge
+    assert errno_of(task.uffd_poison, fd, start + huge, huge) == errno.EEXIST
+    machine.check()
+    state, digest = machine.checkpoint(), machine.digest()
+    other = task.mmap(2 * huge, flags=1, fd=memory)
+    task.uffd_register(fd, other, 2 * huge, 4)
+    with pytest.raises(AddressSpaceFault):
+        task.read(other, 1)
+    assert task.uffd_continue(fd, other, huge) == huge
+    assert task.read(other + 5 * PAGE, 5) == b"hello"
+    machine.check()
+    machine.restore(state)
+    machine.check()
+    assert machine.digest() == digest
+
+
+@pytest.mark.rule("UF-004")
+def test_a_copy_of_hugetlb_that_fails_gives_page_and_promise_back():
+    machine = make(hugepages={"2 MiB": 4})
+    task, huge = machine.spawn(), 2 << 20
+    fd = task.userfaultfd(SIGBUS)
+    start = task.mmap(2 * huge, flags=HUGETLB)
+    task.uffd_register(fd, start, 2 * huge, 1)
+    pool = machine.hugetlb.default
+    before = (pool.total, len(pool.free), pool.reserved, pool.surplus)
+    assert errno_of(task.uffd_copy, fd, start, start + huge, huge) == errno.EFAULT
+    assert (pool.total, len(pool.free), pool.reserved, pool.surplus) == before
+    memory = task.memfd_create("h", flags=4)
+    task.ftruncate(memory, huge)
+    shared = task.mmap(2 * huge, prot=1, flags=1, fd=memory)
+    task.uffd_register(fd, shared, 2 * huge, 1)
+    source = task.mmap(huge)
+    assert errno_of(task.uffd_copy, fd, shared + huge, source, huge) == errno.EFAULT
+    machine.check()
+    task.exit()
+    machine.check()
+    assert len(pool.free) == 4
+
+
+def test_check_finds_a_poisoned_entry_of_another_form():
+    machine = make(hugepages={"2 MiB": 2})
+    task, huge = machine.spawn(), 2 << 20
+    fd, start = task.userfaultfd(SIGBUS), task.mmap(huge, flags=HUGETLB)
+    task.uffd_register(fd, start, huge, 1)
+    task.uffd_poison(fd, start, huge)
+    machine.check()
+    slot = task.mm.tables.leaf_slot(start, 1)
+    machine.core.pool.at[slot] |= 4 << 5
+    with pytest.raises(BrokenInvariant, match="none or a marker"):
+        machine.check()

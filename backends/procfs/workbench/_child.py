@@ -48,7 +48,18 @@ _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 36
 _SYS_MOVE_PAGES = {"x86_64": 279, "aarch64": 239, "riscv64": 239, "ppc64le": 301, "s390x": 310}
 _UNWRITTEN = 0x7FFF_FFFF
 _SYS_PIDFD_GETFD = 438
-_UFFDIO = {"api": 0xC018AA3F, "register": 0xC020AA00, "unregister": 0x8010AA01, "writeprotect": 0xC018AA06}
+_UFFDIO = {
+    "api": 0xC018AA3F,
+    "register": 0xC020AA00,
+    "unregister": 0x8010AA01,
+    "wake": 0x8010AA02,
+    "copy": 0xC028AA03,
+    "zeropage": 0xC020AA04,
+    "move": 0xC028AA05,
+    "writeprotect": 0xC018AA06,
+    "continue": 0xC020AA07,
+    "poison": 0xC020AA08,
+}
 
 #: BUS_MCEERR_AR and BUS_MCEERR_AO of siginfo; where the code, the address and its lsb are.
 _MCEERR = (4, 5)

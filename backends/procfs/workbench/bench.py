@@ -342,6 +342,30 @@ class ProcfsTask(Task):
         """UFFDIO_WRITEPROTECT."""
         self._uffd(fd, "writeprotect", start, length, _UFFD_WP_MODE_WP if protect else 0)
 
+    def uffd_copy(self, fd: int, start: int, source: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_COPY."""
+        return self._uffd(fd, "copy", start, source, length, mode, 0)
+
+    def uffd_zeropage(self, fd: int, start: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_ZEROPAGE."""
+        return self._uffd(fd, "zeropage", start, length, mode, 0)
+
+    def uffd_continue(self, fd: int, start: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_CONTINUE."""
+        return self._uffd(fd, "continue", start, length, mode, 0)
+
+    def uffd_poison(self, fd: int, start: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_POISON."""
+        return self._uffd(fd, "poison", start, length, mode, 0)
+
+    def uffd_move(self, fd: int, start: int, source: int, length: int, *, mode: int = 0) -> int:
+        """UFFDIO_MOVE."""
+        return self._uffd(fd, "move", start, source, length, mode, 0)
+
+    def uffd_wake(self, fd: int, start: int, length: int) -> None:
+        """UFFDIO_WAKE."""
+        self._uffd(fd, "wake", start, length)
+
     def fork(self) -> ProcfsTask:
         """fork(2)."""
         return self._bench.forked_from(self._channel)

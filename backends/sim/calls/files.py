@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmcore.backends.sim.calls import uffd
+from pmcore.backends.sim.calls import hugefiles, uffd
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.services import diskfile, filesystem, pagecache, readahead, writeback
+from pmcore.backends.sim.services.hugetlb import HugeFile
 from pmcore.backends.sim.services.pagecache import FileSystem, Inode, OpenFile
 from pmcore.errors import NotModelled
 from pmcore.uapi import Errno
@@ -53,6 +54,7 @@ def install(mm: AddressSpace, file: object) -> int:
 
 def memfd_create(core: Core, mm: AddressSpace, name: str, flags: int) -> int:
     """memfd_create(2); the descriptor."""
+    flags &= (1 << 32) - 1  # an unsigned int
     call = f"memfd_create({name!r}, {flags:#x})"
     known = _MFD_CLOEXEC | _MFD_SEALING | _MFD_HUGETLB | _MFD_NOEXEC | _MFD_EXEC
     if flags & _MFD_HUGETLB:
@@ -62,7 +64,7 @@ def memfd_create(core: Core, mm: AddressSpace, name: str, flags: int) -> int:
     if len(name.encode()) > 249:
         refuse(Errno.EINVAL, call, "names have up to 249 bytes")
     if flags & _MFD_HUGETLB:
-        raise NotModelled("memfd_create(MFD_HUGETLB)")
+        return install(mm, hugefiles.create(core, call, name, flags))
     return install(mm, OpenFile(pagecache.make(core, FileSystem.SHMEM, f"/memfd:{name} (deleted)", 0)))
 
 
@@ -81,6 +83,10 @@ def ftruncate(core: Core, mm: AddressSpace, fd: int, length: int) -> None:
     call = f"ftruncate({fd}, {length})"
     if length < 0 or length > _MAX:
         refuse(Errno.EINVAL, call)
+    huge = mm.files.get(fd)
+    if isinstance(huge, HugeFile):
+        hugefiles.truncate(core, huge, call, length)
+        return
     inode = opened(mm, fd, call, Errno.EINVAL).inode
     if inode.on_disk and length > diskfile.MAX_SIZE:
         refuse(Errno.EFBIG, call)
@@ -98,6 +104,15 @@ def fallocate(core: Core, mm: AddressSpace, fd: int, mode: int, offset: int, len
         refuse(Errno.EOPNOTSUPP, call)
     if mode & _PUNCH_HOLE and mode & ~(_PUNCH_HOLE | _KEEP_SIZE):
         refuse(Errno.EOPNOTSUPP, call)
+    huge = mm.files.get(fd)
+    if isinstance(huge, HugeFile):
+        if offset + length > _MAX:
+            refuse(Errno.EFBIG, call)
+        if mode & ~(_PUNCH_HOLE | _KEEP_SIZE):
+            refuse(Errno.EOPNOTSUPP, call)
+        punch, keep_size = bool(mode & _PUNCH_HOLE), bool(mode & _KEEP_SIZE)
+        hugefiles.fallocate(core, huge, call, offset, length, punch=punch, keep_size=keep_size)
+        return
     inode = opened(mm, fd, call, Errno.ENODEV).inode
     if offset + length > (diskfile.MAX_SIZE if inode.on_disk else _MAX):
         refuse(Errno.EFBIG, call)
@@ -119,6 +134,8 @@ def pread(core: Core, mm: AddressSpace, fd: int, length: int, offset: int) -> by
     if offset < 0 or length < 0 or offset > _MAX:
         refuse(Errno.EINVAL, call)
     file = mm.files.get(fd)
+    if isinstance(file, HugeFile):
+        return hugefiles.pread(core, file, length, offset)
     if file is not None and not isinstance(file, OpenFile):
         raise NotModelled("reading a userfaultfd")
     return filesystem.pread(core, opened(mm, fd, call, Errno.EINVAL), length, offset)
@@ -146,6 +163,8 @@ def lseek(core: Core, mm: AddressSpace, fd: int, offset: int, whence: int) -> in
     file = mm.files.get(fd)
     if file is None:
         refuse(Errno.EBADF, call)
+    if isinstance(file, HugeFile):
+        return hugefiles.lseek(file, call, offset, whence)
     if not isinstance(file, OpenFile):
         refuse(Errno.ESPIPE, call)
     inode = file.inode
@@ -176,6 +195,8 @@ def lseek(core: Core, mm: AddressSpace, fd: int, offset: int, whence: int) -> in
 
 def fsync(core: Core, mm: AddressSpace, fd: int) -> None:
     """fsync(2): write out what is dirty; shmem has nowhere to write to."""
+    if isinstance(mm.files.get(fd), HugeFile):
+        return
     writeback.write_out(core, opened(mm, fd, f"fsync({fd})", Errno.EINVAL).inode)
 
 
@@ -187,6 +208,10 @@ def sync(core: Core, mm: AddressSpace) -> None:
 def fadvise(core: Core, mm: AddressSpace, fd: int, offset: int, length: int, advice: int) -> None:
     """posix_fadvise(2): 3 reads a range ahead, 4 drops what of it is clean and unmapped."""
     call, size = f"posix_fadvise({fd}, {offset}, {length}, {advice})", core.geometry.page_size
+    if isinstance(mm.files.get(fd), HugeFile):
+        if length < 0 or not 0 <= advice <= 5:
+            refuse(Errno.EINVAL, call)
+        return
     if fd in mm.files and not isinstance(mm.files[fd], OpenFile):
         raise NotModelled("posix_fadvise of a userfaultfd")
     file = opened(mm, fd, call, Errno.EINVAL)
@@ -250,6 +275,9 @@ def close(core: Core, mm: AddressSpace, fd: int, tasks: Iterable[SimTask]) -> No
     file = mm.files.get(fd)
     if file is None:
         refuse(Errno.EBADF, f"close({fd})")
+    if isinstance(file, HugeFile):
+        hugefiles.close(core, mm, fd)
+        return
     if isinstance(file, OpenFile):
         del mm.files[fd]
         pagecache.put(core, file.inode)

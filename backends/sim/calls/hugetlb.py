@@ -79,6 +79,8 @@ def map_file(
     kind = flags & 0x0F
     if kind not in (MapFlag.SHARED, MapFlag.PRIVATE, _SHARED_VALIDATE):
         refuse(Errno.EINVAL, call, "neither MAP_PRIVATE nor MAP_SHARED")
+    if flags & MapFlag.GROWSDOWN:
+        refuse(Errno.EINVAL, call, "a file does not grow down")
     shared = kind != MapFlag.PRIVATE
     if shared and file.pool.level == 1 and _covers_table(core, addr, length):
         raise NotModelled("shared page tables of hugetlb mappings of 1 GiB", remedy="smaller mappings")
@@ -161,7 +163,6 @@ def remove(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, high
 def punch(core: Core, file: HugeFile, start: int, end: int) -> None:
     """Punch a hole (hugetlbfs_punch_hole)."""
     size = file.pool.size
-    end = min(end, file.length) if end > file.length else end
     inner, outer = align_up(start, size), end & -size
     if start < inner:
         _zero(core, file, start, min(inner, end))

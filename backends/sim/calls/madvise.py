@@ -136,6 +136,8 @@ def _populate(core: Core, mm: AddressSpace, call: Call, start: int, end: int, *,
         try:
             fault_in(core, mm, position, stop, write=write)
         except AddressSpaceFault as fault:
+            if fault.signal == "SIGSTOP":
+                raise  # whoever faults in waits, as an access would
             refuse(Errno.EHWPOISON if fault.lsb else Errno.EFAULT, call)
         except NoMemory:
             refuse(Errno.ENOMEM, call)

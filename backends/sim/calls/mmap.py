@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pmcore.backends.sim.calls import hugefiles
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.refuse import Call, refuse
 from pmcore.backends.sim.services import pagecache
+from pmcore.backends.sim.services.hugetlb import HugeFile
 from pmcore.backends.sim.services.pagecache import FileSystem, OpenFile
 from pmcore.backends.sim.virtual import hugetlb, protect, zap
 from pmcore.backends.sim.virtual.populate import fault_in
@@ -47,6 +49,8 @@ def mmap(
         refuse(Errno.EINVAL, call, "the offset is not page-aligned")
     if not flags & _ANONYMOUS and fd not in mm.files:
         refuse(Errno.EBADF, call)
+    if not flags & _ANONYMOUS and isinstance(huge := mm.files[fd], HugeFile):
+        return hugefiles.mmap(core, mm, huge, addr, length, prot, flags, offset)
     if flags & _HUGETLB:
         if not flags & _ANONYMOUS:
             refuse(Errno.EINVAL, call, "that file has no huge pages")

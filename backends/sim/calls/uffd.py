@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.calls.uffd_common import context_of, range_of
 from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual import hugetlb, protect
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
@@ -35,32 +36,17 @@ def api(core: Core, mm: AddressSpace, features: int) -> Userfaultfd:
     return Userfaultfd(mm, int(features))  # a plain number: it is asked at each fault
 
 
-def _context(mm: AddressSpace, fd: int, call: str) -> Userfaultfd:
-    context = mm.files.get(fd)
-    if context is None:
-        refuse(Errno.EBADF, call)
-    if not isinstance(context, Userfaultfd):
-        refuse(Errno.ENOTTY, call)
-    return context
-
-
-def _check_range(core: Core, call: str, start: int, length: int) -> None:
-    size, task_size = core.geometry.page_size, core.geometry.task_size
-    if start & size - 1 or length & size - 1 or not length:
-        refuse(Errno.EINVAL, call)
-    if start < core.mmap_min or start >= task_size or length > task_size - start:
-        refuse(Errno.EINVAL, call)
-
-
 def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mode: int) -> int:
     """UFFDIO_REGISTER; the bits of the ioctls that then work on the range."""
     call = f"UFFDIO_REGISTER({start:#x}, {length:#x}, mode {mode:#x})"
-    context = _context(mm, fd, call)
+    context = context_of(mm, fd, call)
     if not mode or mode & ~(_MISSING | _WP | _MINOR):
         refuse(Errno.EINVAL, call)
     if mode & _WP and not core.caps.uffd_wp:
         refuse(Errno.EINVAL, call, "this kernel has no write protection")
-    _check_range(core, call, start, length)
+    if mode & _MINOR and not core.caps.uffd_minor:
+        refuse(Errno.EINVAL, call, "this kernel has no minor faults")
+    range_of(core, call, start, length)
     end = start + length
     mm = context.mm
     if not mm.alive:
@@ -74,9 +60,12 @@ def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mod
     basic, asynchronous = False, bool(context.features & UffdFeature.WP_ASYNC)
     for vma in mm.vmas.within(start, end):
         huge = bool(vma.flags & VmFlag.HUGETLB)
-        if not huge and (mode & _MINOR or vma.flags & (VmFlag.IO | VmFlag.PFNMAP)):
+        shmem = vma.file is not None and not vma.file.on_disk
+        minor = mode & _MINOR and not (shmem and core.caps.uffd_features & UffdFeature.MINOR_SHMEM)
+        if not huge and (minor or vma.flags & (VmFlag.IO | VmFlag.PFNMAP)):
             refuse(Errno.EINVAL, call, "a mapping in the range cannot be registered so")
-        if vma.file is not None and not _WP_FEATURES_FILES & core.caps.uffd_features:
+        files = bool(_WP_FEATURES_FILES & core.caps.uffd_features)
+        if mode & _WP and (huge or vma.file is not None) and not files:
             refuse(Errno.EINVAL, call, "this kernel protects anonymous memory only")
         if vma.file is not None and vma.file.on_disk and not (flags == VmFlag.UFFD_WP and asynchronous):
             refuse(Errno.EINVAL, call, "a file on a disk is protected by WP_ASYNC alone")
@@ -91,13 +80,22 @@ def register(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mod
         if vma.uffd is context and vma.flags & flags == flags:
             continue
         low, high = max(vma.start, start), min(vma.end, end)
+        if vma.flags & VmFlag.UFFD_WP and not flags & VmFlag.UFFD_WP and "uffd_wp_left" not in core.numbers:
+            core.number("uffd_wp_left")  # entries stay as they are (UF-011)
         part = mm.vmas.change(vma, low, high, vma.flags & ~VmFlag.UFFD | flags)
         part.uffd = context
         mm.vmas.merge(low, high)
-    ioctls = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8  # WAKE, COPY, ZEROPAGE, MOVE, POISON
-    if basic:
-        ioctls = 1 << 2 | 1 << 3 | 1 << 8 | (1 << 7 if mode & _MINOR else 0)  # CONTINUE
-    return ioctls | (1 << 6 if mode & _WP else 0)
+    return _ioctls(core, mode, basic=basic)
+
+
+def _ioctls(core: Core, mode: int, *, basic: bool) -> int:
+    """Which ioctls work on a range, as bits of their numbers; `basic`: some of it is hugetlb."""
+    wake, copy, zeropage, move, protect, minor, poison = (1 << number for number in range(2, 9))
+    found = wake | copy | (0 if basic else zeropage)
+    found |= move if core.caps.uffd_move and not basic else 0
+    found |= protect if mode & _WP else 0
+    found |= minor if mode & _MINOR else 0
+    return found | (poison if core.caps.uffd_poison else 0)
 
 
 def _check_huge_start(call: str, first: VmArea, start: int) -> None:
@@ -109,9 +107,9 @@ def _check_huge_start(call: str, first: VmArea, start: int) -> None:
 def unregister(core: Core, mm: AddressSpace, fd: int, start: int, length: int) -> None:
     """UFFDIO_UNREGISTER."""
     call = f"UFFDIO_UNREGISTER({start:#x}, {length:#x})"
-    context = _context(mm, fd, call)
+    context = context_of(mm, fd, call)
     mm = context.mm
-    _check_range(core, call, start, length)
+    range_of(core, call, start, length)
     if not mm.alive:
         refuse(Errno.ENOMEM, call, "the process that it watched is gone")
     end = start + length
@@ -142,9 +140,9 @@ def unregister(core: Core, mm: AddressSpace, fd: int, start: int, length: int) -
 def writeprotect(core: Core, mm: AddressSpace, fd: int, start: int, length: int, *, protect_it: bool) -> None:
     """UFFDIO_WRITEPROTECT."""
     call = f"UFFDIO_WRITEPROTECT({start:#x}, {length:#x}, {protect_it})"
-    context = _context(mm, fd, call)
+    context = context_of(mm, fd, call)
     mm = context.mm
-    _check_range(core, call, start, length)
+    range_of(core, call, start, length)
     if not mm.alive:
         refuse(Errno.ESRCH, call, "the process that it watched is gone")
     end, position = start + length, start

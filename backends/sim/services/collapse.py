@@ -12,7 +12,19 @@ from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, MOVED_YOUNG
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.services import lru, swapping, thp
 from pmcore.backends.sim.virtual import mapping
-from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, GUARD, LEAF, PRESENT, UFFD_WP, WRITE, YOUNG
+from pmcore.backends.sim.virtual.pte import (
+    DIRTY,
+    FIELD,
+    GUARD,
+    LEAF,
+    POISON_MARKER,
+    PRESENT,
+    SWAP,
+    UFFD_WP,
+    WRITE,
+    YOUNG,
+    poisoned,
+)
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.errors import NotModelled
@@ -92,7 +104,7 @@ def _one(
     except NoMemory:
         return Errno.ENOMEM, True
     core.count("thp_collapse_alloc")
-    guard = (entries & np.uint64(GUARD)) != 0
+    guard = ((entries & np.uint64(GUARD)) != 0) | _poisoned(entries)
     for index in np.flatnonzero(guard | swap_entries(entries)).tolist():
         if guard[index]:  # what came before it has been read back
             core.memory.free_folio(folio)
@@ -172,7 +184,7 @@ def scan_block(
     try:
         for index in swapped.tolist():
             entry = int(entries[index])
-            if entry & GUARD:
+            if entry & GUARD or poisoned(entry):
                 core.memory.free_folio(folio)
                 return "fail"
             swapping.swap_in(
@@ -187,6 +199,11 @@ def scan_block(
     _copy(core, mm, vma, addr, folio)
     waiting.clear()
     return "collapsed"
+
+
+def _poisoned(entries: U64Array) -> BoolArray:
+    found: BoolArray = (entries & np.uint64(FIELD | PRESENT | SWAP)) == np.uint64(POISON_MARKER)
+    return found
 
 
 def _met_twice(core: Core, entries: U64Array, waiting: list[int]) -> bool:

@@ -222,7 +222,36 @@ class Hugetlb:
         """A page for a fault, of zeros; -1 if the pool is exhausted. Without `promised` promises are left alone."""
         assert vma.huge is not None
         pool = vma.huge.file.pool
-        promised = promised and not self.needs_page(vma, index)
+        head = self._take(pool, promised=promised and not self.needs_page(vma, index))
+        if head < 0:
+            return -1
+        if vma.shared:
+            vma.huge.file.reserved.add(index)
+        elif vma.huge.promise is not None:
+            vma.huge.promise.consumed.add(index)
+        return head
+
+    def untake(self, vma: VmArea, index: int, head: int, *, promised: bool) -> None:
+        """A page that `take` gave is not needed after all: it and its promise go back (restore_reserve_on_error)."""
+        assert vma.huge is not None
+        file, promise = vma.huge.file, vma.huge.promise
+        if vma.shared:
+            if not promised:
+                file.reserved.discard(index)
+        elif promise is not None and promised:
+            promise.consumed.discard(index)
+        if promised:
+            self.restored.add(head)
+        self.give(head)
+
+    def take_for_file(self, file: HugeFile, index: int) -> int:
+        """A page for the file itself (fallocate), of zeros; -1 if the pool is exhausted."""
+        head = self._take(file.pool, promised=index in file.reserved)
+        if head >= 0:
+            file.reserved.add(index)
+        return head
+
+    def _take(self, pool: Pool, *, promised: bool) -> int:
         if pool.free and (promised or len(pool.free) > pool.reserved):
             head = pool.free.pop()
         else:
@@ -231,10 +260,6 @@ class Hugetlb:
                 return -1
         if promised:
             pool.reserved -= 1
-        if vma.shared:
-            vma.huge.file.reserved.add(index)
-        elif vma.huge.promise is not None:
-            vma.huge.promise.consumed.add(index)
         self._core.memory.frames.set_bits(head, pool.pages, int(PageFlag.UPTODATE))
         return head
 
@@ -293,6 +318,17 @@ class Hugetlb:
             self.give(head)
         return len(gone)
 
+    def put(self, file: HugeFile) -> None:
+        """Somebody refers to the file no more: without any mapping or descriptor left it is gone."""
+        if file.users or any(
+            descriptor is file for mm in self._core.spaces.values() for descriptor in mm.files.values()
+        ):
+            return
+        if self._later is None:
+            self.evict(file)
+        else:
+            self._later.append(file)
+
     def evict(self, file: HugeFile) -> None:
         """Nobody maps the file or has it open: its pages and promises are given back."""
         freed = self.forget_pages(file, 0, 1 << 64)
@@ -308,11 +344,7 @@ class Hugetlb:
             consumed = sum(1 for index in promise.consumed if first <= index < last)
             self.unreserve(file.pool, last - first - consumed)
         file.add_user(mm, -1)
-        if not file.users:
-            if self._later is None:
-                self.evict(file)
-            else:
-                self._later.append(file)
+        self.put(file)
 
     @contextmanager
     def files_go_later(self) -> Iterator[None]:
@@ -323,7 +355,8 @@ class Hugetlb:
         finally:
             gone, self._later = self._later, None
             for file in gone:
-                self.evict(file)
+                if not file.users:  # it may have been mapped anew
+                    self.evict(file)
 
     def in_use(self) -> Iterator[int]:
         """Heads of the pages that are not free."""

@@ -19,6 +19,7 @@ from pmcore.backends.sim.virtual.mapping import MLOCKED
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
     FIELD,
+    POISON_MARKER,
     PRESENT,
     SOFT_DIRTY,
     SPECIAL,
@@ -29,6 +30,7 @@ from pmcore.backends.sim.virtual.pte import (
     YOUNG,
     is_hwpoison,
     is_marker,
+    poisoned,
 )
 from pmcore.backends.sim.virtual.tables import Extent
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -222,6 +224,7 @@ def lazy_free(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -
             fields = entries[swap] & _FIELD
             entries[swap] = 0
             core.swap.release(fields)
+        entries[(entries & np.uint64(PRESENT | SWAP | FIELD)) == np.uint64(POISON_MARKER)] = 0
         touched = _small(core, entries)
         pfns = (entries[touched] & _FIELD).view(np.int64)
         # A dirty page, or one in the swap cache, is looked at more closely: only if it is mapped here alone.
@@ -253,6 +256,8 @@ def _free_few(core: Core, few: range) -> None:
             at[slot] = 0
             if not is_hwpoison(pte):
                 fields.append(pte & FIELD)
+        elif pte and poisoned(pte):
+            at[slot] = 0
     if fields:
         core.swap.release(np.array(fields, dtype=np.uint64))
     for slot in few:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.physical.buddy import Pfns
 
-__all__ = ["fallocate", "fill_holes", "get_page", "pread", "punch_hole", "pwrite", "truncate"]
+__all__ = ["fallocate", "fill_holes", "get_page", "insert", "pread", "punch_hole", "pwrite", "truncate"]
 
 _DIRTY, _UPTODATE = int(PageFlag.DIRTY), int(PageFlag.UPTODATE)
 _REFERENCED = int(PageFlag.REFERENCED)
@@ -35,11 +35,12 @@ def get_page(core: Core, inode: Inode, page: int, flags: int = pagecache.NEW_SHM
         return _swap_in(core, inode, page, word & FIELD)
     pfn = core.memory.page(flags)
     core.memory.on_lru(pfn)
-    _insert(core, inode, page, pfn)
+    insert(core, inode, page, pfn)
     return pfn
 
 
-def _insert(core: Core, inode: Inode, page: int, pfn: int) -> None:
+def insert(core: Core, inode: Inode, page: int, pfn: int) -> None:
+    """The frame is that page of the file from here on."""
     frames = core.memory.frames
     frames.owner_at[pfn] = inode.number
     frames.index_at[pfn] = page
@@ -52,7 +53,7 @@ def _swap_in(core: Core, inode: Inode, page: int, field: int) -> int:
     core.swap.area(field).counts[field >> 5] -= 1
     core.swap.uncache(pfn)
     core.memory.frames.flags_at[pfn] |= CACHED | _DIRTY
-    _insert(core, inode, page, pfn)
+    insert(core, inode, page, pfn)
     return pfn
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["Userfaultfd", "blocked", "resolves_itself"]
+__all__ = ["Userfaultfd", "blocked", "poisoned_access", "resolves_itself"]
 
 _WP_ASYNC, _SIGBUS = int(UffdFeature.WP_ASYNC), int(UffdFeature.SIGBUS)
 
@@ -39,3 +39,8 @@ def blocked(vma: VmArea, addr: int) -> AddressSpaceFault:
     if isinstance(vma.uffd, Userfaultfd) and vma.uffd.features & _SIGBUS:
         return AddressSpaceFault("SIGBUS", addr, "userfaultfd with UFFD_FEATURE_SIGBUS")
     return AddressSpaceFault("SIGSTOP", addr, "the task would wait for the reader of its userfaultfd")
+
+
+def poisoned_access(addr: int, lsb: int) -> AddressSpaceFault:
+    """An access to a marker of UFFDIO_POISON: a machine check of a page of 2**`lsb` bytes."""
+    return AddressSpaceFault("SIGBUS", addr, "poisoned by UFFDIO_POISON", lsb=lsb)

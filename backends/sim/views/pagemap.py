@@ -106,7 +106,8 @@ def _mark_files(core: Core, mm: AddressSpace, start: int, end: int, start_vpn: i
         target = out[first : first + len(extent.entries)]
         pfns = (extent.entries & _FIELD).view(np.int64)
         anon = frames.flags.take(pfns, mode="clip") & np.uint64(PageFlag.ANON)
-        target[((extent.entries & _PRESENT) != 0) & (anon == 0)] |= np.uint64(_FILE)
+        mapped = (extent.entries & np.uint64(PRESENT | SPECIAL)) == _PRESENT
+        target[mapped & (anon == 0)] |= np.uint64(_FILE)
 
 
 def _as_ptes(core: Core, pmds: U64Array) -> U64Array:

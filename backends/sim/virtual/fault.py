@@ -24,6 +24,7 @@ from pmcore.backends.sim.virtual.pte import (
     YOUNG,
     is_hwpoison,
     is_marker,
+    poisoned,
 )
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.errors import AddressSpaceFault
@@ -98,6 +99,9 @@ def _access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool
             if core.on_fault is not None:
                 core.on_fault(mm, addr, write)
             slot = mm.tables.make_pmd_slot(addr)
+            if vma.flags & VmFlag.UFFD_MISSING:
+                mm.prepare_anon(vma)
+                raise userfaultfd.blocked(vma, addr)
             if thp.fault(core, mm, vma, addr, slot, write=write):
                 at = core.pool.at
                 continue
@@ -137,9 +141,13 @@ def _missing(
 ) -> None:
     if pte & GUARD:
         raise segfault(addr, "a guard region")
+    if pte and poisoned(pte):
+        raise userfaultfd.poisoned_access(addr, core.geometry.page_shift)
     if pte and not vma.flags & VmFlag.UFFD_WP:
         pte = core.pool.at[slot] = 0  # a marker that nobody stands behind any more
     if vma.flags & VmFlag.UFFD_MISSING and vma.file is None:
+        if write:
+            mm.prepare_anon(vma)  # what a page needs comes first
         raise userfaultfd.blocked(vma, addr)
     if vma.file is not None:
         filemap.fault(core, mm, vma, addr, slot, pte, write=write, fresh=fresh)

@@ -34,7 +34,8 @@ _UPTODATE, _READAHEAD = np.uint64(PageFlag.UPTODATE), np.uint64(PageFlag.RECLAIM
 #: fault_around_bytes.
 _AROUND = 1 << 16
 #: Where nothing is mapped around a fault: who watches accesses is told of each.
-_NO_AROUND = VmFlag.UFFD_WP | VmFlag.UFFD_MISSING | VmFlag.UFFD_MINOR
+_NO_AROUND = VmFlag.UFFD_WP | VmFlag.UFFD_MINOR
+_WATCHED = VmFlag.UFFD_MISSING | VmFlag.UFFD_MINOR
 
 
 def _page(core: Core, vma: VmArea, addr: int) -> int:
@@ -80,8 +81,8 @@ def fault(
         if write and not vma.flags & VmFlag.SHARED:
             mm.prepare_anon(vma)  # what a copy needs comes first
         raise _behind(addr)
-    if vma.flags & VmFlag.UFFD_MISSING and not inode.index.get(page):
-        raise userfaultfd.blocked(vma, addr)
+    if vma.flags & _WATCHED:
+        _tell(core, mm, vma, addr, page, write=write)
     protected = pte & UFFD_WP
     shared = vma.flags & VmFlag.SHARED
     if write and not shared:
@@ -131,14 +132,25 @@ def _behind(addr: int) -> AddressSpaceFault:
     return AddressSpaceFault("SIGBUS", addr, "the file ends before that page")
 
 
+def _tell(core: Core, mm: AddressSpace, vma: VmArea, addr: int, page: int, *, write: bool) -> None:
+    """Whoever is told of missing pages, or of those that the file has, has to answer. Raises AddressSpaceFault."""
+    assert vma.file is not None
+    if write and not vma.flags & VmFlag.SHARED:
+        mm.prepare_anon(vma)
+    if vma.flags & (VmFlag.UFFD_MINOR if vma.file.index.get(page) else VmFlag.UFFD_MISSING):
+        raise userfaultfd.blocked(vma, addr)
+
+
 def inside(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool) -> None:
-    """Refuse an access behind the end of the file before a page table is made for it. Raises AddressSpaceFault."""
+    """Refuse an access behind the end of the file, or that somebody has to answer for, before there is a page table."""
     if _page(core, vma, addr) >= _end(core, vma):
         if not write and not vma.flags & _NO_AROUND:
             map_around(core, mm, vma, addr)
         elif write and not vma.flags & VmFlag.SHARED:
             mm.prepare_anon(vma)
         raise _behind(addr)
+    if vma.flags & _WATCHED and (write or vma.flags & _NO_AROUND or not map_around(core, mm, vma, addr)):
+        _tell(core, mm, vma, addr, _page(core, vma, addr), write=write)
 
 
 def end_address(core: Core, vma: VmArea) -> int:

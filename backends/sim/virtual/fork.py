@@ -13,7 +13,9 @@ from pmcore.backends.sim.virtual.pte import (
     DIRTY,
     FIELD,
     GUARD,
+    POISON_MARKER,
     PRESENT,
+    SOFT_DIRTY,
     SWAP,
     SWAP_EXCLUSIVE,
     UFFD_WP,
@@ -21,6 +23,7 @@ from pmcore.backends.sim.virtual.pte import (
     YOUNG,
     is_hwpoison,
     is_marker,
+    poisoned,
 )
 from pmcore.backends.sim.virtual.vma import AnonVma, VmFlag
 from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
@@ -121,16 +124,13 @@ def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: Vm
                 fields = entries[swap] & _FIELD
             entries &= keep & _without(SWAP_EXCLUSIVE)
             new = entries & _without(YOUNG | drop)
-            if drop:
-                # A marker is nothing without what it marks.
-                marker = (
-                    ~present
-                    & ~swap
-                    & ~hwpoison_entries(entries)
-                    & (entries != 0)
-                    & ((entries & np.uint64(GUARD)) == 0)
-                )
-                new[marker] = 0
+            marker = ~present & ~swap & ~hwpoison_entries(entries) & (entries != 0)
+            if marker.any():
+                own = marker & ((entries & np.uint64(GUARD)) != 0)
+                own |= marker & ((entries & _FIELD) == np.uint64(POISON_MARKER & FIELD))
+                new[own] &= _without(UFFD_WP | SOFT_DIRTY)  # made anew
+                if drop:
+                    new[marker & ~own] = 0  # a marker is nothing without what it marks
         if shared:
             new &= _without(DIRTY)
         if len(pfns):
@@ -158,8 +158,10 @@ def _copy_few(core: Core, slots: range, first: int, drop: int, *, shared: bool) 
         elif pte & SWAP and not is_marker(pte):
             if not is_hwpoison(pte):
                 fields.append(pfn)
-        elif drop and not pte & GUARD:
-            gone = pte  # a marker is nothing without what it marks
+        elif pte & SWAP:
+            own = pte & GUARD or poisoned(pte)
+            # Made anew, but a marker is nothing without what it marks.
+            gone = UFFD_WP | SOFT_DIRTY if own else (pte if drop else 0)
         at[slot] = pte = pte & ~SWAP_EXCLUSIVE & ~(0 if shared else WRITE)
         at[place] = pte & ~(YOUNG | gone | (DIRTY if shared else 0))
     if fields:

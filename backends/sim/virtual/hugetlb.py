@@ -15,11 +15,13 @@ from pmcore.backends.sim.virtual.pte import (
     DIRTY,
     FIELD,
     LEAF,
+    POISON_MARKER,
     PRESENT,
     UFFD_MARKER,
     UFFD_WP,
     WRITE,
     YOUNG,
+    poisoned,
 )
 from pmcore.backends.sim.virtual.vma import AnonVma, VmFlag
 from pmcore.errors import AddressSpaceFault, NotModelled, syscall_error
@@ -33,13 +35,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HUGE_MARKER",
+    "HUGE_POISON",
     "access",
     "copy_entries",
     "cut",
     "entries",
     "fault_in",
+    "index_of",
     "move_entries",
     "moved",
+    "prepare",
     "protect",
     "release",
     "touch",
@@ -51,6 +56,7 @@ __all__ = [
 
 #: A marker where a huge page's entry would be: told from a table by its leaf bit.
 HUGE_MARKER = UFFD_MARKER | LEAF
+HUGE_POISON = POISON_MARKER | LEAF
 _ANON = int(PageFlag.ANON)
 
 #: Heads of pages that lost their last mapping.
@@ -67,7 +73,8 @@ def page_size(vma: VmArea) -> int:
     return _file(vma).pool.size
 
 
-def _index(vma: VmArea, addr: int) -> int:
+def index_of(vma: VmArea, addr: int) -> int:
+    """Which page of its file the address maps."""
     return file_range(vma)[0] + (addr - vma.start) // page_size(vma)
 
 
@@ -101,6 +108,8 @@ def access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool)
         if core.on_fault is not None:
             core.on_fault(mm, addr, write)
         if not entry & PRESENT:
+            if entry and poisoned(entry):
+                raise userfaultfd.poisoned_access(addr, pool.order + core.geometry.page_shift)
             _no_page(core, mm, vma, addr, start, slot, entry)
         else:
             _write_protected(core, mm, vma, addr, start, slot, entry)
@@ -108,7 +117,7 @@ def access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool)
 
 def _no_page(core: Core, mm: AddressSpace, vma: VmArea, addr: int, start: int, slot: int, entry: int) -> None:
     """Nothing is there yet (hugetlb_no_page). There is no zero page: also a read takes one of the pool."""
-    file, index = _file(vma), _index(vma, start)
+    file, index = _file(vma), index_of(vma, start)
     if vma.flags & VmFlag.HUGE_TAKEN:
         raise _bus_error(addr, "its page was taken for the mapping's first owner, the pool being exhausted")
     head = file.pages.get(index, -1)
@@ -119,7 +128,7 @@ def _no_page(core: Core, mm: AddressSpace, vma: VmArea, addr: int, start: int, s
         if vma.flags & VmFlag.UFFD_MISSING:
             raise userfaultfd.blocked(vma, addr)
         if anonymous:
-            _prepare(core, vma)
+            prepare(core, vma)
         head = core.hugetlb.take(vma, index)
         if head < 0:
             raise _bus_error(addr, "the pool of huge pages is exhausted")
@@ -159,13 +168,13 @@ def _write_protected(
         return
     assert vma.huge is not None
     owner = vma.huge.promise is not None and anonymous
-    copy = core.hugetlb.take(vma, _index(vma, start), promised=not owner)
+    copy = core.hugetlb.take(vma, index_of(vma, start), promised=not owner)
     if copy < 0:
         if not owner:
             raise _bus_error(addr, "the pool of huge pages is exhausted")
         _take_from_others(core, vma, start, head)
         return
-    _prepare(core, vma)
+    prepare(core, vma)
     core.hugetlb.copy(copy, head)
     core.hugetlb.anonymous(copy)
     core.hugetlb.map(head, -1)
@@ -176,7 +185,7 @@ def _write_protected(
 
 def _take_from_others(core: Core, vma: VmArea, start: int, head: int) -> None:
     """The first owner needs the page for itself: all others lose it (unmap_ref_private)."""
-    pool, index = _file(vma).pool, _index(vma, start)
+    pool, index = _file(vma).pool, index_of(vma, start)
     for mm in sorted(_file(vma).users, key=lambda mm: mm.number):
         for other in list(mm.vmas):
             if other is vma or other.huge is None or other.huge.file is not vma.huge.file:  # type: ignore[union-attr]
@@ -198,7 +207,8 @@ def _take_from_others(core: Core, vma: VmArea, start: int, head: int) -> None:
         )
 
 
-def _prepare(core: Core, vma: VmArea) -> None:
+def prepare(core: Core, vma: VmArea) -> None:
+    """Have an anon_vma."""
     if vma.anon_vma is None:
         vma.anon_vma, vma.chain = AnonVma(core.number("anon_vma")), 1
 
@@ -254,7 +264,7 @@ def _zap_one(core: Core, vma: VmArea, addr: int, slot: int, gone: Gone, *, drop_
     again = core.caps.hugetlb_promises_again and (not mapped or core.caps.hugetlb_promises_while_shared)
     if anonymous and promise is not None and again and not pool.surplus:
         # At once for the mapping, while the count waits for the page, which others may have yet (DV-028).
-        promise.consumed.discard(_index(vma, addr))
+        promise.consumed.discard(index_of(vma, addr))
         core.hugetlb.restored.add(head)
     if not mapped and anonymous:
         gone.append(head)
@@ -278,7 +288,7 @@ def release(core: Core, gone: Gone) -> None:
     gone.clear()
 
 
-def unmap_file(core: Core, file: HugeFile, first: int, last: int) -> None:
+def unmap_file(core: Core, file: HugeFile, first: int, last: int, *, drop_markers: bool = False) -> None:
     """Unmap pages of the file from index `first` up to `last` wherever they are mapped (hugetlb_vmdelete_list)."""
     gone: Gone = []
     size = file.pool.size
@@ -290,7 +300,7 @@ def unmap_file(core: Core, file: HugeFile, first: int, last: int) -> None:
             start = vma.start + (max(first, low) - low) * size
             end = vma.start + (min(last, high) - low) * size
             if start < end:
-                zap(core, mm, vma, start, end, gone, drop_markers=False)
+                zap(core, mm, vma, start, end, gone, drop_markers=drop_markers)
     release(core, gone)
 
 
@@ -303,7 +313,7 @@ def copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: VmA
         mine = child.tables.leaf_slot(addr, level, make=True)
         entry = core.pool.at[slot]
         if not entry & PRESENT:
-            if copy.flags & VmFlag.UFFD_WP:
+            if copy.flags & VmFlag.UFFD_WP or poisoned(entry):
                 core.pool.at[mine] = entry
             continue
         head = entry & FIELD
@@ -351,7 +361,8 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
             continue
         entry = core.pool.at[slot]
         if not entry & PRESENT:
-            core.pool.at[slot] = HUGE_MARKER if protect else 0
+            if not poisoned(entry):
+                core.pool.at[slot] = HUGE_MARKER if protect else 0
         elif protect:
             core.pool.at[slot] = (entry | UFFD_WP) & ~WRITE
         else:
@@ -373,7 +384,7 @@ def move_entries(
         entry = core.pool.at[slot]
         core.pool.at[slot] = 0
         if drop_uffd:
-            entry = entry & ~UFFD_WP if entry & PRESENT else 0
+            entry = entry & ~UFFD_WP if entry & PRESENT or poisoned(entry) else 0
         core.pool.at[mm.tables.leaf_slot(new_start + addr - start, level)] = entry
 
 
@@ -386,9 +397,9 @@ def in_core(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, out
         if slot >= 0:
             part[:] = bool(core.pool.at[slot] & PRESENT)
         elif core.caps.hugetlb_small_indices:
-            part[:] = _index(vma, addr) in file.pages
+            part[:] = index_of(vma, addr) in file.pages
         else:  # counted on by small pages from the index of the huge one
-            part[:] = [_index(vma, addr) + number in file.pages for number in range(len(part))]
+            part[:] = [index_of(vma, addr) + number in file.pages for number in range(len(part))]
 
 
 def flagged(mm: AddressSpace, start: int, end: int) -> list[VmArea]:

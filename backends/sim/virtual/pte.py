@@ -14,6 +14,7 @@ from pmcore.uapi import (
     PM_SWAP,
     PM_UFFD_WP,
     PTE_MARKER_GUARD,
+    PTE_MARKER_POISONED,
     PTE_MARKER_UFFD_WP,
     SWP_PTE_MARKER,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "FIELD",
     "GUARD_MARKER",
     "LEAF",
+    "POISON_MARKER",
     "PRESENT",
     "SHOWN",
     "SOFT_DIRTY",
@@ -36,6 +38,7 @@ __all__ = [
     "YOUNG",
     "is_hwpoison",
     "is_marker",
+    "poisoned",
 ]
 
 #: Frame number, or swap type (bits 0-4) and offset.
@@ -61,6 +64,8 @@ SHOWN = FIELD | SOFT_DIRTY | UFFD_WP | GUARD | SWAP | PRESENT
 
 _MARKERS = SWP_PTE_MARKER
 UFFD_MARKER = SWAP | UFFD_WP | SWP_PTE_MARKER | PTE_MARKER_UFFD_WP << 5
+#: What UFFDIO_POISON leaves.
+POISON_MARKER = SWAP | SWP_PTE_MARKER | PTE_MARKER_POISONED << 5
 GUARD_MARKER = SWAP | GUARD | SWP_PTE_MARKER | PTE_MARKER_GUARD << 5
 
 
@@ -72,3 +77,8 @@ def is_marker(pte: int) -> bool:
 def is_hwpoison(pte: int) -> bool:
     """Whether the entry is that of a poisoned page: its field is a type that is no swap area, and the frame."""
     return (pte & (PRESENT | SWAP)) == SWAP and MAX_SWAPFILES <= (pte & 0x1F) < _MARKERS
+
+
+def poisoned(pte: int) -> bool:
+    """Whether the entry is a marker of UFFDIO_POISON (a scan may have write-protected it)."""
+    return (pte & (PRESENT | SWAP | FIELD)) == POISON_MARKER

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.services import pagecache, thp
+from pmcore.backends.sim.services.hugetlb import HugeFile
 from pmcore.backends.sim.services.pagecache import OpenFile
 from pmcore.backends.sim.virtual import hugetlb, zap
 from pmcore.backends.sim.virtual.tables import PageTables
@@ -70,6 +71,7 @@ class AddressSpace:
         vmas = list(self.vmas)
         inodes = {vma.file.number: vma.file for vma in vmas if vma.file is not None}
         inodes |= {f.inode.number: f.inode for f in self.files.values() if isinstance(f, OpenFile)}
+        opened = [file for file in self.files.values() if isinstance(file, HugeFile)]
         huge = [vma for vma in vmas if vma.huge is not None]
         if huge:
             hugetlb.unmap(self.core, self, huge)
@@ -83,6 +85,8 @@ class AddressSpace:
         self.files.clear()
         for inode in inodes.values():
             pagecache.put(self.core, inode)
+        for file in dict.fromkeys(opened):
+            self.core.hugetlb.put(file)
 
     def _cut(self, vma: VmArea, addr: int) -> None:
         if vma.flags & VmFlag.HUGETLB:

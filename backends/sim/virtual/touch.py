@@ -25,6 +25,8 @@ __all__ = ["touch"]
 _PRESENT, _WRITE = np.uint64(PRESENT), np.uint64(WRITE)
 #: Below this many pages one access after the other is faster.
 _FEW = 6
+#: Whose faults are told to somebody: no page table is made before the first of them is answered.
+_WATCHED = VmFlag.UFFD_MISSING | VmFlag.UFFD_MINOR
 
 
 def touch(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) -> None:
@@ -35,7 +37,7 @@ def touch(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) ->
         stop = min(vma.end, end)
         if vma.flags & VmFlag.HUGETLB:
             hugetlb.touch(core, mm, vma, start, stop, write=write)
-        elif stop - start <= _FEW * size:
+        elif stop - start <= _FEW * size or vma.flags & _WATCHED:
             for addr in range(start, stop, size):
                 fault.access(core, mm, addr, write=write, vma=vma)
         else:

@@ -11,7 +11,17 @@ from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.services import thp
 from pmcore.backends.sim.virtual import accessed
 from pmcore.backends.sim.virtual.mapping import remove_page, remove_pages
-from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, GUARD, PRESENT, SWAP, UFFD_MARKER, UFFD_WP, YOUNG
+from pmcore.backends.sim.virtual.pte import (
+    DIRTY,
+    FIELD,
+    GUARD,
+    POISON_MARKER,
+    PRESENT,
+    SWAP,
+    UFFD_MARKER,
+    UFFD_WP,
+    YOUNG,
+)
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import MAX_SWAPFILES, SWP_PTE_MARKER, PageFlag
 
@@ -125,12 +135,16 @@ def _zap_file(
     cached = present.copy()
     cached[present] = (frames.flags[pfns[present]] & np.uint64(CACHED)) != 0
     poisoned = hwpoison_entries(old)
-    gone = present | swap | poisoned if copies else cached
+    zero = present & (pfns == core.zero_pfn)  # UFFDIO_ZEROPAGE maps it in private mappings
+    gone = present | swap | poisoned if copies else cached | zero
     entries[gone] = 0
     other = (old != 0) & ~present & ~swap & ~poisoned
     guard = other & ((old & np.uint64(GUARD)) != 0)
+    poison = other & ((old & _FIELD) == np.uint64(POISON_MARKER & FIELD))
     if not keep_guards:
         entries[guard] = 0
+    if copies:
+        entries[poison] = 0
     if drop_markers:
         entries[other & ~guard] = 0
     elif vma.flags & VmFlag.UFFD_WP:
@@ -140,7 +154,7 @@ def _zap_file(
     frames.flags[pfns[dirty]] = frames.flags[pfns[dirty]] & _NOT_RECLAIM | np.uint64(PageFlag.DIRTY)
     if not vma.flags & core.caps.no_recency:
         accessed.mark(core, pfns[cached & ((old & np.uint64(YOUNG)) != 0)])
-    mapped = pfns[gone & present]
+    mapped = pfns[gone & present & ~zero]
     if len(mapped):
         remove_pages(core, mm, vma, mapped)
     if (gone & swap).any():

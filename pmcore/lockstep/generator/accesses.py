@@ -78,9 +78,7 @@ def fork(draw: Draw, state: State) -> s.Step | None:
         return None
     parent, child = pick_task(draw, state), state.name("t")
     state.tasks.append(child)
-    for _, tasks in state.files.values():
-        if parent in tasks:
-            tasks.append(child)
+    state.forked(parent, child)
     return s.Fork(task=parent, child=child)
 
 
@@ -89,13 +87,7 @@ def exit_task(draw: Draw, state: State) -> s.Step | None:
     if len(state.tasks) < 2:
         return None
     task = pick_task(draw, state)
-    state.tasks.remove(task)
-    state.fds = {fd: owner for fd, owner in state.fds.items() if owner != task}
-    for fd, (_, tasks) in list(state.files.items()):
-        if task in tasks:
-            tasks.remove(task)
-        if not tasks:
-            del state.files[fd]
+    state.ended(task)
     return s.Exit(task=task)
 
 

@@ -9,7 +9,7 @@ from pmcore.lockstep.generator.state import FEATURES, HUGE, MAX_AREAS, State, pi
 from pmcore.program import steps as s
 from pmcore.uapi import MapFlag
 
-__all__ = ["map_huge", "touch_huge", "track_huge"]
+__all__ = ["huge_file", "map_huge", "map_huge_file", "touch_huge", "track_huge"]
 
 
 def map_huge(draw: Draw, state: State) -> s.Step | None:
@@ -49,9 +49,7 @@ def track_huge(draw: Draw, state: State) -> s.Step | None:
     if not state.huge:
         return None
     if not state.fds:
-        fd = state.name("u")
-        state.fds[fd] = state.tasks[0]
-        return s.UffdOpen(task=state.tasks[0], fd=fd, features=int(draw.of(FEATURES[:4])))
+        return state.open_uffd(int(draw.of(FEATURES[:4])))
     area, page, pages = pick_huge(draw, state)
     fd, owner = next(iter(state.fds.items()))
     common: dict[str, Any] = {"task": owner, "area": area}
@@ -80,3 +78,54 @@ def touch_huge(draw: Draw, state: State) -> s.Step | None:
     task, write = pick_task(draw, state), draw.flip()
     stride = draw.of((1, HUGE, HUGE - 1))
     return s.Touch(task=task, area=area, page=page, pages=pages, write=write, stride=stride)
+
+
+def map_huge_file(draw: Draw, state: State) -> s.Step | None:
+    """A mapping of a hugetlb file, shared or private, now and then of what it does not have."""
+    if len(state.areas) >= MAX_AREAS or not state.huge_files:
+        return None
+    fd = draw.of(sorted(state.huge_files))
+    flags = int(draw.of((MapFlag.SHARED, MapFlag.SHARED, MapFlag.PRIVATE, MapFlag.PRIVATE)))
+    flags |= int(draw.of((0,) * 6 + (MapFlag.NORESERVE, MapFlag.POPULATE)))
+    name, pages = state.name("a"), draw.of((HUGE, 2 * HUGE, 3 * HUGE, 5 * HUGE))
+    state.areas[name] = pages
+    state.huge[name] = flags
+    return s.Map(
+        task=draw.of(state.huge_files[fd]),
+        area=name,
+        pages=pages,
+        prot=draw.of((3,) * 6 + (1, 0)),
+        flags=flags,
+        fd=fd,
+        page_offset=draw.of((0, 0, 0, HUGE, 3)),
+        align=HUGE * 4096,
+    )
+
+
+def huge_file(draw: Draw, state: State) -> s.Step | None:
+    """Something done to a hugetlb file through its descriptor; the file itself, as long as there are few."""
+    if not state.huge_files or (len(state.huge_files) < 2 and draw.integer(0, 5) == 0):
+        fd = state.name("g")
+        state.huge_files[fd] = [state.tasks[0]]
+        pages = draw.of((0, 0, HUGE, 2 * HUGE, 4 * HUGE))
+        return s.MemfdCreate(task=state.tasks[0], fd=fd, pages=pages, flags=draw.of((4, 4, 6, 4 | 21 << 26)))
+    fd = draw.of(sorted(state.huge_files))
+    task, size = draw.of(state.huge_files[fd]), HUGE * 4096
+    offset = draw.integer(0, 4) * size + draw.of((0, 0, 0, 4096, 100))
+    length = draw.of((size, size, 2 * size, 4096, size + 4096, 8 * size))
+    what = draw.of(("truncate", "punch", "punch", "falloc", "falloc", "pread", "lseek", "pwrite", "close"))
+    if what == "truncate":
+        return s.Ftruncate(task=task, fd=fd, length=offset)
+    if what == "pread":
+        return s.Pread(task=task, fd=fd, offset=offset, length=min(length, 20000))
+    if what == "lseek":
+        return s.Lseek(task=task, fd=fd, offset=offset, whence=draw.of((0, 3, 4, 9)))
+    if what == "pwrite":
+        return s.Pwrite(task=task, fd=fd, offset=offset)
+    if what == "close":
+        state.huge_files[fd].remove(task)
+        if not state.huge_files[fd]:
+            del state.huge_files[fd]
+        return s.CloseFd(task=task, fd=fd)
+    mode = 3 if what == "punch" else draw.of((0, 0, 1))
+    return s.Fallocate(task=task, fd=fd, mode=mode, offset=offset, length=length)

@@ -10,9 +10,10 @@ from pmcore.lockstep.generator.cgroups import CGROUPS
 from pmcore.lockstep.generator.disk import DISK, disk_compared
 from pmcore.lockstep.generator.draw import Draw
 from pmcore.lockstep.generator.files import file
-from pmcore.lockstep.generator.hugetlb import map_huge, touch_huge, track_huge
+from pmcore.lockstep.generator.hugetlb import huge_file, map_huge, map_huge_file, touch_huge, track_huge
 from pmcore.lockstep.generator.ksm import KSM, ask, compared
 from pmcore.lockstep.generator.mappings import brk, map_anywhere, map_memory, map_over, move, stack
+from pmcore.lockstep.generator.missing import fill, watch
 from pmcore.lockstep.generator.nodes import NODES, move_pages
 from pmcore.lockstep.generator.poison import POISON
 from pmcore.lockstep.generator.state import HUGE, KEPT, Maker, State, ranged
@@ -88,6 +89,8 @@ _KINDS: tuple[Maker, ...] = (
     *(fork,) * 2,
     exit_task,
     *(uffd,) * 5,
+    *(watch,) * 2,
+    *(fill,) * 4,
     *(scan,) * 5,
     *(ranged(s.Lock, onfault=_EITHER),) * 2,
     ranged(s.Unlock),
@@ -98,7 +101,14 @@ _KINDS: tuple[Maker, ...] = (
     *(clear_refs,) * 2,
 )
 #: With hugetlb: mappings of it, and what does something to them.
-_HUGETLB: tuple[Maker, ...] = (*(map_huge,) * 10, *(touch_huge,) * 8, *(track_huge,) * 8, fork)
+_HUGETLB: tuple[Maker, ...] = (
+    *(map_huge,) * 8,
+    *(touch_huge,) * 8,
+    *(track_huge,) * 8,
+    *(map_huge_file,) * 3,
+    *(huge_file,) * 4,
+    fork,
+)
 
 
 def random_thp(draw: Draw) -> dict[str, str]:

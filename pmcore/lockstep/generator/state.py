@@ -34,6 +34,9 @@ MAX_TASKS = 3
 #: A page that every program with hugetlb mappings touches first and then leaves alone: on a running kernel of before
 #: 2026-07 a scan that write-protects a hugetlb mapping where the level above the PMDs is empty never ends (DV-026).
 KEPT = "kept"
+_EVENTS = (
+    UffdFeature.EVENT_FORK | UffdFeature.EVENT_REMAP | UffdFeature.EVENT_REMOVE | UffdFeature.EVENT_UNMAP
+)
 FEATURES = (
     UffdFeature.WP_ASYNC,
     UffdFeature.WP_ASYNC,
@@ -41,6 +44,9 @@ FEATURES = (
     UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.SIGBUS,
     UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.WP_UNPOPULATED | UffdFeature.SIGBUS,
     UffdFeature.SIGBUS,
+    UffdFeature.WP_ASYNC | UffdFeature.EVENT_FORK,
+    UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED | _EVENTS,
+    UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.SIGBUS | _EVENTS,
     1 << 40,
 )
 
@@ -53,6 +59,12 @@ class State:
     tasks: list[str] = attrs.field(factory=lambda: ["main"])
     #: Userfaultfds, and the task that opened each.
     fds: dict[str, str] = attrs.field(factory=dict)
+    #: Those of them with which a fault that nobody answers is SIGBUS.
+    sigbus: set[str] = attrs.field(factory=set)
+    #: Those that tell of forks, and the task that each watches.
+    forking: dict[str, str] = attrs.field(factory=dict)
+    #: Descriptors of hugetlb files, and the tasks that have each.
+    huge_files: dict[str, list[str]] = attrs.field(factory=dict)
     #: Descriptors of files: how many pages the file was made with, and the tasks that have it.
     files: dict[str, tuple[int, list[str]]] = attrs.field(factory=dict)
     #: Descriptors of files on the disk, with their names; areas that map such, with a descriptor that did it.
@@ -84,6 +96,39 @@ class State:
         """A new name of this kind."""
         self.made += 1
         return f"{kind}{self.made}"
+
+    def open_uffd(self, features: int) -> s.UffdOpen:
+        """A userfaultfd of the first task with these features."""
+        fd, task = self.name("u"), self.tasks[0]
+        self.fds[fd] = task
+        if features & UffdFeature.SIGBUS:
+            self.sigbus.add(fd)
+        if features & UffdFeature.EVENT_FORK:
+            self.forking[fd] = task
+        return s.UffdOpen(task=task, fd=fd, features=int(features))
+
+    def forked(self, parent: str, child: str) -> None:
+        """A child: it has its parent's descriptors, and is watched by new userfaultfds where the parent's tell."""
+        for fd, watched in list(self.forking.items()):
+            if watched != parent or fd not in self.fds:
+                continue
+            new = f"{fd}_{child}"
+            self.fds[new], self.forking[new] = self.fds[fd], child
+            if fd in self.sigbus:
+                self.sigbus.add(new)
+        for tasks in (*(tasks for _, tasks in self.files.values()), *self.huge_files.values()):
+            if parent in tasks:
+                tasks.append(child)
+
+    def ended(self, task: str) -> None:
+        """A task has exited: descriptors that it alone had are gone."""
+        self.tasks.remove(task)
+        self.fds = {fd: owner for fd, owner in self.fds.items() if owner != task}
+        for tasks in (*(tasks for _, tasks in self.files.values()), *self.huge_files.values()):
+            if task in tasks:
+                tasks.remove(task)
+        self.files = {fd: file for fd, file in self.files.items() if file[1]}
+        self.huge_files = {fd: tasks for fd, tasks in self.huge_files.items() if tasks}
 
 
 Maker = Callable[[Draw, State], s.Step | None]

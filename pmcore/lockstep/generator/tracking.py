@@ -27,10 +27,8 @@ def arm(draw: Draw, state: State) -> s.Step | None:
     area, page, pages = pick_range(draw, state)
     steps: list[s.Step] = []
     if not state.fds:
-        opened = state.name("u")
-        state.fds[opened] = state.tasks[0]
-        features = draw.of((FEATURES[0], FEATURES[2], FEATURES[4]))
-        steps.append(s.UffdOpen(task=state.tasks[0], fd=opened, features=int(features)))
+        features = draw.of((FEATURES[0], FEATURES[2], FEATURES[4], FEATURES[7]))
+        steps.append(state.open_uffd(int(features)))
     fd, task = next(iter(state.fds.items()))
     if draw.flip():
         part = max(1, pages // 2)
@@ -83,9 +81,7 @@ def uffd_open(draw: Draw, state: State) -> s.Step | None:
     """A userfaultfd of the first task, with one set of features or another."""
     if len(state.fds) >= 2:
         return None
-    fd = state.name("u")
-    state.fds[fd] = state.tasks[0]
-    return s.UffdOpen(task=state.tasks[0], fd=fd, features=int(draw.of(FEATURES)))
+    return state.open_uffd(int(draw.of(FEATURES)))
 
 
 def uffd(draw: Draw, state: State) -> s.Step | None:
