@@ -124,6 +124,8 @@ class Capabilities:
     hugetlb_promises_again: bool
     hugetlb_promises_while_shared: bool
     uffd_unregister_own: bool
+    #: Whether machine checks are told of as such (BUS_MCEERR_AR).
+    memory_failure: bool
     uffd_minor: bool
     uffd_continue_wp: bool
     uffd_poison: bool
@@ -243,6 +245,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         hugetlb_promises_again=has("mm.hugetlb_promises_again"),
         hugetlb_promises_while_shared=has("quirk.hugetlb_promises_while_shared"),
         uffd_unregister_own=has("mm.mremap_checks_early"),
+        memory_failure=has("mm.memory_failure"),
         uffd_minor=has("uffd.minor"),
         uffd_continue_wp=has("uffd.wp_unpopulated"),
         uffd_poison=has("uffd.poison"),

@@ -20,6 +20,7 @@ from pmcore.backends.sim.services import (
     reclaim,
     swapping,
 )
+from pmcore.backends.sim.services.userfaultfd import Poisoned
 from pmcore.backends.sim.virtual import zap
 from pmcore.backends.sim.virtual.populate import fault_in
 from pmcore.backends.sim.virtual.pte import (
@@ -138,7 +139,7 @@ def _populate(core: Core, mm: AddressSpace, call: Call, start: int, end: int, *,
         except AddressSpaceFault as fault:
             if fault.signal == "SIGSTOP":
                 raise  # whoever faults in waits, as an access would
-            refuse(Errno.EHWPOISON if fault.lsb else Errno.EFAULT, call)
+            refuse(Errno.EHWPOISON if fault.lsb or isinstance(fault, Poisoned) else Errno.EFAULT, call)
         except NoMemory:
             refuse(Errno.ENOMEM, call)
         position = stop

@@ -10,10 +10,11 @@ from pmcore.errors import AddressSpaceFault
 from pmcore.uapi import UffdFeature
 
 if TYPE_CHECKING:
+    from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["Userfaultfd", "blocked", "poisoned_access", "resolves_itself"]
+__all__ = ["Poisoned", "Userfaultfd", "blocked", "poisoned_access", "resolves_itself"]
 
 _WP_ASYNC, _SIGBUS = int(UffdFeature.WP_ASYNC), int(UffdFeature.SIGBUS)
 
@@ -41,6 +42,10 @@ def blocked(vma: VmArea, addr: int) -> AddressSpaceFault:
     return AddressSpaceFault("SIGSTOP", addr, "the task would wait for the reader of its userfaultfd")
 
 
-def poisoned_access(addr: int, lsb: int) -> AddressSpaceFault:
-    """An access to a marker of UFFDIO_POISON: a machine check of a page of 2**`lsb` bytes."""
-    return AddressSpaceFault("SIGBUS", addr, "poisoned by UFFDIO_POISON", lsb=lsb)
+class Poisoned(AddressSpaceFault):
+    """SIGBUS at a marker of UFFDIO_POISON; EHWPOISON where it is met by who populates by madvise."""
+
+
+def poisoned_access(core: Core, addr: int, shift: int) -> Poisoned:
+    """An access to such a marker; where the kernel knows machine checks it looks like one of 2**`shift` bytes."""
+    return Poisoned("SIGBUS", addr, "poisoned by UFFDIO_POISON", lsb=shift if core.caps.memory_failure else 0)

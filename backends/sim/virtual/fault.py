@@ -142,7 +142,7 @@ def _missing(
     if pte & GUARD:
         raise segfault(addr, "a guard region")
     if pte and poisoned(pte):
-        raise userfaultfd.poisoned_access(addr, core.geometry.page_shift)
+        raise userfaultfd.poisoned_access(core, addr, core.geometry.page_shift)
     if pte and not vma.flags & VmFlag.UFFD_WP:
         pte = core.pool.at[slot] = 0  # a marker that nobody stands behind any more
     if vma.flags & VmFlag.UFFD_MISSING and vma.file is None:

@@ -109,7 +109,7 @@ def access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool)
             core.on_fault(mm, addr, write)
         if not entry & PRESENT:
             if entry and poisoned(entry):
-                raise userfaultfd.poisoned_access(addr, pool.order + core.geometry.page_shift)
+                raise userfaultfd.poisoned_access(core, addr, pool.order + core.geometry.page_shift)
             _no_page(core, mm, vma, addr, start, slot, entry)
         else:
             _write_protected(core, mm, vma, addr, start, slot, entry)
