@@ -261,6 +261,10 @@ class Kernel(Protocol):
         """
         raise syscall_error(errno.ENOENT, f"open({name})", remedy=f"the backend {self.name!r} has none")
 
+    def inode(self, path: str) -> int:
+        """May be provided: the inode number of a path of sysfs that has one of its own (a cgroup's); else 0."""
+        return 0
+
     def changed_meanwhile(self) -> U64Array:
         """Frames that changed while a recording was made, ascending. A backend that can be looked at again has none."""
         return np.zeros(0, dtype=np.uint64)

@@ -36,8 +36,8 @@ from pmcore.backends.sim.services.pagecache import Inode
 from pmcore.backends.sim.services.shrink import Reclaimed
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
 from pmcore.backends.sim.task import SimTask
+from pmcore.backends.sim.views import cgroups, texts
 from pmcore.backends.sim.views import frames as frame_view
-from pmcore.backends.sim.views import texts
 from pmcore.backends.sim.virtual.space import AddressSpace
 from pmcore.backends.sim.virtual.tables import TablePool
 from pmcore.errors import ArgumentError, FormatError, syscall_error
@@ -280,7 +280,7 @@ class SimMachine(Grouping, Kernel):
             self._may_look(name)
             return page_idle.read(self.core, offset, length)
         if name not in tuple(FrameFile):
-            text = texts.text(self.core, name)
+            text = self._group_text(name) if name.startswith("/sys/fs/") else texts.text(self.core, name)
             if text is None:
                 raise syscall_error(int(Errno.ENOENT), f"open(/proc/{name})")
             return text[offset : offset + length]
@@ -293,10 +293,15 @@ class SimMachine(Grouping, Kernel):
     def files(self) -> Sequence[str]:
         """The frame files that the kernel has, and its texts."""
         bitmap = (IDLE_BITMAP,) if self.profile.has("page_idle") else ()
-        return (*super().files(), *texts.names(self.core), *bitmap)
+        return (*super().files(), *texts.names(self.core), *bitmap, *cgroups.names(self.core))
 
     def pwrite(self, name: str, offset: int, data: bytes) -> int:
-        """Write to page_idle/bitmap: frames whose bits are set become idle; the bytes taken (ID-001 to ID-004)."""
+        """Write to page_idle/bitmap: frames whose bits are set become idle; the bytes taken (ID-001 to ID-004).
+
+        Or to cgroup.procs or the limit of a memory cgroup (CG-017).
+        """
+        if name.startswith("/sys/fs/"):
+            return self._write_group(name, data)
         if name != IDLE_BITMAP:
             return super().pwrite(name, offset, data)
         self._may_look(name)

@@ -165,8 +165,9 @@ def _mount(channel: socket.socket) -> None:
     channel.sendmsg([_GO], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [device]))])
     os.close(device)
     sc.mount("/proc", f"{place}/proc/{KERNEL_PROC}", flags=sc.MS_BIND | sc.MS_REC)
-    if os.path.isdir(f"{place}/sys/kernel/mm") and os.path.isdir("/sys/kernel/mm"):  # noqa: PTH112
-        sc.mount(f"{place}/sys/kernel/mm", "/sys/kernel/mm", flags=sc.MS_BIND | sc.MS_REC)
+    for name in ("/sys/kernel/mm", "/sys/fs/cgroup"):
+        if os.path.isdir(f"{place}{name}") and os.path.isdir(name):  # noqa: PTH112
+            sc.mount(f"{place}{name}", name, flags=sc.MS_BIND | sc.MS_REC)
     sc.mount(f"{place}/proc", "/proc", flags=sc.MS_BIND | sc.MS_REC)
     sc.umount(place, sc.MNT_DETACH)
 

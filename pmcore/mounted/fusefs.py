@@ -9,6 +9,7 @@ import os
 import stat
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
@@ -207,6 +208,11 @@ class Tree:
             file.close()
 
 
+def _made_of(path: str) -> int:
+    """An inode number for what has none of its own: no cgroup has so large a one."""
+    return zlib.crc32(path.encode()) | 1 << 32
+
+
 def _bytes_of(command: int) -> int:
     """How long the structure is that an ioctl's number names."""
     return command >> 16 & 0x3FFF
@@ -232,6 +238,7 @@ def operations(tree: Tree, ready: Callable[[], object] = lambda: None) -> Any:
                 "st_mode": node.mode,
                 "st_uid": node.uid,
                 "st_gid": node.uid,
+                "st_ino": node.inode or _made_of(node.path),
                 "st_size": len(node.target) or node.size,
                 "st_nlink": 2 if node.is_dir else 1,
                 "st_blksize": 1024,
@@ -249,7 +256,12 @@ def operations(tree: Tree, ready: Callable[[], object] = lambda: None) -> Any:
             return tree.open_directory(path)
 
         def readdir(self, path: str | None, fh: int) -> Any:
-            return [".", "..", *tree.names(fh)]
+            place = tree.opened(fh).path.rstrip("/")
+            # Names without an inode number are not shown by a C library.
+            return [
+                (name, {"st_ino": tree.view.inode(f"{place}/{name}") or _made_of(f"{place}/{name}")}, 0)
+                for name in (".", "..", *tree.names(fh))
+            ]
 
         def releasedir(self, path: str | None, fh: int) -> int:
             tree.release(fh)
@@ -330,6 +342,7 @@ def serve(tree: Tree, place: str, ready: Callable[[], object] = lambda: None, **
             attr_timeout=0,
             entry_timeout=0,
             negative_timeout=0,
+            use_ino=True,
             fsname="pmcore",
             **options,
         )

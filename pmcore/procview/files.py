@@ -16,7 +16,16 @@ from pmcore.procview.sequence import SequenceReader
 from pmcore.protocols import Kernel, Process
 from pmcore.uapi import PAGEMAP_SCAN, PM_PFRAME_MASK, PROCMAP_QUERY
 
-__all__ = ["ClearRefsFile", "IdleFile", "MapsFile", "OpenFile", "PagemapFile", "TextFile", "WordsFile"]
+__all__ = [
+    "ClearRefsFile",
+    "GroupFile",
+    "IdleFile",
+    "MapsFile",
+    "OpenFile",
+    "PagemapFile",
+    "TextFile",
+    "WordsFile",
+]
 
 _FLAGS = np.uint64(~PM_PFRAME_MASK & (1 << 64) - 1)
 #: What clear_refs looks at of what is written to it.
@@ -133,6 +142,16 @@ class TextFile(OpenFile):
     def read(self, offset: int, size: int) -> bytes:
         """Whole records, as many as fit (rule FS-004)."""
         return self._reader.read(offset, size)
+
+
+class GroupFile(TextFile):
+    """A file of a cgroup's directory, which may take a number (rule CG-017)."""
+
+    _source: Kernel
+
+    def write(self, offset: int, data: bytes) -> int:
+        """What is written goes to the kernel as it is."""
+        return self._source.pwrite(self._name, offset, data)
 
 
 class MapsFile(TextFile):

@@ -12,6 +12,7 @@ import attrs
 from pmcore.errors import Missing, ProcessGone, syscall_error
 from pmcore.procview.files import (
     ClearRefsFile,
+    GroupFile,
     IdleFile,
     MapsFile,
     OpenFile,
@@ -35,6 +36,10 @@ _MODES = {
 #: What may only be opened by who may inspect the process.
 _PTRACE = frozenset({"pagemap", "maps", "smaps", "smaps_rollup"})
 _SYSFS_SIZE = 4096
+#: Where groups come and go.
+_CGROUPS = "/sys/fs/cgroup"
+#: Files of a cgroup that take something.
+_TAKES = frozenset({"cgroup.procs", "tasks", "memory.limit_in_bytes", "memory.max"})
 
 
 @attrs.frozen(kw_only=True)
@@ -47,6 +52,8 @@ class Node:
     uid: int = 0
     #: As the kernel shows it: 0 for all of /proc and the idle bitmap, 4096 for the texts of /sys.
     size: int = 0
+    #: Its inode number, where that says something (a cgroup's directory); 0 elsewhere.
+    inode: int = 0
     #: Where a symbolic link leads.
     target: str = ""
     #: Of a directory: the names in it, when asked.
@@ -80,7 +87,8 @@ class Node:
         permissions = stat.S_IMODE(self.mode)
         reading = access != os.O_WRONLY
         # sysfs asks its own mode, whoever it is: capabilities do not help (rule FS-014).
-        if writing and self.path.startswith("/sys/") and not permissions & 0o222:
+        sysfs = self.path.startswith("/sys/") and not self.path.startswith(f"{_CGROUPS}/")
+        if writing and sysfs and not permissions & 0o222:
             raise syscall_error(errno.EACCES, f"open({self.path})")
         if (reading and not opener.may(permissions, self.uid, write=False)) or (
             writing and not opener.may(permissions, self.uid, write=True)
@@ -103,11 +111,20 @@ class ProcView:
         #: Directories of sysfs, and the files in them by directory.
         self._sys: dict[str, list[str]] = {}
         self._proc: list[str] = []
-        for name in kernel.files():
+        self._files: tuple[str, ...] = ()
+        self._renew()
+
+    def _renew(self) -> None:
+        """Ask again which files there are: cgroups come and go."""
+        files = tuple(self.kernel.files())
+        if files == self._files:
+            return
+        self._files = files
+        self._sys.clear()
+        self._proc = [name for name in files if not name.startswith("/sys/")]
+        for name in files:
             if name.startswith("/sys/"):
                 self._grow(name)
-            else:
-                self._proc.append(name)
 
     def _grow(self, path: str) -> None:
         while path != "/sys":
@@ -117,6 +134,10 @@ class ProcView:
                 return
             known.append(name)
             path = parent
+
+    def inode(self, path: str) -> int:
+        """The inode number of what has one of its own, see `Node`; else 0."""
+        return self.kernel.inode(path) if path.startswith(_CGROUPS) else 0
 
     # -- paths -----------------------------------------------------------------------------------------
 
@@ -194,14 +215,27 @@ class ProcView:
         return kind(path, process, name, buffer=buffer, writable=not reading)
 
     def _under_sys(self, path: str) -> Node:
+        if _CGROUPS.startswith(path) or path.startswith(_CGROUPS):
+            self._renew()
         if path in self._sys:
-            return _directory(path, lambda: list(self._sys[path]))
+            permissions = 0o755 if path.startswith(_CGROUPS) else 0o555
+            return _directory(
+                path, lambda: list(self._sys[path]), inode=self.inode(path), permissions=permissions
+            )
         parent, _, name = path.rpartition("/")
         if name not in self._sys.get(parent, ()):
             raise _missing(path)
         kernel, buffer = self.kernel, self.kernel.geometry.page_size
         if path == IDLE_BITMAP:
             return _file(path, 0o600, 0, lambda _o, _r: IdleFile(path, kernel))
+        if path.startswith(_CGROUPS):
+            node = _file(
+                path,
+                0o644 if name in _TAKES else 0o444,
+                0,
+                lambda _o, reading: GroupFile(path, kernel, path, buffer=buffer, writable=not reading),
+            )
+            return attrs.evolve(node, inode=self.inode(path))
         return _file(
             path, 0o444, 0, lambda _o, _r: TextFile(path, kernel, path, buffer=buffer), size=_SYSFS_SIZE
         )
@@ -211,8 +245,10 @@ def _missing(path: str) -> Missing:
     return Missing(errno.ENOENT, f"open({path})")
 
 
-def _directory(path: str, names: Callable[[], Sequence[str]], *, uid: int = 0) -> Node:
-    return Node(path=path, mode=stat.S_IFDIR | 0o555, uid=uid, list_names=names)
+def _directory(
+    path: str, names: Callable[[], Sequence[str]], *, uid: int = 0, inode: int = 0, permissions: int = 0o555
+) -> Node:
+    return Node(path=path, mode=stat.S_IFDIR | permissions, uid=uid, list_names=names, inode=inode)
 
 
 def _file(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,62 @@ def test_a_kernels_usage_is_the_models_and_what_the_model_does_not_have(sides):
     for group in ("g", "h"):
         model, kernel = sides.machine.group_usage(group), sides.live.group_usage(group)
         assert 600 * 4096 < model <= kernel <= model + (64 * (os.cpu_count() or 1) << 12) + (4 << 20)
+
+
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+@pytest.mark.rule("CG-016", "CG-017")
+def test_memory_stat_but_for_the_pages_of_the_interpreter(sides):
+    if not sides.live.kernel.profile.has("memcg.v1"):
+        pytest.skip("memory.stat of version 2 was compared with its source alone")
+    sides.do(
+        s.Map(area="a", pages=1024, align=2 << 20),
+        s.Map(area="b", pages=300),
+        s.MemfdCreate(fd="m", pages=100),
+        s.Map(area="c", pages=100, flags=1, fd="m"),
+        s.MakeGroup(group="g"),
+        s.MakeGroup(group="g/h"),
+        s.MoveTask(group="g"),
+        s.Advise(area="a", pages=1024, advice=14),
+        s.Touch(area="a", pages=1),
+        s.Touch(area="b", pages=200),
+        s.Touch(area="c", pages=50),
+        s.Pwrite(fd="m", offset=70 * 4096),
+        s.Lock(area="b", pages=20),
+        s.Fork(child="k"),
+        s.MoveTask(task="k", group="g/h"),
+        s.Touch(task="k", area="b", page=10, pages=100),
+        s.Touch(task="k", area="c", page=40, pages=30),
+        s.Advise(area="b", page=150, pages=50, advice=21),
+    )
+    time.sleep(2.5)  # a kernel adds up what processors have counted every two seconds
+    for group in ("g", "g/h"):
+        texts = (
+            sides.machine.pread(f"/sys/fs/cgroup/memory/{group}/memory.stat", 0, 1 << 16).decode(),
+            sides.live.group_file(group, "memory.stat"),
+        )
+        model, kernel = ({k: int(v) for k, v in map(str.split, text.splitlines())} for text in texts)
+        # The process itself has anonymous memory of its own.
+        for prefix in ("", "total_"):
+            other = kernel.pop(f"{prefix}rss") - model.pop(f"{prefix}rss")
+            lists = [{k: v for k, v in side.items() if k.startswith(prefix)} for side in (model, kernel)]
+            moved = [side[f"{prefix}inactive_anon"] + side[f"{prefix}active_anon"] for side in lists]
+            assert moved[1] - moved[0] == other >= 0
+        skipped = {f"{p}{k}" for p in ("", "total_") for k in ("inactive_anon", "active_anon")}
+        assert {k: (v, kernel[k]) for k, v in model.items() if k not in skipped and kernel[k] != v} == {}
+    with pytest.raises(OSError, match=r"memory\.limit_in_bytes") as caught:
+        sides.live.group_file("g", "memory.limit_in_bytes", "much")
+    assert caught.value.errno == errno.EINVAL
+    for text, shown in (("64M", 64 << 20), ("-1", (1 << 63) - 4096)):
+        for bench in (sides.machine, sides.live):
+            if bench is sides.live:
+                bench.group_file("g", "memory.limit_in_bytes", text)
+                found = bench.group_file("g", "memory.limit_in_bytes")
+            else:
+                name = "/sys/fs/cgroup/memory/g/memory.limit_in_bytes"
+                bench.pwrite(name, 0, text.encode())
+                found = bench.pread(name, 0, 99).decode()
+            assert int(found) == shown
 
 
 @pytest.mark.live

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 import pmcore
 from pmcore.procview import Opener, ProcView
-from pmcore.program import run
+from pmcore.program import Program, run, save_program
+from pmcore.program import steps as s
 from pmcore.recording import record
 from pmcore.scan import ScanRequest
 from pmcore.uapi import PageCategory
@@ -323,3 +325,55 @@ def test_as_another_user(program):
         assert done.returncode == 4
         assert b"/dev/fuse cannot be opened" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    """A program with two groups, and a task in each."""
+    steps = (
+        s.Map(area="a", pages=64),
+        s.MakeGroup(group="g"),
+        s.MakeGroup(group="g/h"),
+        s.MakeGroup(group="k"),
+        s.MoveTask(group="g/h"),
+        s.Touch(area="a", pages=20),
+        s.Fork(child="c"),
+        s.MoveTask(task="c", group="k"),
+        s.Touch(task="c", area="a", pages=5),
+    )
+    save_program(Program(name="groups", steps=steps), tmp_path / "groups.json")
+    return [*PMCORE, "exec", "--machine", str(tmp_path / "groups.json"), "--"]
+
+
+@pytest.mark.rule("KG-003", "CG-010")
+def test_the_cgroup_tree_is_there(grouped):
+    script = (
+        "cd /sys/fs/cgroup && cat g/h/cgroup.procs k/cgroup.procs /proc/2/cgroup && stat -c %i g/h k && ls g"
+        " && echo 2 > g/h/cgroup.procs && cat /proc/2/cgroup && find . -name cgroup.procs | wc -l"
+    )
+    done = subprocess.run(
+        [*grouped, "sh", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n")
+    assert lines[:3] == ["1", "2", "0::/k"]
+    assert lines[3:5] == ["129", "193"]
+    assert "h" in lines
+    assert lines[-3:] == ["0::/g/h", "4", ""]
+
+
+def test_page_types_walks_a_group(grouped):
+    """The kernel's page-types, unchanged, finds a group by its directory."""
+    tool = shutil.which("page-types") or os.environ.get("PMCORE_PAGE_TYPES", "")
+    if not tool:
+        pytest.skip("set PMCORE_PAGE_TYPES to the kernel's page-types binary")
+    for group, pages in (("g/h", 20), ("k", 5)):
+        done = subprocess.run(
+            [*grouped, tool, "-c", f"/sys/fs/cgroup/{group}", "-b", "anon"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].split()[:2] == ["total", str(pages)]

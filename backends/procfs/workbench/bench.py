@@ -537,6 +537,10 @@ class ProcfsWorkbench(Workbench):
         """What memory.usage_in_bytes says, or memory.current."""
         return self._group(path, "group_usage").usage(path)
 
+    def group_file(self, path: str, name: str, text: str | None = None) -> str:
+        """The text of a file of a group's directory; `text` is written to it first. Raises SyscallError."""
+        return self._group(path, f"open({name})").file(path, name, text)
+
     def _group(self, path: str, call: str) -> Groups:
         if self._groups is None or path not in self._groups.there:
             raise syscall_error(errno.ENOENT, f"{call}({path!r})")

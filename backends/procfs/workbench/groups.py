@@ -131,6 +131,16 @@ class Groups:
         except OSError as error:
             raise syscall_error(error.errno or errno.EIO, f"limit_group({path!r}, {length})") from None
 
+    def file(self, path: str, name: str, text: str | None) -> str:
+        """What a file says, after writing to it if there is something to write. Raises SyscallError."""
+        place = self._base / path / name
+        try:
+            if text is not None:
+                place.write_text(text)
+            return place.read_text()
+        except OSError as error:
+            raise syscall_error(error.errno or errno.EIO, f"{name} of {path!r}") from None
+
     def usage(self, path: str) -> int:
         """Bytes that are charged to it."""
         name = "memory.usage_in_bytes" if self.version == 1 else "memory.current"

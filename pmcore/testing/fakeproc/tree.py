@@ -117,7 +117,7 @@ class Tree:
         in_proc = node.path.startswith("/proc")
         head = (
             node.mode,
-            zlib.crc32(node.path.encode()) | 1,
+            node.inode or zlib.crc32(node.path.encode()) | 1,
             21 if in_proc else 22,
             1,
             node.uid,
