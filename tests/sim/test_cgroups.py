@@ -136,6 +136,24 @@ def test_a_page_that_migrates_takes_its_charge_along():
 
 
 @pytest.mark.rule("CG-012")
+def test_a_poisoned_page_is_charged_to_nobody():
+    machine = make()
+    task, start = in_group(machine, "a", 4)
+    before = machine.group_usage("a")
+    pfn = int(task.process.pagemap(start, start + PAGE).pfn[0])
+    task.madvise(start, PAGE, Madvise.HWPOISON)
+    task.madvise(start + PAGE, PAGE, Madvise.SOFT_OFFLINE)
+    machine.check()
+    assert machine.group_usage("a") == before - PAGE
+    assert int(machine.kpagecgroup(pfn, 1)[0]) == 0
+    assert owners(machine, task, start + PAGE, 3) == ["a"] * 3
+    machine.limit_group("a", before)
+    task.madvise(start, PAGE, Madvise.DONTNEED)
+    task.touch(start, PAGE)
+    machine.check()
+
+
+@pytest.mark.rule("CG-012")
 def test_merged_pages_stay_with_one_group_and_copies_go_to_who_gets_them():
     machine = make()
     task, start = in_group(machine, "a", 1)

@@ -177,7 +177,8 @@ def _out_of_use(core: Core, pfn: int) -> None:
         memory.contents.give_back(frames.content[pfn : pfn + 1])
         frames.content_at[pfn] = 0
     frames.lru_at[pfn] = 0
-    frames.group_at[pfn] = 0
+    if memory.grouped:
+        memory.charges.drop_one(pfn)
 
 
 def _soft_offline(core: Core, pfn: int) -> None:
