@@ -13,7 +13,7 @@ import pmcore
 from pmcore.backends.sim.check import BrokenInvariant
 from pmcore.backends.sim.machine import load_machine
 from pmcore.backends.sim.physical.charges import Limit
-from pmcore.errors import NotModelled, OutOfMemory, SyscallError
+from pmcore.errors import AddressSpaceFault, NotModelled, OutOfMemory, SyscallError
 from pmcore.lockstep.generator import Seeded, random_program
 from pmcore.program import Run
 from pmcore.protocols import FrameFile
@@ -141,7 +141,8 @@ def test_a_poisoned_page_is_charged_to_nobody():
     task, start = in_group(machine, "a", 4)
     before = machine.group_usage("a")
     pfn = int(task.process.pagemap(start, start + PAGE).pfn[0])
-    task.madvise(start, PAGE, Madvise.HWPOISON)
+    with pytest.raises(AddressSpaceFault):  # the page was dirty: its process is told
+        task.madvise(start, PAGE, Madvise.HWPOISON)
     task.madvise(start + PAGE, PAGE, Madvise.SOFT_OFFLINE)
     machine.check()
     assert machine.group_usage("a") == before - PAGE

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pmcore
+from pmcore.errors import SyscallError
 from pmcore.lockstep.programs import programs
 from pmcore.program import Run
 from pmcore.program import steps as s
@@ -108,3 +109,18 @@ def test_without_memory_all_is_well(program, memory, swap):
     kept = 512 if machine.core.huge_zero_pfn else 0
     assert sum(zone.free_pages for zone in machine.core.memory.zones) == free - kept
     assert all(area.used == 0 for area in machine.swap_areas())
+
+
+def test_collapse_that_runs_out_of_memory_while_it_reads_back_keeps_no_huge_page():
+    machine = pmcore.open("sim", memory="4 MiB", swap="2 MiB", kernel="6.12")
+    task = machine.spawn()
+    start = task.mmap(4 << 20, addr=1 << 40)
+    task.write(start, b"x")
+    task.madvise(start, 2 << 20, Madvise.COLLAPSE)
+    task.madvise(start, 4096, Madvise.DONTNEED)
+    task.madvise(start, 4 << 20, Madvise.POPULATE_WRITE)
+    task.madvise(start, 4 << 20, Madvise.PAGEOUT)
+    with pytest.raises(SyscallError) as caught:
+        task.madvise(start, 4 << 20, Madvise.COLLAPSE)
+    assert caught.value.errno == errno.ENOMEM
+    machine.check()

@@ -109,16 +109,20 @@ def _one(
         if guard[index]:  # what came before it has been read back
             core.memory.free_folio(folio)
             return Errno.EINVAL, True
-        swapping.swap_in(
-            core,
-            mm,
-            vma,
-            first + index,
-            int(entries[index]),
-            write=False,
-            addr=addr + index * size,
-            whole=False,
-        )
+        try:
+            swapping.swap_in(
+                core,
+                mm,
+                vma,
+                first + index,
+                int(entries[index]),
+                write=False,
+                addr=addr + index * size,
+                whole=False,
+            )
+        except NoMemory:
+            core.memory.free_folio(folio)
+            raise
     if _met_twice(core, entries, waiting):
         core.memory.free_folio(folio)
         return Errno.EAGAIN, False
