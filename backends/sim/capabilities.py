@@ -113,8 +113,9 @@ class Capabilities:
     hugetlb_small_indices: bool
     #: The swap type that markers show.
     marker_type: int
-    #: The swap type of entries of poisoned pages.
+    #: The swap type of entries of poisoned pages, and the first of the two or three of migration entries.
     hwpoison_type: int
+    migration_type: int
     mmap_says_why: bool
     swapin_writable: bool
     ksm_unshares: bool
@@ -236,6 +237,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         memfd_hugetlb=has("mm.hugetlb_memfd"),
         marker_type=SWP_PTE_MARKER - has("quirk.swapin_error_type"),
         hwpoison_type=_HWPOISON_TYPE - has("quirk.swapin_error_type"),
+        migration_type=_HWPOISON_TYPE + 1 - has("quirk.swapin_error_type"),
         mmap_says_why=has("mm.mmap_says_why"),
         swapin_writable=has("mm.swapin_writable"),
         ksm_unshares=has("mm.ksm_unshares"),

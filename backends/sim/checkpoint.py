@@ -17,6 +17,7 @@ from pmcore.backends.sim.physical.buddy import Zone
 from pmcore.backends.sim.physical.folios import LargeFolio
 from pmcore.backends.sim.services import ksm_state
 from pmcore.backends.sim.services.hugetlb import HugeFile, HugeMap, Hugetlb, Promise
+from pmcore.backends.sim.services.migrating import Migration
 from pmcore.backends.sim.services.pagecache import FileSystem, Inode, OpenFile
 from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.services.userfaultfd import Userfaultfd
@@ -132,6 +133,8 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         }
     if files.files or core.hugetlb.folios or any(pool.overcommit for pool in core.hugetlb.pools.values()):
         words["hugetlb"] = _hugetlb(core, files)
+    if core.migration is not None:
+        arrays |= {f"migration.{name}": getattr(core.migration, name).copy() for name in Migration.ARRAYS}
     if memory.offline:
         words["offline"] = [[number, *zone] for number, zone in sorted(memory.offline.items())]
     if memory.grouped:
@@ -277,6 +280,9 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     core.counters.clear()
     core.counters.update(words["counters"])
     core.mlocks = dict(map(tuple, words["mlocks"]))
+    core.migration = None
+    if "migration.slots" in arrays:
+        core.migration = Migration(*(arrays[f"migration.{name}"].copy() for name in Migration.ARRAYS))
     for name, value in words["policy"].items():
         setattr(core.policy, name, value)
     for name in core.khugepaged.STATE:

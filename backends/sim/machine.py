@@ -26,12 +26,13 @@ from pmcore.backends.sim.physical.frames import Frames
 from pmcore.backends.sim.physical.memory import Memory, NoMemory, min_watermark
 from pmcore.backends.sim.policy import Policy, as_policy, check_sizes, thp_orders
 from pmcore.backends.sim.process import SimProcess
-from pmcore.backends.sim.services import hotplug, memory_failure, page_idle, shrink, writeback
+from pmcore.backends.sim.services import hotplug, memory_failure, migrating, page_idle, shrink, writeback
 from pmcore.backends.sim.services import swapoff as swapping_areas
 from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.khugepaged import Khugepaged
 from pmcore.backends.sim.services.ksm import Ksm
 from pmcore.backends.sim.services.memcg import Groups
+from pmcore.backends.sim.services.migrating import Migration
 from pmcore.backends.sim.services.pagecache import Inode
 from pmcore.backends.sim.services.shrink import Reclaimed
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
@@ -92,6 +93,8 @@ class Core:
         self.mmap_min = 65536
         self.stack_limit = 8 << 20
         self.mmap_base = self.geometry.task_size - (1 << 36) & -self.geometry.page_size
+        #: The migration that is under way, if any.
+        self.migration: Migration | None = None
         #: What happened, counted.
         self.counters: Counter[str] = Counter()
         #: Told of page faults (address space, address or addresses, write) before they are handled; None: nobody looks.
@@ -202,6 +205,7 @@ class SimMachine(Grouping, Kernel):
 
     def spawn(self) -> SimTask:
         """A fresh task with an empty address space."""
+        migrating.still(self.core, "spawn")
         self.core.memory.charging = 0
         return self.adopt(AddressSpace(self.core, self.core.number("space")))
 
@@ -228,6 +232,7 @@ class SimMachine(Grouping, Kernel):
 
     def drop_caches(self) -> int:
         """Write 1 to drop_caches: what files on the disk have clean and unmapped in the cache goes; how many pages."""
+        migrating.still(self.core, "drop_caches")
         return writeback.drop_caches(self.core)
 
     def set_thp(self, settings: Mapping[str, str]) -> None:
@@ -248,6 +253,8 @@ class SimMachine(Grouping, Kernel):
 
     def close(self) -> None:
         """End all tasks."""
+        if self.core.migration is not None:
+            migrating.finish(self.core)
         for task in list(self._tasks.values()):
             task.exit()
         self._closed = True
@@ -256,6 +263,7 @@ class SimMachine(Grouping, Kernel):
         self, full_scans: int = 1, *, use_zero_pages: bool = False, max_page_sharing: int = 256
     ) -> dict[str, int]:
         """So many full scans of ksmd; the counters afterwards. Raises Busy for another `max_page_sharing` too late."""
+        migrating.still(self.core, "ksm_scan")
         ksm = self.core.ksm
         ksm.max_page_sharing = max_page_sharing
         before, ksm.use_zero_pages = ksm.use_zero_pages, use_zero_pages
@@ -266,6 +274,7 @@ class SimMachine(Grouping, Kernel):
 
     def ksm_unmerge(self) -> dict[str, int]:
         """Unmerge all pages; the counters afterwards."""
+        migrating.still(self.core, "ksm_unmerge")
         return self.core.ksm.unmerge()
 
     # -- the kernel ------------------------------------------------------------------------------------
@@ -366,7 +375,8 @@ class SimMachine(Grouping, Kernel):
 
     def check(self) -> None:
         """Verify every invariant of the state. Raises BrokenInvariant that names what does not hold."""
-        check(self.core, [task.mm for task in self._tasks.values()])
+        with migrating.as_before(self.core):
+            check(self.core, [task.mm for task in self._tasks.values()])
 
     # -- looking on ------------------------------------------------------------------------------------
 
@@ -386,6 +396,7 @@ class SimMachine(Grouping, Kernel):
         From the tails of the LRU lists, whoever maps what is there (rules RC-001 to RC-010); of a memory cgroup and
         those below it alone, if one is named. Raises ArgumentError, or SyscallError for a group that there is not.
         """
+        migrating.still(self.core, "reclaim")
         pages, core = self._pages("reclaim", amount), self.core
         core.memory.charging = 0
         if group:
@@ -421,10 +432,12 @@ class SimMachine(Grouping, Kernel):
         some of it; NotModelled where the kernel would try without end, or take large folios apart to have room for
         them. Refused or not modelled: nothing has changed.
         """
+        migrating.still(self.core, "offline_block")
         hotplug.offline(self.core, _number("offline_block", number))
 
     def online_block(self, number: int) -> None:
         """Write "online" to it: all its frames are free. Refused with ENOENT, or EINVAL for one that is online."""
+        migrating.still(self.core, "online_block")
         hotplug.online(self.core, _number("online_block", number))
 
     def balloon_inflate(self, amount: int | str) -> int:
@@ -432,19 +445,37 @@ class SimMachine(Grouping, Kernel):
 
         Only what is free above the watermark: for a balloon nothing is reclaimed (rule HP-008). Raises ArgumentError.
         """
+        migrating.still(self.core, "balloon_inflate")
         self.core.memory.charging = 0
         return hotplug.inflate(self.core, self._pages("balloon_inflate", amount))
 
     def balloon_deflate(self, amount: int | str) -> int:
         """Take so many pages, or bytes, back from the balloon; how many there were."""
+        migrating.still(self.core, "balloon_deflate")
         return hotplug.deflate(self.core, self._pages("balloon_deflate", amount))
+
+    def start_migration(self, task: Task, start: int, length: int) -> int:
+        """Begin to move all pages that a range of the task's maps, whoever maps them; how many (rules MG-006, MG-007).
+
+        The machine stays in the middle of it until `finish_migration`: migration entries stand for the pages, and
+        nothing but looking is modelled. Raises ArgumentError where there is nothing to be moved.
+        """
+        if not isinstance(task, SimTask) or not task.alive or self._tasks.get(task.pid) is not task:
+            raise ArgumentError(f"{task!r} is no living task of this machine")
+        return migrating.start(self.core, task.mm, start, start + length)
+
+    def finish_migration(self) -> None:
+        """Map the pages where they have gone: as if they had been moved in one step (rule MG-008)."""
+        migrating.finish(self.core)
 
     def hwpoison(self, pfns: U64Array) -> None:
         """Write frame numbers to hwpoison/corrupt-pfn: free frames, and pages of anonymous memory (rule HW-006)."""
+        migrating.still(self.core, "hwpoison")
         memory_failure.hwpoison(self.core, pfns)
 
     def unpoison(self, pfns: U64Array) -> None:
         """Write frame numbers to hwpoison/unpoison-pfn: the frames are free again."""
+        migrating.still(self.core, "unpoison")
         memory_failure.unpoison(self.core, pfns)
 
     @property
@@ -485,6 +516,7 @@ class SimMachine(Grouping, Kernel):
         Refused with EINVAL without room for a page, EPERM when there are too many; ArgumentError for a priority that
         is none.
         """
+        migrating.still(self.core, "swapon")
         return swapping_areas.swapon(
             self.core,
             parse_size(length),
@@ -499,6 +531,7 @@ class SimMachine(Grouping, Kernel):
 
         Refused with EINVAL if there is none of that number; with ENOMEM, nothing half-done, if they do not fit.
         """
+        migrating.still(self.core, "swapoff")
         self.core.memory.charging = 0
         return swapping_areas.swapoff(self.core, number)
 

@@ -10,7 +10,7 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import clear_refs
+from pmcore.backends.sim.services import clear_refs, migrating
 from pmcore.backends.sim.services.filesystem import data_pages
 from pmcore.backends.sim.services.mincore import in_core
 from pmcore.backends.sim.views import maps as maps_view
@@ -107,6 +107,8 @@ class SimProcess(Process):
             return ScanResult(errno=int(Errno.ESRCH))
         if not self._machine.core.caps.scan:
             return scan_pagemap(self, request)
+        if request.flags:
+            migrating.still(self._machine.core, "a scan that may write-protect")
         self._machine.core.memory.charging = 0  # the caller's group: whoever looks is in the root
         try:
             return scan_tables(request, SimTables(self._machine.core, self._task.mm), self._machine.profile)
@@ -116,6 +118,7 @@ class SimProcess(Process):
     def clear_refs(self, what: ClearRefs | int) -> None:
         """Write `what` to clear_refs."""
         self._alive(f"write(/proc/{self.pid}/clear_refs)")
+        migrating.still(self._machine.core, "clear_refs")
         clear_refs.write(self._machine.core, self._task.mm, int(what))
 
     def file_residency(self, vma: Vma, start: int, end: int) -> FileResidency:

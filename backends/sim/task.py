@@ -16,7 +16,7 @@ from pmcore.backends.sim.calls import uffd as uffd_call
 from pmcore.backends.sim.calls import uffd_fill, uffd_move
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.process import SimProcess
-from pmcore.backends.sim.services import mincore
+from pmcore.backends.sim.services import migrating, mincore
 from pmcore.backends.sim.virtual import fault, touch
 from pmcore.backends.sim.virtual import fork as forking
 from pmcore.backends.sim.virtual.space import AddressSpace
@@ -55,13 +55,15 @@ class SimTask(Task):
     def _ready(self, call: str) -> None:
         if not self.alive:
             raise syscall_error(int(Errno.ESRCH), call, remedy="the task is gone")
+        if self._core.migration is not None and call != "mincore":
+            migrating.still(self._core, call)
         if self._core.memory.grouped:
             self._core.memory.charging = self.mm.group
             self._core.memory.charges.full = None
 
     def _call(self, what: Any, *arguments: Any, **named: Any) -> Any:
         core, mm = self._core, self.mm
-        if not self.alive or core.memory.grouped:
+        if not self.alive or core.memory.grouped or core.migration is not None:
             self._ready(what.__name__)
         if core.memory.short:
             core.relieve(1)
@@ -78,6 +80,11 @@ class SimTask(Task):
             path = self._core.groups.there[full.number].path
             remedy = f"the cgroup {path!r} is at its limit (a kernel kills one of its processes): a larger one, or swap"
         return syscall_error(int(Errno.ENOMEM), what, remedy=remedy)
+
+    def _access_to(self, what: str, start: int, length: int) -> None:
+        if self.alive and self._core.migration is not None:
+            migrating.wait(self._core, self.mm, start, start + length)
+        self._ready(what)
 
     # -- memory ----------------------------------------------------------------------------------------
 
@@ -166,7 +173,7 @@ class SimTask(Task):
 
     def read(self, start: int, length: int) -> bytes:
         """The bytes at `start`."""
-        self._ready("read")
+        self._access_to("read", start, length)
         core, size = self._core, self._core.geometry.page_size
         pieces = []
         for place, stop in _pages(start, start + length, size):
@@ -177,7 +184,7 @@ class SimTask(Task):
 
     def write(self, start: int, data: bytes) -> None:
         """Write bytes."""
-        self._ready("write")
+        self._access_to("write", start, len(data))
         core, size = self._core, self._core.geometry.page_size
         for place, stop in _pages(start, start + len(data), size):
             pfn = self._access(place, write=True)
@@ -193,7 +200,7 @@ class SimTask(Task):
 
     def touch(self, start: int, length: int, *, write: bool = True, step: int | None = None) -> None:
         """One access every `step` bytes."""
-        self._ready("touch")
+        self._access_to("touch", start, length)
         size = self._core.geometry.page_size
         stride = step or size
         if stride <= 0 or length < 0:
@@ -340,6 +347,7 @@ class SimTask(Task):
         """End the task; everything that it alone had is free."""
         if not self.alive:
             return
+        migrating.still(self._core, "exit")
         self.alive = False
         self._machine.forget(self)
         for fd in list(self.mm.files):

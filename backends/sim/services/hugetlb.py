@@ -15,6 +15,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import HEAD, TAIL, NoMemory
+from pmcore.backends.sim.services import migrating
 from pmcore.errors import ArgumentError
 from pmcore.geometry import parse_size
 from pmcore.uapi import PageFlag
@@ -132,6 +133,7 @@ class Hugetlb:
 
     def resize(self, size: int | str, count: int) -> int:
         """Write nr_hugepages: the pool grows as far as memory allows, and shrinks as pages become free; its size."""
+        migrating.still(self._core, "resizing a pool")
         pool = self.pool(size)
         if not isinstance(count, int) or count < 0:
             raise ArgumentError(f"{count!r} huge pages")

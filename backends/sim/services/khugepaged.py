@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from pmcore.backends.sim.services import collapse, thp
+from pmcore.backends.sim.services import collapse, migrating, thp
 from pmcore.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class Khugepaged:
 
         Nothing is looked at while huge pages are switched off. Raises ArgumentError.
         """
+        migrating.still(self._core, "a step of khugepaged")
         left = self.pages_to_scan if pages is None else pages
         if isinstance(left, bool) or not isinstance(left, int) or left < 1:
             raise ArgumentError(f"step({pages!r})", remedy="one page or more")

@@ -17,6 +17,7 @@ from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import ksm_merge as merging
+from pmcore.backends.sim.services import migrating
 from pmcore.backends.sim.services.ksm_stable import STABLE, UNSTABLE, Slot, StableTree
 from pmcore.backends.sim.services.ksm_tree import Place, UnstableTree
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT
@@ -156,6 +157,7 @@ class Ksm(StableTree):
 
     def run(self, full_scans: int = 1) -> dict[str, int]:
         """Scan everything so many times; the counters afterwards. A scan that was begun counts when it ends."""
+        migrating.still(self._core, "a scan of ksmd")
         self._there()
         if not isinstance(full_scans, int) or full_scans < 0:
             raise ArgumentError(f"full_scans={full_scans!r}", remedy="a number of scans, from 0")
@@ -167,6 +169,7 @@ class Ksm(StableTree):
 
     def step(self, pages: int | None = None) -> int:
         """Look at so many pages (default: `pages_to_scan`), no further than to the end of a scan; how many it were."""
+        migrating.still(self._core, "a step of ksmd")
         self._there()
         wanted = self.pages_to_scan if pages is None else pages
         if not isinstance(wanted, int) or wanted < 0:
@@ -178,6 +181,7 @@ class Ksm(StableTree):
 
         Raises OutOfMemory where there are not enough frames for that, with what came before it done.
         """
+        migrating.still(self._core, "unmerging")
         self._there()
         for slot in list(self.slots):
             for vma in slot.mm.vmas if slot.mm.alive else ():

@@ -109,7 +109,7 @@ def _partly_mapped(core: Core, touched: U64Array, start: int) -> None:
     heads = loose + start - frames.behind[start : start + len(touched)][loose]
     for head in np.unique(heads).tolist():
         folio = core.memory.large.get(head)
-        if folio is not None and folio.mapped:
+        if folio is not None and folio.mapped and core.migration is None:
             touched[loose[heads == head]] |= np.uint64(PageFlag.MMAP)
 
 

@@ -13,7 +13,7 @@ from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, YOUNG
 from pmcore.backends.sim.virtual.vma import VM_FLAG_CODES, VmArea, VmFlag
 from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.smaps import SmapsEntry
-from pmcore.uapi import PageFlag
+from pmcore.uapi import MAX_SWAPFILES_SHIFT, PageFlag
 from pmcore.vma import Vma
 
 if TYPE_CHECKING:
@@ -111,9 +111,10 @@ def _gather(core: Core, mm: AddressSpace, vma: VmArea, sums: _Counters) -> None:
         if extent.huge:
             entries = entries[(entries & _FIELD) != np.uint64(core.huge_zero_pfn)]
             sums.huge += len(entries) * extent.size
-            entries = np.repeat(entries, core.geometry.pmd_pages) + np.tile(
-                np.arange(core.geometry.pmd_pages, dtype=np.uint64), len(entries)
-            )
+            # The offset of a migration entry is what counts the pages.
+            step = np.where((entries & _PRESENT) != 0, np.uint64(1), np.uint64(1 << MAX_SWAPFILES_SHIFT))
+            pages = np.arange(core.geometry.pmd_pages, dtype=np.uint64)
+            entries = (entries[:, None] + step[:, None] * pages).reshape(-1)
         else:
             _swap(core, sums, entries, size)
         _present(core, sums, entries, size)

@@ -11,7 +11,9 @@ from pmcore.backends.sim.views import hugetlb as huge_view
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SHOWN, SOFT_DIRTY, SPECIAL
 from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.backends.sim.virtual.zap import hwpoison_entries
 from pmcore.uapi import (
+    MAX_SWAPFILES_SHIFT,
     PM_FILE,
     PM_MMAP_EXCLUSIVE,
     PM_PFRAME_MASK,
@@ -108,6 +110,10 @@ def _mark_files(core: Core, mm: AddressSpace, start: int, end: int, start_vpn: i
         anon = frames.flags.take(pfns, mode="clip") & np.uint64(PageFlag.ANON)
         mapped = (extent.entries & np.uint64(PRESENT | SPECIAL)) == _PRESENT
         target[mapped & (anon == 0)] |= np.uint64(_FILE)
+        if core.migration is not None:
+            named = np.flatnonzero(hwpoison_entries(extent.entries))
+            anon = frames.flags[pfns[named] >> MAX_SWAPFILES_SHIFT] & np.uint64(PageFlag.ANON)
+            target[named[anon == 0]] |= np.uint64(_FILE)
 
 
 def _as_ptes(core: Core, pmds: U64Array) -> U64Array:
@@ -115,7 +121,10 @@ def _as_ptes(core: Core, pmds: U64Array) -> U64Array:
     pages = core.geometry.pmd_pages
     # The huge zero page is nobody's anonymous page: it shows as a file's (rule VM-023).
     file = np.where((pmds & np.uint64(SPECIAL)) != 0, np.uint64(_FILE), np.uint64(0))
-    words: U64Array = ((pmds | file)[:, None] + np.arange(pages, dtype=np.uint64)[None, :]).reshape(-1)
+    # The offset of a migration entry is what counts the pages.
+    step = np.where((pmds & _PRESENT) != 0, np.uint64(1), np.uint64(1 << MAX_SWAPFILES_SHIFT))
+    within = step[:, None] * np.arange(pages, dtype=np.uint64)[None, :]
+    words: U64Array = ((pmds | file)[:, None] + within).reshape(-1)
     return words
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pmcore.backends.sim.services import migrating
 from pmcore.backends.sim.views import hugetlb as huge_view
 from pmcore.backends.sim.views import maps as maps_view
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
@@ -25,6 +26,12 @@ _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 
 
 def _resident(core: Core, mm: AddressSpace) -> tuple[int, int, int]:
+    """See `_counted`: what is on its way counts where it was."""
+    with migrating.as_before(core):
+        return _counted(core, mm)
+
+
+def _counted(core: Core, mm: AddressSpace) -> tuple[int, int, int]:
     """Pages of anonymous memory, pages of shmem, and swap entries that the page tables hold; hugetlb is not counted."""
     anon = shmem = swapped = 0
     zeros = np.array([core.zero_pfn, core.huge_zero_pfn], dtype=np.uint64)

@@ -16,8 +16,9 @@ from pmcore.backends.sim.services import filesystem, readahead, userfaultfd
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.backends.sim.virtual.zap import hwpoison_entries
 from pmcore.errors import AddressSpaceFault
-from pmcore.uapi import PageFlag
+from pmcore.uapi import MAX_SWAPFILES_SHIFT, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.arrays import U64Array
@@ -296,4 +297,8 @@ def cached_only(core: Core, entries: U64Array) -> BoolArray:
     found: BoolArray = (entries & _PRESENT) != 0
     pfns = (entries[found] & _FIELD).view(np.int64)
     found[found] = (core.memory.frames.flags[pfns] & np.uint64(CACHED)) != 0
+    if core.migration is not None:  # a page that is on its way
+        named = np.flatnonzero(hwpoison_entries(entries))
+        pfns = (entries[named] & _FIELD).view(np.int64) >> MAX_SWAPFILES_SHIFT
+        found[named] = (core.memory.frames.flags[pfns] & np.uint64(CACHED)) != 0
     return found
