@@ -616,6 +616,10 @@ class Workbench(Protocol):
         """
         raise BackendUnavailable("this workbench has no disk of its own", remedy="open it with disk=...")
 
+    def compact(self) -> object:
+        """To provide where that can be done: write 1 to compact_memory. Raises BackendUnavailable elsewhere."""
+        raise BackendUnavailable("this workbench compacts no memory", remedy="leave that out of the program")
+
     def drop_caches(self) -> object:
         """To provide where that can be done: write 1 to drop_caches. Raises BackendUnavailable elsewhere."""
         raise BackendUnavailable("this workbench drops no caches", remedy="leave that out of the program")

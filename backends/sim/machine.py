@@ -26,7 +26,15 @@ from pmcore.backends.sim.physical.frames import Frames
 from pmcore.backends.sim.physical.memory import Memory, NoMemory, min_watermark
 from pmcore.backends.sim.policy import Policy, as_policy, check_sizes, thp_orders
 from pmcore.backends.sim.process import SimProcess
-from pmcore.backends.sim.services import hotplug, memory_failure, migrating, page_idle, shrink, writeback
+from pmcore.backends.sim.services import (
+    compaction,
+    hotplug,
+    memory_failure,
+    migrating,
+    page_idle,
+    shrink,
+    writeback,
+)
 from pmcore.backends.sim.services import swapoff as swapping_areas
 from pmcore.backends.sim.services.hugetlb import Hugetlb
 from pmcore.backends.sim.services.khugepaged import Khugepaged
@@ -453,6 +461,10 @@ class SimMachine(Grouping, Kernel):
         """Take so many pages, or bytes, back from the balloon; how many there were."""
         migrating.still(self.core, "balloon_deflate")
         return hotplug.deflate(self.core, self._pages("balloon_deflate", amount))
+
+    def compact(self) -> int:
+        """Write 1 to compact_memory: pages move to the ends of their zones (rule MG-010); how many."""
+        return compaction.compact(self.core)
 
     def start_migration(self, task: Task, start: int, length: int) -> int:
         """Begin to move all pages that a range of the task's maps, whoever maps them; how many (rules MG-006, MG-007).

@@ -12,7 +12,7 @@ from pmcore.lockstep.compare import Comparer, Difference
 from pmcore.lockstep.look import Look, take
 from pmcore.lockstep.reached import Reached
 from pmcore.program import Outcome, Program, Run
-from pmcore.program.steps import Map, Scan, Step
+from pmcore.program.steps import Compact, Map, Scan, Step
 from pmcore.protocols import Workbench
 from pmcore.uapi import MapFlag
 
@@ -79,7 +79,12 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
 
 
 def renewed(run: Run, step: Step) -> tuple[int, int]:
-    """The addresses that a step maps anew, whatever was there: up to the end of a huge page where it is of hugetlb."""
+    """The addresses that a step maps anew, whatever was there: up to the end of a huge page where it is of hugetlb.
+
+    Where any page may have moved they are all.
+    """
+    if isinstance(step, Compact):
+        return 0, 1 << 63
     if not isinstance(step, Map) or step.area not in run.areas:
         return 0, 0
     start, length = run.areas[step.area]

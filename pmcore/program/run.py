@@ -475,6 +475,7 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.ReadAhead: lambda r, st: r.workbench.set_readahead(st.length),
     s.DropCaches: lambda r, st: [r.workbench.drop_caches(), None][1],  # how many pages is no outcome
     s.CloseFd: _close,
+    s.Compact: lambda r, st: [r.workbench.compact(), None][1],  # how many pages is no outcome
     s.UffdOpen: _open_uffd,
     s.UffdRegister: _register,
     s.UffdCopy: _fill("uffd_copy"),

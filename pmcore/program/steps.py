@@ -19,6 +19,7 @@ __all__ = [
     "Brk",
     "ClearRefs",
     "CloseFd",
+    "Compact",
     "DropCaches",
     "Exit",
     "Fadvise",
@@ -354,6 +355,11 @@ class DropCaches(Step):
 
 
 @attrs.frozen(kw_only=True)
+class Compact(Step):
+    """The administrator has memory compacted: all pages of the machine may get other frames. `task` does nothing."""
+
+
+@attrs.frozen(kw_only=True)
 class CloseFd(Step):
     """close."""
 
@@ -596,6 +602,7 @@ STEPS: dict[str, type[Step]] = {
         ReadAhead,
         DropCaches,
         CloseFd,
+        Compact,
         UffdOpen,
         UffdRegister,
         UffdUnregister,

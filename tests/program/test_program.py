@@ -172,6 +172,7 @@ def test_every_kind_of_step_runs(bench):
     )
     # They need a still machine: lockstep's kept programs.
     administrator = {
+        s.Compact,
         s.KsmScan,
         s.KsmUnmerge,
         s.DropCaches,

@@ -575,6 +575,14 @@ class ProcfsWorkbench(Workbench):
             )
         Path("/proc/sys/vm/drop_caches").write_text("1")
 
+    def compact(self) -> None:
+        """Write 1 to /proc/sys/vm/compact_memory; only where the machine holds still."""
+        if not self._still:
+            raise BackendUnavailable(
+                "the memory of the whole machine is compacted", remedy="open the workbench with still=True"
+            )
+        Path("/proc/sys/vm/compact_memory").write_text("1")
+
     def renew(self) -> None:
         """Pages of hugetlb pools are made anew, for flags that their last users left would show on them.
 
