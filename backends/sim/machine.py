@@ -19,7 +19,7 @@ from pmcore.backends.sim.check import check
 from pmcore.backends.sim.checkpoint import State, capture, load, rebuild, save
 from pmcore.backends.sim.events import Event, observing
 from pmcore.backends.sim.grouping import Grouping
-from pmcore.backends.sim.physical import memory_blocks as blocks
+from pmcore.backends.sim.movement import Movement
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.frames import Frames
@@ -27,9 +27,7 @@ from pmcore.backends.sim.physical.memory import Memory, NoMemory, min_watermark
 from pmcore.backends.sim.policy import Policy, as_policy, check_sizes, thp_orders
 from pmcore.backends.sim.process import SimProcess
 from pmcore.backends.sim.services import (
-    compaction,
     hotplug,
-    memory_failure,
     migrating,
     page_idle,
     shrink,
@@ -141,7 +139,7 @@ class Core:
         return code not in self.caps.unknown_vm_flags
 
 
-class SimMachine(Grouping, Kernel):
+class SimMachine(Grouping, Movement, Kernel):
     """See `pmcore.backends.sim.open_machine`."""
 
     name = "sim"
@@ -423,31 +421,6 @@ class SimMachine(Grouping, Kernel):
             raise ArgumentError(f"{call}({amount!r})", remedy="0 pages or more")
         return pages
 
-    @property
-    def block_size(self) -> int:
-        """Bytes of a memory block (/sys/devices/system/memory/block_size_bytes)."""
-        return self.core.memory.block_pages * self.profile.geometry.page_size
-
-    def memory_blocks(self) -> list[blocks.MemoryBlock]:
-        """The blocks that hold memory, by number: those that are online and those that are not."""
-        return blocks.blocks(self.core.memory, self.profile.geometry.page_size)
-
-    def offline_block(self, number: int) -> None:
-        """Write "offline" to /sys/devices/system/memory/memoryN/state (rules HP-001 to HP-007).
-
-        What processes have there is migrated away; free frames leave the buddy allocator. Refused with ENOENT where
-        there is no such block, EINVAL for one that is offline or not of one zone alone, EBUSY where the kernel uses
-        some of it; NotModelled where the kernel would try without end, or take large folios apart to have room for
-        them. Refused or not modelled: nothing has changed.
-        """
-        migrating.still(self.core, "offline_block")
-        hotplug.offline(self.core, _number("offline_block", number))
-
-    def online_block(self, number: int) -> None:
-        """Write "online" to it: all its frames are free. Refused with ENOENT, or EINVAL for one that is online."""
-        migrating.still(self.core, "online_block")
-        hotplug.online(self.core, _number("online_block", number))
-
     def balloon_inflate(self, amount: int | str) -> int:
         """Give so many pages, or bytes ("4 MiB"), to a balloon that the hypervisor has instead; how many it got.
 
@@ -461,34 +434,6 @@ class SimMachine(Grouping, Kernel):
         """Take so many pages, or bytes, back from the balloon; how many there were."""
         migrating.still(self.core, "balloon_deflate")
         return hotplug.deflate(self.core, self._pages("balloon_deflate", amount))
-
-    def compact(self) -> int:
-        """Write 1 to compact_memory: pages move to the ends of their zones (rule MG-010); how many."""
-        return compaction.compact(self.core)
-
-    def start_migration(self, task: Task, start: int, length: int) -> int:
-        """Begin to move all pages that a range of the task's maps, whoever maps them; how many (rules MG-006, MG-007).
-
-        The machine stays in the middle of it until `finish_migration`: migration entries stand for the pages, and
-        nothing but looking is modelled. Raises ArgumentError where there is nothing to be moved.
-        """
-        if not isinstance(task, SimTask) or not task.alive or self._tasks.get(task.pid) is not task:
-            raise ArgumentError(f"{task!r} is no living task of this machine")
-        return migrating.start(self.core, task.mm, start, start + length)
-
-    def finish_migration(self) -> None:
-        """Map the pages where they have gone: as if they had been moved in one step (rule MG-008)."""
-        migrating.finish(self.core)
-
-    def hwpoison(self, pfns: U64Array) -> None:
-        """Write frame numbers to hwpoison/corrupt-pfn: free frames, and pages of anonymous memory (rule HW-006)."""
-        migrating.still(self.core, "hwpoison")
-        memory_failure.hwpoison(self.core, pfns)
-
-    def unpoison(self, pfns: U64Array) -> None:
-        """Write frame numbers to hwpoison/unpoison-pfn: the frames are free again."""
-        migrating.still(self.core, "unpoison")
-        memory_failure.unpoison(self.core, pfns)
 
     @property
     def counters(self) -> Counter[str]:
@@ -592,12 +537,6 @@ _SWAP_KINDS: dict[str, dict[str, bool]] = {
     "device": {"compressed": False},
     "disk": {"compressed": False, "immediate": False},
 }
-
-
-def _number(call: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentError(f"{call}({value!r})", remedy="the number of a block, as in memory_blocks()")
-    return value
 
 
 def _boot(memory: Memory) -> None:
