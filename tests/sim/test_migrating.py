@@ -7,7 +7,11 @@ import pytest
 
 from pmcore.backends.sim.machine import load_machine
 from pmcore.errors import AddressSpaceFault, ArgumentError, NotModelled
+from pmcore.lockstep import take
+from pmcore.lockstep.generator import Seeded, random_program
 from pmcore.pagemap import PagemapEntry
+from pmcore.profile import preset
+from pmcore.program import Run
 from pmcore.protocols import FrameFile
 from pmcore.registry import open_workbench
 from pmcore.scan.request import ScanRequest
@@ -209,3 +213,55 @@ def test_what_cannot_be_moved(prepared):
     with pytest.raises(NotModelled):
         machine.start_migration(task, start, PAGE)
     machine.check()
+
+
+@pytest.mark.rule("MG-004", "MG-008", "MG-010")
+@pytest.mark.parametrize(
+    ("kernel", "focus"),
+    [("6.18", ""), ("6.12", "nodes"), ("6.12", "poison"), ("6.18", "disk"), ("6.18", "ksm")],
+)
+def test_nobody_notices_but_by_frames(kernel, focus):
+    """Whatever a program does: pages that are moved meanwhile are the same to all that look at them."""
+    moved = 0
+    for number in range(6):
+        program = random_program(
+            Seeded(f"moved:{number}"), preset(kernel), max_steps=28, focus=focus, hugetlb=False
+        )
+        machine = sim(kernel=kernel, memory="96 MiB", swap="16 MiB", nodes=2)
+        run = Run(program, machine)
+        for step in program.steps:
+            try:
+                run.advance(step)
+            except NotModelled:
+                break
+            before = seen(run)
+            moved += machine.compact()
+            for task in list(run.tasks.values()):
+                for vma in list(task.mm.vmas)[:1]:
+                    digest = machine.digest()
+                    try:
+                        moved += machine.start_migration(task, vma.start, min(vma.length, 64 * PAGE))
+                    except (ArgumentError, NotModelled):
+                        assert machine.digest() == digest
+                        continue
+                    machine.check()
+                    machine.finish_migration()
+            machine.check()
+            assert seen(run) == before
+        machine.close()
+        machine.check()
+    assert moved > 100
+
+
+def seen(run):
+    """All that a look shows but frames, and which pages are dirty."""
+    found = []
+    for name, task in take(run).tasks.items():
+        found.append((name, (task.words & ~np.uint64(PM_PFRAME_MASK)).tolist()))
+        for entry in task.vmas:
+            kept = {
+                key: value for key, value in entry.counters.items() if not key.endswith(("Dirty", "Clean"))
+            }
+            kept.pop("LazyFree", None)
+            found.append((str(entry.vma), kept))
+    return found

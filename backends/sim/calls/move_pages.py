@@ -171,7 +171,7 @@ def _move(core: Core, heads: np.ndarray, node: int) -> None:
     chosen = np.array(whole, dtype=np.int64)
     compound = np.flatnonzero((frames.flags[chosen] & np.uint64(COMPOUND)) != 0)
     orders[compound] = memory.large.orders(chosen[compound])
-    _check_room(core, node, orders, sum(folio.pages for folio in torn))
+    migrate.check_room(core, zones, orders, sum(folio.pages for folio in torn))
     migrate.to_zones(core, zones, chosen, orders)
     for folio in torn:  # after all others
         first, pages = folio.head, folio.pages
@@ -179,18 +179,3 @@ def _move(core: Core, heads: np.ndarray, node: int) -> None:
         thp.split_folio(core, mm, folio, 0, others=others)
         left = np.flatnonzero(frames.mapcount[first : first + pages]) + first
         migrate.to_zones(core, zones, left, np.zeros(len(left), dtype=np.int64))
-
-
-def _check_room(core: Core, node: int, orders: np.ndarray, single: int) -> None:
-    """Raise NotModelled unless the node has blocks for folios of these orders, and so many single pages."""
-    zones = [zone for zone in core.memory.zones if zone.node == node]
-    spare = sum(zone.free_pages for zone in zones) - core.memory.reserve
-    if int((np.int64(1) << orders).sum()) + single > spare:
-        raise NotModelled("moving pages to a node that has no room for them")
-    free = [sum(counts) for counts in zip(*(zone.free_counts() for zone in zones), strict=True)]
-    wanted = np.bincount(orders, minlength=len(free)).tolist()
-    have = need = 0
-    for order in range(len(free) - 1, 0, -1):
-        have, need = 2 * have + free[order], 2 * need + wanted[order]
-        if need > have:
-            raise NotModelled("moving a large folio to a node that has no block for it: it is taken apart")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.physical.buddy import Pfns, Zone
     from pmcore.backends.sim.physical.folios import LargeFolio
 
-__all__ = ["move", "take", "to_zones", "torn_first"]
+__all__ = ["check_room", "move", "take", "to_zones", "torn_first"]
 
 _ALL = (1 << 64) - 1
 _DIRTY, _LRU = int(PageFlag.DIRTY), int(PageFlag.LRU)
@@ -43,6 +43,21 @@ def torn_first(core: Core, folio: LargeFolio) -> bool:
         return False
     part = slice(folio.head, folio.head + folio.pages)
     return bool((core.memory.frames.mapcount[part] == 0).any())
+
+
+def check_room(core: Core, zones: Iterable[Zone], orders: NDArray[np.int64], single: int = 0) -> None:
+    """Raise NotModelled unless these zones have blocks for folios of these orders, and for so many pages more."""
+    places = tuple(zones)
+    spare = sum(zone.free_pages for zone in places) - core.memory.reserve
+    if int((np.int64(1) << orders).sum()) + single > spare:
+        raise NotModelled("moving pages where there is no room for them")
+    free = [sum(counts) for counts in zip(*(zone.free_counts() for zone in places), strict=True)]
+    wanted = np.bincount(orders, minlength=len(free)).tolist()
+    have = need = 0
+    for order in range(len(free) - 1, 0, -1):
+        have, need = 2 * have + free[order], 2 * need + wanted[order]
+        if need > have:
+            raise NotModelled("moving a large folio where there is no block for it: it is taken apart")
 
 
 def take(core: Core, zones: Iterable[Zone], heads: Pfns, orders: NDArray[np.int64]) -> tuple[Pfns, Pfns]:

@@ -87,8 +87,7 @@ def start(core: Core, mm: AddressSpace, first: int, end: int) -> int:
         for folio in map(core.memory.large.get, heads.tolist())
     ):
         raise NotModelled("a migration under way of a folio of which a part is mapped")
-    if int((np.int64(1) << orders).sum()) + core.memory.reserve > core.memory.free_total:
-        raise NotModelled("a migration where there is no room")
+    migrate.check_room(core, core.memory.zones, orders)
     pfns = _pages(heads, orders)
     inside = np.zeros(frames.rows, dtype=np.bool_)
     inside[pfns] = True
