@@ -111,6 +111,11 @@ class Core:
         policy, geometry = self.policy, self.geometry
         return thp_orders(policy.pmd, policy.thp_sizes, geometry.page_shift, geometry.pmd_order)
 
+    @property
+    def names_frames(self) -> bool:
+        """Whether entries may name frames without mapping them: ever a page was poisoned, or some are on their way."""
+        return self.counters["memory_failure"] > 0 or self.migration is not None
+
     def count(self, event: str, times: int = 1) -> None:
         """Count something that happened."""
         self.counters[event] += times

@@ -57,7 +57,8 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
             part[:] = True
             continue
         part |= (extent.entries & np.uint64(PRESENT)) != 0
-        part |= hwpoison_entries(extent.entries)
+        if core.names_frames:
+            part |= hwpoison_entries(extent.entries)
         swap = swap_entries(extent.entries)
         if swap.any():
             fields = extent.entries[swap] & np.uint64(FIELD)

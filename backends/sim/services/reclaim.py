@@ -218,7 +218,8 @@ def lazy_free(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -
                     core.pool.at[slot] &= ~(YOUNG | DIRTY)
                     _mark_lazy(core, np.arange(folio.head, folio.head + folio.pages, dtype=np.int64))
             continue
-        entries[hwpoison_entries(entries)] = 0
+        if core.names_frames:
+            entries[hwpoison_entries(entries)] = 0
         swap = swap_entries(entries)
         if swap.any():
             fields = entries[swap] & _FIELD

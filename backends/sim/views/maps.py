@@ -191,7 +191,7 @@ def _shmem_swap(core: Core, mm: AddressSpace, vma: VmArea, sums: _Counters, size
 
 
 def _present(core: Core, sums: _Counters, entries: U64Array, size: int) -> None:
-    poisoned = entries[hwpoison_entries(entries)]
+    poisoned = entries[hwpoison_entries(entries)] if core.names_frames else entries[:0]
     entries = entries[((entries & _PRESENT) != 0) & ((entries & _FIELD) != np.uint64(core.zero_pfn))]
     if len(poisoned):  # counted like pages that are mapped once, but as shared (rule HW-007)
         entries = np.concatenate([entries, (poisoned & _FIELD) >> np.uint64(5)])

@@ -170,7 +170,9 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
         if core.memory.large and not extent.huge:
             _share_marks(core, extent.start, entries)
         none = np.zeros(len(entries), np.bool_)
-        swap = none if extent.huge else swap_entries(entries) | hwpoison_entries(entries)
+        swap = none if extent.huge else swap_entries(entries)
+        if core.names_frames:
+            swap = swap | hwpoison_entries(entries)
         if protect:
             entries[present] = (entries[present] | np.uint64(UFFD_WP)) & np.uint64(~WRITE & _ALL)
             entries[swap] |= np.uint64(UFFD_WP)
