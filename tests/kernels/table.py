@@ -28,8 +28,8 @@ Made by `tox -e kernels -- --table` from `tests/kernels/results/`; a row is rene
 `tox -e kernels -- --kernel NAME --programs 500 --seed N --record`. Each guest is booted under qemu's software emulation
 with one processor; `live` is the kernel that this project is developed on. Programs are compared after each step in
 everything visible (`spec/lockstep.md`). Answers to kept programs (`tests/lockstep/answers`) are replayed by every run
-of the tests; kept and random programs are those of the last run of the matrix. What was most surprising about real kernels
-is in `findings.md`.
+of the tests; kept and random programs are those of the last run of the matrix. What was most surprising is in
+`findings.md`.
 
 | {" | ".join(_COLUMNS)} |
 {"|---" * len(_COLUMNS)}|
