@@ -165,7 +165,16 @@ class Process(Protocol):
         argument = bytearray(query.packed(**at)) + bytes(max(0, min(query.size, 4096) - 104))
         vmas = [vma for vma in self.maps() if vma.start < geometry.task_size]
         answer(argument, vmas, page_size, lambda _address, data: room.extend(data))
-        return MapAnswer.unpacked(argument, bytes(room))
+        answered = MapAnswer.unpacked(argument, bytes(room))
+        if query.build_id_room and query.size >= len(query.packed()):
+            self.read_header(answered.start)
+        return answered
+
+    def read_header(self, start: int) -> None:
+        """What PROCMAP_QUERY for a build id does beside answering: the file behind the VMA at `start` is read (AC-017).
+
+        A backend whose machine shows that does it; here nothing is done.
+        """
 
     def maps_by_query(self) -> tuple[Vma, ...]:
         """The VMAs of user addresses, one PROCMAP_QUERY after the other. Raises as `query_maps`, but for ENOENT."""

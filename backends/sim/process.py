@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +11,10 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import clear_refs, migrating
+from pmcore.backends.sim.services import clear_refs, filesystem, migrating
 from pmcore.backends.sim.services.filesystem import data_pages
 from pmcore.backends.sim.services.mincore import in_core
+from pmcore.backends.sim.services.pagecache import OpenFile
 from pmcore.backends.sim.views import maps as maps_view
 from pmcore.backends.sim.views import pagemap as pagemap_view
 from pmcore.backends.sim.views import status
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.task import SimTask
 
 __all__ = ["SimProcess"]
+
+
+#: Bytes of an ELF header.
+_HEADER = 64
 
 
 class SimProcess(Process):
@@ -120,6 +126,14 @@ class SimProcess(Process):
         self._alive(f"write(/proc/{self.pid}/clear_refs)")
         migrating.still(self._machine.core, "clear_refs")
         clear_refs.write(self._machine.core, self._task.mm, int(what))
+
+    def read_header(self, start: int) -> None:
+        """What asking for a build id does: the first bytes of the file behind the VMA are read, as read(2) would."""
+        area, core = self._task.mm.vmas.at(start), self._machine.core
+        if area is None or area.file is None:
+            return
+        with suppress(NoMemory):
+            filesystem.pread(core, area.opened or OpenFile(area.file), _HEADER, 0)
 
     def file_residency(self, vma: Vma, start: int, end: int) -> FileResidency:
         """SEEK_DATA and mincore of the file behind a mapping."""

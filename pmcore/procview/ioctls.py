@@ -7,7 +7,7 @@ import struct
 from typing import Protocol
 
 from pmcore.errors import syscall_error
-from pmcore.procmap import answer
+from pmcore.procmap import QUERY, QUERY_BYTES, MapAnswer, answer
 from pmcore.protocols import Process
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.validate import refusal
@@ -75,4 +75,7 @@ def procmap_query(process: Process, argument: bytearray, memory: CallerMemory) -
 
     # What lies above the user addresses (vsyscall) is in maps, and not found by this call (rule AC-008).
     answer(argument, [vma for vma in process.maps() if vma.start < limit], page_size, memory.write)
+    known = int.from_bytes(argument[:8], "little") >= QUERY_BYTES
+    if known and QUERY.unpack(bytes(argument[:QUERY_BYTES]))[-1]:
+        process.read_header(MapAnswer.unpacked(argument).start)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from pmcore.errors import AddressSpaceFault, BackendUnavailable, SyscallError
+from pmcore.procmap import MapQuery
 from pmcore.registry import open_workbench
 from pmcore.uapi import Errno, Madvise, PageFlag, UffdFeature
 
@@ -447,3 +449,24 @@ def test_will_need_reads_as_much_as_one_request_takes(task, disk, bench):
     _, start = disk(800)
     task.madvise(start + 5 * PAGE, 700 * PAGE, Madvise.WILLNEED)
     assert cached(bench, task, start, 800) == list(range(5, 325))
+
+
+@pytest.mark.rule("AC-017")
+def test_a_build_id_is_asked_by_reading_the_file(bench, task, disk, look):
+    """The first page is in the cache then, and referenced; once, as by one reader. A refusal before reads nothing."""
+    if not bench.kernel.profile.has("maps.procmap_query"):
+        pytest.skip("the running kernel has no PROCMAP_QUERY")
+    _fd, start = disk(4)
+    with pytest.raises(SyscallError) as refused:
+        task.process.query_maps(MapQuery(address=start + PAGE, name_room=1, build_id_room=20))
+    assert refused.value.errno == errno.ENAMETOOLONG
+    assert cached(bench, task, start, 4) == []
+    for room, there in ((0, []), (1, [0])):
+        found = task.process.query_maps(MapQuery(address=start + PAGE, build_id_room=room))
+        assert found.build_id_size == 0
+        assert cached(bench, task, start, 4) == there
+    task.process.query_maps(MapQuery(address=start, build_id_room=20))
+    task.touch(start, PAGE, write=False)
+    flags = look(task, start, 1)[1]
+    assert flags.has(PageFlag.REFERENCED | PageFlag.UPTODATE).all()
+    assert not flags.any(PageFlag.ACTIVE).any()

@@ -113,6 +113,21 @@ def test_contents_survive_the_cache(machine):
 
 
 @pytest.mark.rule("DF-003")
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_page_read_before_the_last_where_no_page_table_is(machine, cached):
+    """As Linux 6.18.44 does: a fault that waits for its page begins again, and finds it before the last one."""
+    task = machine.spawn()
+    fd = task.open_file("file", pages=3)
+    start = task.mmap(3 * PAGE, addr=1 << 44, flags=SHARED | 0x100000, fd=fd)
+    task.pread(fd, 1, 2 * PAGE)
+    if cached:
+        task.pread(fd, 1, 0)
+    task.touch(start, 8, write=False)
+    assert task.process.pagemap(start, start + 3 * PAGE).present.tolist() == [True, False, True]
+    machine.check()
+
+
+@pytest.mark.rule("DF-003")
 @pytest.mark.parametrize("other", [False, True])
 def test_a_marked_page_before_the_last_where_no_page_table_is(machine, other):
     """As Linux 6.18.44 does: the fault maps the marked page alone; where a page table is, the last one, too."""

@@ -97,8 +97,18 @@ def fault(
         readahead.for_fault(core, vma, page, again)
         if core.pool.at[slot] & PRESENT:
             return
-    pfn = filesystem.get_page(core, inode, page)
     frames = core.memory.frames
+    retried = fresh and inode.on_disk and not write and not vma.flags & _NO_AROUND
+    if retried:
+        word = inode.index.get(page)
+        retried = not (word & PRESENT and frames.flags_at[word & FIELD] & _UPTODATE)
+    pfn = filesystem.get_page(core, inode, page)
+    if (
+        retried
+    ):  # who waits for a disk begins again: the page that has come makes a page table for those around it
+        map_around(core, mm, vma, addr, fresh=True)
+        if core.pool.at[slot] & PRESENT:
+            return
     if write and not shared:
         copy = mapping.take_page(core, vma)
         if frames.content_at[pfn]:

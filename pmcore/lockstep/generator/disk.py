@@ -14,6 +14,8 @@ _PAGES = (1, 3, 8, 17, 20, 40, 64)
 _MOST = 2
 #: Pages that files opened from then on read ahead.
 _AHEAD = (0, 4, 8, 16, 32)
+#: Pages that are accessed one after the other, each in a step, where others are read ahead.
+_APART = 9
 #: What is done to a range of a mapping, one after the other.
 _SEQUENCES: tuple[tuple[Madvise | str, ...], ...] = (
     ("write", "fsync", "write"),
@@ -118,6 +120,7 @@ def _call(draw: Draw, state: State) -> s.Step | None:
             "sync",
             "drop",
             "ahead",
+            "caches",
         )
     )
     if what == "pwrite":
@@ -134,6 +137,11 @@ def _call(draw: Draw, state: State) -> s.Step | None:
         return s.Lseek(task=task, fd=fd, offset=offset, whence=draw.of((3, 3, 4, 4, 9)))
     if what == "drop":
         return _drop(draw, state, task, fd, offset, length)
+    if what == "caches":
+        if draw.flip():
+            return s.DropCaches(task=task)  # what is dirty, or mapped, stays
+        state.next = [s.DropCaches(task=task)]
+        return s.Fsync(task=task, fd=fd)
     if what == "ahead":
         return s.Fadvise(task=task, fd=fd, offset=offset, length=length, advice=3)
     mode = 3 if what == "punch" else draw.of((0, 0, 1, 2))
@@ -161,7 +169,7 @@ def _sequence(draw: Draw, state: State) -> s.Step | None:
         return None
     pages = state.areas[area]
     page = draw.integer(0, pages - 1)
-    count = 1 if state.ahead else draw.integer(1, pages - page)
+    count = draw.integer(1, min(_APART, pages - page) if state.ahead else pages - page)
     steps: list[s.Step] = []
     task = pick_task(draw, state)
     owner = draw.of(state.files[fd][1])
@@ -179,9 +187,16 @@ def _sequence(draw: Draw, state: State) -> s.Step | None:
         elif what == "fork":
             continue
         else:
-            steps.append(s.Touch(task=task, area=area, page=page, pages=count, write=what == "write"))
+            steps += _touches(state, task, area, page, count, write=what == "write")
     state.next = steps[1:]
     return steps[0]
+
+
+def _touches(state: State, task: str, area: str, page: int, pages: int, *, write: bool) -> list[s.Step]:
+    """Accesses to pages: in one step, or page by page where each may have others read ahead of the next."""
+    if not state.ahead:
+        return [s.Touch(task=task, area=area, page=page, pages=pages, write=write)]
+    return [s.Touch(task=task, area=area, page=page + n, pages=1, write=write) for n in range(pages)]
 
 
 def _touch(draw: Draw, state: State) -> s.Step | None:
@@ -195,7 +210,7 @@ def _touch(draw: Draw, state: State) -> s.Step | None:
     write = draw.of((False, False, True))
     first, *rest = (
         s.Touch(task=task, area=area, page=one, pages=1, write=write)
-        for one in range(page, min(pages, page + draw.of((1, 1, 2, 4))))
+        for one in range(page, min(pages, page + draw.of((1, 1, 2, 4, _APART))))
     )
     state.next = [*rest]
     return first
