@@ -12,7 +12,9 @@ from pmcore import PageFlag
 from pmcore.backends.sim.check import BrokenInvariant
 from pmcore.backends.sim.physical.frames import MOVED_YOUNG
 from pmcore.errors import InvalidArgument, Missing, NotPermitted, SyscallError
-from pmcore.program import Program, run
+from pmcore.lockstep.generator import random_program
+from pmcore.lockstep.generator.draw import Seeded
+from pmcore.program import Program, Run, run
 from pmcore.program import steps as s
 from pmcore.protocols import IDLE_BITMAP
 from pmcore.uapi import ClearRefs, Madvise, MapFlag
@@ -376,3 +378,24 @@ def test_what_a_workload_does_not_use_is_told(machine):
     task.touch(start + 7 * PAGE, 10 * PAGE, write=False)
     assert sum(idle(machine, frames)) == 54
     assert int(machine.kpageflags().has(PageFlag.IDLE).sum()) == 54
+
+
+@pytest.mark.rule("ID-003", "ID-010")
+@pytest.mark.parametrize("kernel", ["6.18", "6.12", "5.10"])
+def test_random_programs_with_idle_pages(kernel):
+    """Two runs are the same, every invariant holds, and going back and reclaim do no harm."""
+    profile = pmcore.preset(kernel)
+    for seed in range(15):
+        program = random_program(Seeded(seed), profile, max_steps=30, hugetlb=False)
+        digests = []
+        for _ in range(2):
+            with pmcore.open("sim", memory="64 MiB", swap="32 MiB", kernel=kernel) as machine:
+                state = Run(program, machine)
+                for number, step in enumerate(program.steps):
+                    state.advance(step)
+                    machine.check()
+                    if number % 7 == 6:
+                        machine.reclaim(64)
+                        machine.check()
+                digests.append(machine.digest())
+        assert digests[0] == digests[1]

@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import pmcore
 from pmcore import ScanRequest
 from pmcore.errors import AddressSpaceFault, NotModelled, SyscallError
-from pmcore.protocols import HEAP
+from pmcore.protocols import HEAP, IDLE_BITMAP
 from pmcore.spec.reference.entry import decode
-from pmcore.uapi import Madvise, UffdFeature
+from pmcore.uapi import Madvise, PageFlag, UffdFeature
 
 PAGE, BLOCK = 4096, 512
 START, AREA = 1 << 40, 1 << 32
@@ -208,6 +208,20 @@ class Memory(RuleBasedStateMachine):
     @rule(who=which, what=st.integers(1, 5))
     def clear_refs(self, who, what):
         refusable(lambda: self.task(who).process.clear_refs(what))
+
+    @rule(who=which, area=areas, page=pages, count=lengths)
+    def mark_idle(self, who, area, page, count):
+        start = START + area * AREA + page * PAGE
+        entries = self.task(who).process.pagemap(start, start + count * PAGE)
+        self.machine.mark_idle(entries.pfn[entries.present])
+
+    @rule()
+    def read_idle(self):
+        bits = np.frombuffer(self.machine.pread(IDLE_BITMAP, 0, PAGE), dtype=np.uint8)
+        marked = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+        shown = self.machine.kpageflags()
+        heads = shown.has(PageFlag.IDLE) & ~shown.has(PageFlag.COMPOUND_TAIL)
+        assert marked.tolist() == np.flatnonzero(heads).tolist()
 
     @precondition(lambda self: len(self.tasks) < 4)
     @rule(who=which)

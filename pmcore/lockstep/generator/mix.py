@@ -22,6 +22,7 @@ from pmcore.lockstep.generator.tracking import (
     bounce,
     clear_refs,
     clear_soft_dirty,
+    idle,
     pagemap_read,
     query_maps,
     scan,
@@ -151,6 +152,8 @@ def random_program(
     state.folios = tuple(sorted(pages for pages in named if 0 < pages < HUGE))
     soft_dirty = profile is not None and profile.has("clear_refs.soft_dirty")
     kinds = (*_KINDS, *(clear_soft_dirty,) * 6) if soft_dirty else _KINDS
+    if profile is not None and profile.has("page_idle"):
+        kinds = (*kinds, *(idle,) * 3)
     first = map_memory(draw, state)
     assert isinstance(first, s.Map)
     merging = focus == "ksm"

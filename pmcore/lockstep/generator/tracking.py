@@ -14,6 +14,7 @@ __all__ = [
     "bounce",
     "clear_refs",
     "clear_soft_dirty",
+    "idle",
     "pagemap_read",
     "query_maps",
     "scan",
@@ -158,3 +159,11 @@ def query_maps(draw: Draw, state: State) -> s.Step:
         name_room=draw.of(rooms),
         build_id_room=draw.of((0, 0, 0, 20, 1)),
     )
+
+
+def idle(draw: Draw, state: State) -> s.Step:
+    """Pages marked idle, or the bitmap read; where the kernel tracks idle pages."""
+    area, page, pages = pick_range(draw, state)
+    kind = draw.of((s.MarkIdle, s.ReadIdle))
+    step: s.Step = kind(task=pick_task(draw, state), area=area, page=page, pages=pages)
+    return step
