@@ -132,6 +132,7 @@ class SimProcess(Process):
         area, core = self._task.mm.vmas.at(start), self._machine.core
         if area is None or area.file is None:
             return
+        migrating.still(core, "asking for a build id")
         with suppress(NoMemory):
             filesystem.pread(core, area.opened or OpenFile(area.file), _HEADER, 0)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical.frames import MOVED_YOUNG
-from pmcore.backends.sim.services import lru
+from pmcore.backends.sim.services import lru, migrating
 from pmcore.backends.sim.virtual import rmap
 from pmcore.backends.sim.virtual.pte import YOUNG
 from pmcore.protocols import IDLE_BITMAP
@@ -68,8 +68,8 @@ def mark(core: Core, pfns: Pfns) -> None:
     heads = pfns[(frames.flags[pfns] & _STATE) == np.uint64(_LRU)]
     if not len(heads):
         return
-    core.numbers["page_idle"] = 1
     _take_accesses(core, heads)
+    core.numbers["page_idle"] = 1
     lru.set_flags(core, heads, add=_IDLE)
 
 
@@ -86,6 +86,7 @@ def _span(core: Core, call: str, offset: int, length: int) -> tuple[int, int]:
 
 def _take_accesses(core: Core, heads: Pfns) -> None:
     """Take the accessed bits off all entries that map these folios; those that had one are not idle, and kept young."""
+    migrating.still(core, "idle page tracking")
     maps, folios, young = _accesses(core, heads)
     if not young.any():
         return
