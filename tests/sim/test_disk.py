@@ -341,3 +341,25 @@ def test_a_file_larger_than_memory_is_written_through_it():
     assert task.pread(fd, 9, 4095 * PAGE) == b"file:4095"
     task.exit()
     machine.check()
+
+
+@pytest.mark.rule("DF-009")
+def test_dropping_caches_marks_what_is_dirty(machine):
+    """As Linux 6.18.44 does: it goes once it is written, and is not mapped around a fault until then."""
+    task = machine.spawn()
+    fd = task.open_file("file", pages=8)
+    start = task.mmap(8 * PAGE, flags=SHARED, fd=fd)
+    task.pwrite(fd, b"x", 3 * PAGE)
+    task.pread(fd, 2 * PAGE, 3 * PAGE)
+    machine.drop_caches()
+    assert task.mincore(start, 8 * PAGE).tolist() == [False] * 3 + [True] + [False] * 4
+    task.touch(start + 6 * PAGE, PAGE, write=False)
+    assert task.process.pagemap(start, start + 8 * PAGE).present.tolist() == [False] * 6 + [True, False]
+    task.touch(start + 3 * PAGE, PAGE, write=False)
+    pfn = int(task.process.pagemap(start + 3 * PAGE, start + 4 * PAGE).pfn[0])
+    flags = machine.kpageflags(pfn, 1)[0]
+    assert (
+        flags.value & (PageFlag.RECLAIM | PageFlag.DIRTY | PageFlag.REFERENCED)
+        == PageFlag.RECLAIM | PageFlag.DIRTY
+    )
+    machine.check()

@@ -23,7 +23,7 @@ _ALL = (1 << 64) - 1
 _END = 1 << 51
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 _DIRTY, _ACTIVE, _RECLAIM = int(PageFlag.DIRTY), int(PageFlag.ACTIVE), int(PageFlag.RECLAIM)
-_UNEVICTABLE = int(PageFlag.UNEVICTABLE)
+_UNEVICTABLE, _REFERENCED = int(PageFlag.UNEVICTABLE), int(PageFlag.REFERENCED)
 
 
 def _cached(inode: Inode, first: int, end: int) -> tuple[Pfns, Pfns]:
@@ -93,14 +93,22 @@ def _clean_entries(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> BoolArr
 def invalidate(core: Core, inode: Inode, first: int = 0, end: int = _END, *, keep: Pfns | None = None) -> int:
     """Drop what is clean and mapped nowhere of a range; how many pages. `keep`: frames that stay.
 
-    What was reclaimed of the range is forgotten.
+    What was reclaimed of the range is forgotten, what is dirty and mapped nowhere is marked to go once it is written.
     """
     if not inode.on_disk:
         return 0
     inode.shadows.clear(first, end)
     frames = core.memory.frames
     pages, pfns = _cached(inode, first, end)
-    gone = (frames.mapcount[pfns] == 0) & ((frames.flags[pfns] & np.uint64(_DIRTY)) == 0)
+    loose = frames.mapcount[pfns] == 0
+    dirty = (frames.flags[pfns] & np.uint64(_DIRTY)) != 0
+    late = pfns[loose & dirty & ((frames.flags[pfns] & np.uint64(_UNEVICTABLE)) == 0)]
+    if len(late):
+        frames.flags[late] = frames.flags[late] & np.uint64(~(_ACTIVE | _REFERENCED) & _ALL) | np.uint64(
+            _RECLAIM
+        )
+        core.memory.on_lru_pages(late)
+    gone = loose & ~dirty
     if keep is not None:
         gone &= ~np.isin(pfns, keep)
     pages, pfns = pages[gone], pfns[gone]
