@@ -175,6 +175,7 @@ class Process(Protocol):
 
         A backend whose machine shows that does it; here nothing is done.
         """
+        return
 
     def maps_by_query(self) -> tuple[Vma, ...]:
         """The VMAs of user addresses, one PROCMAP_QUERY after the other. Raises as `query_maps`, but for ENOENT."""
