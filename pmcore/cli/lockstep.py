@@ -48,6 +48,7 @@ _RULES = {
     "uffdcontinue": ("UF-006", "UF-010"),
     "uffdpoison": ("UF-007", "UF-010"),
     "uffdmove": ("UF-008", "UF-009"),
+    "touchanswered": ("UF-001", "UF-012"),
     "memfdcreate": ("FM-001", "HT-015"),
     "scan": ("SC-001",),
     "openfile": ("DF-001",),

@@ -440,6 +440,31 @@ def _fill(method: str) -> Callable[[Run, Any], int]:
     return do
 
 
+def _touch_answered(state: Run, step: s.TouchAnswered) -> int:
+    start, length = _range(state, step)
+    size = state.workbench.kernel.profile.geometry.page_size
+    task, fd, end, answers = state.task(step.task), state.fd(step.fd), start + length, 0
+    source = state.area(step.source)[0] + step.source_page * size if step.source else start
+    at, answered = start, -1
+    while at < end:
+        try:
+            task.touch(at, end - at, write=step.write)
+            break
+        except AddressSpaceFault as fault:
+            at = fault.address & -size
+            if fault.signal != "SIGBUS" or at == answered:
+                raise
+            answered = at
+        if step.answer == "unprotect":
+            task.uffd_writeprotect(fd, at, size, protect=False)
+        elif step.answer in ("copy", "move"):
+            getattr(task, f"uffd_{step.answer}")(fd, at, source + at - start, size)
+        else:
+            getattr(task, f"uffd_{step.answer}")(fd, at, size)
+        answers += 1
+    return answers
+
+
 def _close(state: Run, step: s.CloseFd) -> None:
     state.task(step.task).close(state.fd(step.fd))
     del state.fds[step.fd]
@@ -483,6 +508,7 @@ _DO: dict[type[s.Step], Callable[[Run, Any], Any]] = {
     s.UffdContinue: _fill("uffd_continue"),
     s.UffdPoison: _fill("uffd_poison"),
     s.UffdMove: _fill("uffd_move"),
+    s.TouchAnswered: _touch_answered,
     s.UffdWake: lambda r, st: r.task(st.task).uffd_wake(r.fd(st.fd), *_range(r, st)),
     s.UffdUnregister: lambda r, st: r.task(st.task).uffd_unregister(r.fd(st.fd), *_range(r, st)),
     s.UffdProtect: lambda r, st: r.task(st.task).uffd_writeprotect(

@@ -14,6 +14,7 @@ from pmcore.errors import ArgumentError
 from pmcore.uapi import Madvise, MapFlag, Prot
 
 __all__ = [
+    "ANSWERS",
     "STEPS",
     "Advise",
     "Brk",
@@ -56,6 +57,7 @@ __all__ = [
     "Step",
     "Sync",
     "Touch",
+    "TouchAnswered",
     "UffdContinue",
     "UffdCopy",
     "UffdMove",
@@ -71,6 +73,10 @@ __all__ = [
     "Unmap",
     "Write",
 ]
+
+
+#: What a userfaultfd can be told to do about a page that nobody may access.
+ANSWERS = ("zeropage", "copy", "continue", "poison", "move", "unprotect")
 
 
 def _name(_instance: object, attribute: attrs.Attribute[str], value: str) -> None:
@@ -94,6 +100,11 @@ def _group(_instance: object, attribute: attrs.Attribute[str], value: str) -> No
     """The path of a cgroup: names with a slash between."""
     for part in value.split("/") if isinstance(value, str) else [""]:
         _name(_instance, attribute, part)
+
+
+def _answer(_instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if value not in ANSWERS:
+        raise ArgumentError(f"{attribute.name}={value!r}", remedy=f"one of {', '.join(ANSWERS)}")
 
 
 def name(default: Any = attrs.NOTHING) -> Any:
@@ -439,6 +450,22 @@ class UffdMove(_Fill):
 
 
 @attrs.frozen(kw_only=True)
+class TouchAnswered(_Range):
+    """One access a page; to each that is SIGBUS an answer, before it is tried once more. The value: how many answers.
+
+    `answer` is one of ANSWERS: an ioctl of the userfaultfd `fd` for that page alone. What an answer refuses, and an
+    access that it was no answer to, ends the step.
+    """
+
+    fd: str = name("uffd")
+    answer: str = attrs.field(default="zeropage", validator=_answer)
+    write: bool = True
+    #: Page of `source` that "copy" and "move" take for the first page of the range.
+    source: str = ""
+    source_page: int = number(0)
+
+
+@attrs.frozen(kw_only=True)
 class UffdWake(_Range):
     """UFFDIO_WAKE."""
 
@@ -612,6 +639,7 @@ STEPS: dict[str, type[Step]] = {
         UffdContinue,
         UffdPoison,
         UffdMove,
+        TouchAnswered,
         UffdWake,
         Fork,
         Exit,

@@ -279,7 +279,7 @@ KEPT = sorted((Path(__file__).parent / "kept").glob("*.json"))
 @pytest.mark.rule("HT-007", "HT-008", "HT-009", "HT-010", "HT-011", "HT-012")
 @pytest.mark.rule("HT-015", "HT-016", "HT-017")
 @pytest.mark.rule("UF-001", "UF-002", "UF-003", "UF-004", "UF-005")
-@pytest.mark.rule("UF-006", "UF-007", "UF-008", "UF-009", "UF-010", "UF-011")
+@pytest.mark.rule("UF-006", "UF-007", "UF-008", "UF-009", "UF-010", "UF-011", "UF-012")
 @pytest.mark.rule("TH-001", "TH-002", "TH-003", "TH-004", "TH-006", "TH-007", "TH-008", "TH-009")
 @pytest.mark.rule(*KSM)
 @pytest.mark.live

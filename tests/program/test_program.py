@@ -16,6 +16,7 @@ from pmcore.program import steps as s
 NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,5}", fullmatch=True)
 FIELDS = {"str": NAMES, "int": st.integers(0, (1 << 64) - 1), "bool": st.booleans()}
 FIELDS["vec"] = st.sampled_from(["", "null", "there"])
+FIELDS["answer"] = st.sampled_from(s.ANSWERS)
 
 
 def step_of(kind):
@@ -62,6 +63,10 @@ def test_files(tmp_path):
         ({"steps": [{"step": "map", "area": "a", "pages": True}]}, "not int"),
         ({"steps": [{"step": "map", "area": "a", "pages": -1}]}, "unsigned"),
         ({"steps": [{"step": "map", "area": "", "pages": 1}]}, "no name"),
+        (
+            {"steps": [{"step": "touchanswered", "area": "a", "pages": 1, "answer": "perhaps"}]},
+            "one of zeropage",
+        ),
         ({"steps": [{"step": "map", "area": "a", "pages": 1, "colour": "red"}]}, "no field"),
     ],
 )
@@ -162,6 +167,7 @@ def test_every_kind_of_step_runs(bench):
         s.UffdMove(area="b", page=4, pages=1, source="a", source_page=3),
         s.UffdPoison(area="b", page=5, pages=1),
         s.UffdContinue(area="g", pages=1),
+        s.TouchAnswered(area="a", page=1, pages=1),
         s.UffdWake(area="b", pages=2),
         s.ClearRefs(what=1),
         s.Scan(area="a", pages=4),

@@ -48,7 +48,10 @@ def watch(draw: Draw, state: State) -> s.Step | None:
         {"page": 0, "pages": state.areas[area]} if draw.flip() else {"page": page, "pages": pages}
     )
     steps.append(s.UffdRegister(**common, **whole, fd=fd, mode=mode, ioctls=True))
-    steps.append(s.Touch(**common, page=page, pages=pages, write=draw.flip()))
+    if draw.flip():
+        steps.append(s.Touch(**common, page=page, pages=pages, write=draw.flip()))
+    else:
+        steps.append(_answered(draw, state, fd, common, page, pages))
     state.next = steps[1:]
     return steps[0]
 
@@ -73,6 +76,19 @@ def fill(draw: Draw, state: State) -> s.Step | None:
         first = page if page < state.areas[source] else 0
     mode = draw.of((0, 0, 0, 2, 2, 3, 4))
     return _step(kind, **common, source=source, source_page=first, mode=mode)
+
+
+def _answered(
+    draw: Draw, state: State, fd: str, common: dict[str, Any], page: int, pages: int
+) -> s.TouchAnswered:
+    """Accesses whose faults are answered, few of them: each is a call of its own."""
+    answer = draw.of(s.ANSWERS)
+    if answer in ("copy", "move"):
+        source, first, _ = pick_range(draw, state)
+        common = common | {"source": source, "source_page": first}
+    pages = min(pages, draw.of((1, 3, 20)))
+    write = draw.flip()
+    return s.TouchAnswered(**common, page=page, pages=pages, fd=fd, answer=answer, write=write)
 
 
 def _step(kind: type[s.Step], **fields: Any) -> s.Step:
