@@ -42,6 +42,8 @@ def half_done(step, parts, number):
         return True  # pages were read back from swap before the block turned out to be none; other blocks stay huge
     if isinstance(step, s.Lock) and number in (errno.ENOMEM, errno.EAGAIN):
         return True  # the mapping is locked before its pages are faulted in
+    if isinstance(step, s.TouchAnswered):
+        return True  # accesses, and calls more than one
     if isinstance(step, s.UffdCopy | s.UffdZeropage | s.UffdContinue | s.UffdPoison | s.UffdMove):
         # A source has been read, tables were made, and pages before the one that cannot be filled.
         return number not in (errno.EBADF, errno.ENOTTY, errno.ESRCH)
