@@ -46,6 +46,7 @@ def inside(
             package=package(Path(work)),
             limit=wanted["seconds"] + 300,
             nodes=wanted.get("nodes", 1),
+            levels=wanted.get("levels", 4),
             files=[HERE / "inside.py", *programs],
             listen=hear,
         )

@@ -46,6 +46,7 @@ def boot(
     limit: float = 3600,
     memory_mib: int = 1536,
     nodes: int = 1,
+    levels: int = 4,
     swap: str = "dm",
     swap_bytes: int = 256 << 20,
     rotational: bool = True,
@@ -56,7 +57,7 @@ def boot(
 ) -> Told:
     """Boot the kernel, have it run the commands, one after the other, and end. `limit` in seconds, for all together.
 
-    Memory is that of `nodes` NUMA nodes, in equal parts.
+    Memory is that of `nodes` NUMA nodes, in equal parts; page tables have `levels` levels, 4 or 5.
     `package` is the directory of the installed project; `listen` is given each event as it comes. Raises MatrixError.
     """
     job = {
@@ -78,12 +79,11 @@ def boot(
         (place / "overlay.cpio").unlink()
         (place / "told").touch()
         # Memory is not offered to the KSM of the machine, which may be what is tested there.
-        # Four levels of tables, as the simulated machine has.
         # Without AVX2: as QEMU 7.2 emulates it, numpy's argsort of ten words is wrong.
         # A second processor that never comes makes the emulation of locked instructions a single access.
         command = [
             emulator(), "-machine", "pc,mem-merge=off", "-accel", "tcg,thread=multi",
-            "-cpu", "max,pku=off,la57=off,avx2=off", "-smp", "1,maxcpus=2",
+            "-cpu", f"max,pku=off,la57={'on' if levels == 5 else 'off'},avx2=off", "-smp", "1,maxcpus=2",
             "-m", str(memory_mib), *_numa(nodes, memory_mib),
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-serial", f"file:{place / 'console'}", "-serial", f"file:{place / 'told'}",

@@ -4,6 +4,7 @@
     tox -e kernels -- --kernel 6.12 --programs 500   one of them, longer
     tox -e kernels -- --kernel 6.12 --ask            it only answers, and is compared here: half the time
     tox -e kernels -- --kernel 6.12 --again          what it answered last is compared again, nothing is booted
+    tox -e kernels -- --kernel 6.12 --levels 5       page tables of five levels
     tox -e kernels -- --kernel live                  the running kernel by the same programs (as root)
     tox -e kernels -- --table                        spec/kernels.md anew from the results that are kept
 
@@ -70,6 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=25, help="for each kernel, then it ends")
     parser.add_argument("--replay", type=Path, action="append", help="this program instead of the kept ones")
+    parser.add_argument("--levels", type=int, choices=(4, 5), default=4, help="levels of page tables")
     parser.add_argument(
         "--nodes",
         type=int,
@@ -90,6 +92,8 @@ def _options() -> argparse.Namespace:
 
 def _wanted(options: argparse.Namespace, **values: Any) -> dict[str, Any]:
     wanted = {"programs": options.programs, "seed": options.seed, "seconds": options.minutes * 60}
+    if options.levels != 4:
+        wanted["levels"] = options.levels
     if options.nodes > 1:
         wanted |= {"nodes": options.nodes, "focus": "nodes"}
     if options.focus:
