@@ -66,6 +66,8 @@ class Capabilities:
     mprotect_makes_writable: bool
     mprotect_makes_clean_writable: bool
     mprotect_batch: bool
+    pageout_keeps_young: bool
+    collapse_empty_busy: bool
     lazyfree_discards_pmd: bool
     collapse_needs_writable: bool
     mprotect_unaccounts: bool
@@ -196,6 +198,8 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mprotect_makes_writable=has("mm.mprotect_makes_writable"),
         mprotect_makes_clean_writable=has("mm.mprotect_makes_clean_writable"),
         mprotect_batch=has("mm.mprotect_batch"),
+        pageout_keeps_young=has("mm.pageout_keeps_young"),
+        collapse_empty_busy=has("mm.collapse_empty_busy"),
         lazyfree_discards_pmd=has("mm.lazyfree_discards_pmd"),
         collapse_needs_writable=has("mm.collapse_needs_writable"),
         mprotect_unaccounts=has("mm.mprotect_unaccounts"),

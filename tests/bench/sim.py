@@ -7,6 +7,7 @@ On a machine that others use, too, `--cpu` counts the processor's time instead o
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def flat(repeat: int) -> None:
         pages, took = size // PAGE, {"touch": [], "pagemap": [], "scan": []}
         out = np.zeros(pages, dtype=np.uint64)
         for _ in range(repeat if size > GIB else 5 * repeat):
+            gc.collect()
             machine = open_workbench("sim", memory="20 GiB", kernel="6.18")
             task = machine.spawn()
             task.mmap(size, addr=START, flags=0x32)
@@ -137,6 +139,7 @@ def ranges(repeat: int) -> None:
         found.setdefault(name, []).append(timed(function) / PAGES * 1e9)
 
     for _ in range(repeat):
+        gc.collect()  # the machine before is not this one's cost
         machine = open_workbench("sim", memory="3 GiB", swap="2 GiB", kernel="6.18")
         task = machine.spawn()
         task.mmap(GIB, addr=START, flags=0x32)

@@ -1,6 +1,7 @@
 """What the simulated machine does differently by kernel, as lockstep against 6.12 and 6.1 showed."""
 
 import contextlib
+import errno
 
 import pytest
 
@@ -13,6 +14,7 @@ from pmcore.uapi import (
     PM_SOFT_DIRTY,
     Madvise,
     PageFlag,
+    UffdFeature,
 )
 
 PAGE, HUGE = 4096, 2 << 20
@@ -397,3 +399,33 @@ def test_accesses_of_random_mappings(held, kernel, noted):
     word = int(task.process.pagemap(start, start + PAGE).values[0])
     flags = int(task.process.kernel.kpageflags(word & PM_PFRAME_MASK, 1).values[0])
     assert bool(flags & PageFlag.REFERENCED) is noted
+
+
+@pytest.mark.rule("KX-019")
+@pytest.mark.parametrize(("kernel", "kept"), [("6.1", False), ("6.12", True), ("6.18", True)])
+@pytest.mark.parametrize("pages", [1, 40])
+def test_paging_out_takes_accessed_bits(kernel, kept, pages):
+    """Pages written again after MADV_FREE stay where they are."""
+    task = open_workbench("sim", memory="64 MiB", swap="16 MiB", kernel=kernel).spawn()
+    start = task.mmap(pages * PAGE)
+    task.touch(start, pages * PAGE)
+    task.madvise(start, pages * PAGE, Madvise.FREE)
+    task.touch(start, pages * PAGE)
+    task.madvise(start, pages * PAGE, Madvise.PAGEOUT)
+    assert task.process.pagemap(start, start + pages * PAGE).present.all()
+    assert task.process.smaps()[0].counters["Referenced"] == (pages * PAGE if kept else 0)
+
+
+@pytest.mark.rule("VM-027")
+@pytest.mark.parametrize(
+    ("kernel", "number"), [("6.1", errno.EINVAL), ("6.12", errno.EBUSY), ("6.18", errno.EBUSY)]
+)
+def test_collapsing_over_empty_entries_that_are_watched(held, kernel, number):
+    task = open_workbench("sim", memory="64 MiB", kernel=kernel).spawn()
+    start = task.mmap(2 << 20, addr=1 << 40, flags=0x32)
+    task.touch(start, PAGE)
+    fd = task.userfaultfd(int(UffdFeature.PAGEFAULT_FLAG_WP))
+    task.uffd_register(fd, start, 2 << 20, 2)
+    with pytest.raises(SyscallError) as caught:
+        task.madvise(start, 2 << 20, Madvise.COLLAPSE)
+    assert caught.value.errno == number

@@ -92,7 +92,7 @@ def _one(
     unlisted = normal & _waiting(core, entries, waiting)
     first_bad = int(np.argmax(protected | missing | unlisted))
     if missing[first_bad]:
-        return Errno.EBUSY, True
+        return Errno.EBUSY if core.caps.collapse_empty_busy else Errno.EINVAL, True
     if protected[first_bad]:
         return Errno.EINVAL, False
     if unlisted[first_bad]:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["cold", "lazy_free", "pageout"]
 
 _ALL = (1 << 64) - 1
-_FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+_FIELD, _PRESENT, _OLD = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(~YOUNG & (1 << 64) - 1)
 _ACTIVE, _REFERENCED, _DIRTY = int(PageFlag.ACTIVE), int(PageFlag.REFERENCED), int(PageFlag.DIRTY)
 #: What a page knows of accesses.
 _ACCESSED = _REFERENCED | MOVED_YOUNG
@@ -307,6 +307,8 @@ def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
                     _huge_out(core, mm, vma, addr, folio)
             continue
         chosen = _own_pages(core, extent.start, extent.entries)
+        if not core.caps.pageout_keeps_young:
+            extent.entries[chosen] &= _OLD
         if vma.file is not None:
             cached = chosen & cached_only(core, extent.entries)
             if cached.any() and vma.file.on_disk:
@@ -324,6 +326,8 @@ def _page_out(core: Core, slot: int) -> None:
     pfn = _own_page(core, pte)
     if pfn < 0:
         return
+    if not core.caps.pageout_keeps_young:
+        pte = core.pool.at[slot] = pte & ~YOUNG
     flags = frames.flags_at[pfn] & ~_ACCESSED
     frames.flags_at[pfn] = flags
     if flags & MLOCKED:
@@ -356,6 +360,8 @@ def _huge_out(core: Core, mm: AddressSpace, vma: VmArea, addr: int, folio: Large
     frames.clear_bits(folio.head, folio.pages, _ACCESSED)
     slot = mm.tables.pmd_slot(addr)
     entry = core.pool.at[slot]
+    if not core.caps.pageout_keeps_young:
+        entry = core.pool.at[slot] = entry & ~YOUNG
     lazy = not frames.flags_at[folio.head] & _SWAPBACKED
     if lazy and not entry & DIRTY and core.caps.lazyfree_discards_pmd:
         core.pool.at[slot] = 0
