@@ -30,7 +30,7 @@ _HEAD = """# Every operation, and the kernels that it was verified on
 Made by `python tests/lockstep/operations.py` from `pmcore.program.STEPS`, the kept programs and the recorded answers. A
 rule is named with an operation if every kept program that names the rule has the operation; `map`, `touch`, `write`,
 `read`, `fork` and `exit`, which most programs have, are named with rules whose programs have nothing else. Programs:
-the shortest two, and how many there are. Kernels: how many of them each kernel answered, the same as the model (the tests
+the shortest two, and how many there are. Kernels: how many of them each answered, the same as the model (the tests
 replay them). Flags are in `flags.md`, the figures of random programs in `lockstep.md` and `kernels.md`.
 
 | operation | does | rules | programs | kernels |
