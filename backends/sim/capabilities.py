@@ -67,6 +67,8 @@ class Capabilities:
     mprotect_makes_clean_writable: bool
     mprotect_batch: bool
     pageout_keeps_young: bool
+    hugetlb_hint_rounds_up: bool
+    hugetlb_fork_keeps_wp: bool
     collapse_empty_busy: bool
     lazyfree_discards_pmd: bool
     collapse_needs_writable: bool
@@ -199,6 +201,8 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mprotect_makes_clean_writable=has("mm.mprotect_makes_clean_writable"),
         mprotect_batch=has("mm.mprotect_batch"),
         pageout_keeps_young=has("mm.pageout_keeps_young"),
+        hugetlb_hint_rounds_up=has("mm.hugetlb_hint_rounds_up"),
+        hugetlb_fork_keeps_wp=has("quirk.hugetlb_fork_keeps_wp"),
         collapse_empty_busy=has("mm.collapse_empty_busy"),
         lazyfree_discards_pmd=has("mm.lazyfree_discards_pmd"),
         collapse_needs_writable=has("mm.collapse_needs_writable"),

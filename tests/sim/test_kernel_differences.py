@@ -429,3 +429,24 @@ def test_collapsing_over_empty_entries_that_are_watched(held, kernel, number):
     with pytest.raises(SyscallError) as caught:
         task.madvise(start, 2 << 20, Madvise.COLLAPSE)
     assert caught.value.errno == number
+
+
+@pytest.mark.rule("HT-003")
+@pytest.mark.parametrize(("kernel", "up"), [("6.12", False), ("6.18", True)])
+def test_places_proposed_for_hugetlb(kernel, up):
+    task = open_workbench("sim", memory="64 MiB", kernel=kernel, hugepages={"2 MiB": 4}).spawn()
+    assert task.mmap(2 << 20, addr=(1 << 40) + PAGE, flags=0x40022) == (1 << 40) + (up << 21)
+
+
+@pytest.mark.rule("HT-010")
+@pytest.mark.parametrize(("kernel", "kept"), [("6.1", True), ("6.12", False)])
+def test_protected_hugetlb_pages_of_a_child(kernel, kept):
+    task = open_workbench("sim", memory="64 MiB", kernel=kernel, hugepages={"2 MiB": 4}).spawn()
+    start = task.mmap(2 << 20, flags=0x40022)
+    task.touch(start, PAGE)
+    fd = task.userfaultfd(int(UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.WP_HUGETLBFS_SHMEM))
+    task.uffd_register(fd, start, 2 << 20, 2)
+    task.uffd_writeprotect(fd, start, 2 << 20, protect=True)
+    child = task.fork()
+    assert child.process.pagemap(start, start + PAGE).uffd_wp.tolist() == [kept]
+    assert task.process.pagemap(start, start + PAGE).uffd_wp.tolist() == [True]

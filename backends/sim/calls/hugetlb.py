@@ -113,7 +113,7 @@ def map_file(
 
 def _place(core: Core, mm: AddressSpace, hint: int, length: int, size: int) -> int:
     if hint:
-        hint = align_up(hint, size)
+        hint = align_up(hint, size) if core.caps.hugetlb_hint_rounds_up else hint & -size
         if core.mmap_min <= hint <= core.geometry.task_size - length and not mm.vmas.within(
             hint, hint + length
         ):

@@ -100,9 +100,9 @@ def continue_(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mo
 def poison(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mode: int) -> int:
     """UFFDIO_POISON: markers on which each access is SIGBUS; the bytes that were filled."""
     call = f"UFFDIO_POISON({start:#x}, {length:#x}, mode {mode:#x})"
+    context = context_of(mm, fd, call)
     if not core.caps.uffd_poison:
         refuse(Errno.EINVAL, call, "this kernel does not know it")
-    context = context_of(mm, fd, call)
     range_of(core, call, start, length)
     if mode & ~_DONTWAKE:
         refuse(Errno.EINVAL, call)

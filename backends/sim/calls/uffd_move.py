@@ -41,9 +41,9 @@ _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 def move(core: Core, mm: AddressSpace, fd: int, target: int, source: int, length: int, mode: int) -> int:
     """UFFDIO_MOVE; the bytes that were moved."""
     call = f"UFFDIO_MOVE({target:#x}, {source:#x}, {length:#x}, mode {mode:#x})"
+    context = context_of(mm, fd, call)
     if not core.caps.uffd_move:
         refuse(Errno.EINVAL, call, "this kernel does not know it")
-    context = context_of(mm, fd, call)
     if context.mm is not mm:
         refuse(Errno.EINVAL, call, "only inside the caller's own address space")
     range_of(core, call, target, length)

@@ -323,7 +323,8 @@ def copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: VmA
         if not vma.shared:
             entry &= ~WRITE
             core.pool.at[slot] = entry
-        core.pool.at[mine] = entry if copy.flags & VmFlag.UFFD_WP else entry & ~UFFD_WP
+        keeps = copy.flags & VmFlag.UFFD_WP or core.caps.hugetlb_fork_keeps_wp
+        core.pool.at[mine] = entry if keeps else entry & ~UFFD_WP
 
 
 def duplicate(mm: AddressSpace, copy: VmArea) -> None:
