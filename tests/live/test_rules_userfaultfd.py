@@ -148,3 +148,25 @@ def test_the_workbench_reads_and_holds_nothing(bench, task, area):
     assert len(links) <= before + 2
     task.close(fd)
     task.touch(start, PAGE)
+
+
+@pytest.mark.rule("VM-034")
+def test_a_move_ends_its_neighbours_watch(task):
+    """DV-041: what moves joins what the same userfaultfd watches, and the whole of it is watched no more."""
+    here, there = 0x100000000000, 0x100040000000
+    for start in (here, there):
+        task.mmap(8 * PAGE, addr=start, flags=0x32)
+    fd = task.userfaultfd(ASYNC)
+    for start in (here, there):
+        task.uffd_register(fd, start, 8 * PAGE, 2)
+    task.mremap(here + 2 * PAGE, 2 * PAGE, 2 * PAGE, flags=3, new_addr=there + 8 * PAGE)
+    watched = {
+        (entry.vma.start, entry.vma.end - entry.vma.start): "uw" in entry.vm_flags
+        for entry in task.process.smaps()
+        if here <= entry.vma.start < there + (1 << 30)
+    }
+    assert watched == {
+        (here, 2 * PAGE): True,
+        (here + 4 * PAGE, 4 * PAGE): True,
+        (there, 10 * PAGE): False,
+    }

@@ -215,10 +215,14 @@ def _move(
     if vma.huge is not None:
         hugetlb_call.check_move(core, vma, addr, old_length)
     new = vma.copy(new_addr, new_addr + new_length, pgoff)
-    if drop_uffd:
-        new.flags &= ~VmFlag.UFFD
-        new.uffd = None
     mm.vmas.add(new)
+    if drop_uffd:
+        # It joins what the same userfaultfd watches, and all of that is watched no more.
+        mm.vmas.merge(new_addr, new_addr + new_length, moved=True)
+        joined = mm.vmas.at(new_addr)
+        assert joined is not None
+        joined.flags &= ~VmFlag.UFFD
+        joined.uffd = None
     if vma.huge is not None:
         hugetlb.moved(mm, vma)
     remap.move_entries(core, mm, vma, addr, new_addr, old_length, drop_uffd=drop_uffd)
@@ -236,7 +240,8 @@ def _move(
         mm.tables.free_range(addr, addr + old_length, floor, ceiling)
     elif old_length:
         unmap(core, mm, addr, addr + old_length)
-    mm.vmas.merge(new_addr, new_addr + new_length, moved=True)
+    if not drop_uffd:
+        mm.vmas.merge(new_addr, new_addr + new_length, moved=True)
     if locked:
         populate(core, mm, new_addr + old_length, new_addr + new_length)
     return new_addr
