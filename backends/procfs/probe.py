@@ -85,14 +85,24 @@ def probe_all(root: str) -> tuple[Probe, ...]:
     return tuple(found)
 
 
+#: What is found missing, and the option of the kernel's configuration that it stands for.
+_OPTIONS = {
+    "mm.thp": "CONFIG_TRANSPARENT_HUGEPAGE",
+    "mm.ksm": "CONFIG_KSM",
+    "mm.hugetlb": "CONFIG_HUGETLB_PAGE",
+}
+
+
 def running_profile(probes: tuple[Probe, ...], geometry: Geometry) -> KernelProfile:
     """The preset of the running version, with what was tried put in place of what was assumed."""
     release, machine = os.uname().release, os.uname().machine
-    try:
-        start = preset(release, arch=machine)
-    except UnknownCapability:
-        start = preset(spec.kernels()[-1].version, arch=machine)  # newer than the tables
     decided = {probe.capability: probe.ok for probe in probes if probe.capability is not None}
+    # What is not there takes along all else that needs the same option.
+    config = [f"!{option}" for name, option in _OPTIONS.items() if not decided.get(name, True)]
+    try:
+        start = preset(release, arch=machine, config=config)
+    except UnknownCapability:
+        start = preset(spec.kernels()[-1].version, arch=machine, config=config)  # newer than the tables
     profile = start.changed(
         name=f"{release} (probed)",
         add=[name for name, ok in decided.items() if ok],

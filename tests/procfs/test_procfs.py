@@ -335,3 +335,16 @@ def test_what_was_read_ahead_is_handed_out_once(tmp_path):
     assert ahead.take(CHUNK, CHUNK) is None
     assert ahead.take(0, 8) is None
     assert ReadAhead(str(tmp_path / "none")).take(0, CHUNK) is None
+
+
+def test_what_is_missing_takes_its_option_along():
+    """A kernel without transparent huge pages has no advice about them either."""
+    from pmcore.backends.procfs.probe import Probe, running_profile
+    from pmcore.geometry import Geometry
+
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs a running Linux kernel")
+    missing = Probe(name="thp", ok=False, seen="no directory", remedy="", capability="mm.thp")
+    profile = running_profile((missing,), Geometry())
+    assert not any(profile.has(name) for name in ("mm.thp", "madv.hugepage", "madv.collapse", "mm.mthp"))
+    assert running_profile((), Geometry()).has("madv.hugepage")

@@ -356,3 +356,17 @@ def test_check_finds_a_poisoned_entry_of_another_form():
     machine.core.pool.at[slot] |= 4 << 5
     with pytest.raises(BrokenInvariant, match="none or a marker"):
         machine.check()
+
+
+@pytest.mark.rule("UF-004")
+@pytest.mark.parametrize(("kernel", "number"), [("6.12", errno.ENOMEM), ("6.18", errno.EEXIST)])
+def test_a_copy_from_an_exhausted_pool(kernel, number):
+    task = pmcore.open("sim", memory="64 MiB", kernel=kernel, hugepages={"2 MiB": 1}).spawn()
+    source = task.mmap(2 << 20)
+    start = task.mmap(2 << 20, flags=0x44022)  # MAP_NORESERVE: promised nothing
+    task.mmap(2 << 20, flags=0x40022)
+    fd = task.userfaultfd(UffdFeature.MISSING_HUGETLBFS)
+    task.uffd_register(fd, start, 2 << 20, 1)
+    with pytest.raises(SyscallError) as caught:
+        task.uffd_copy(fd, start, source, 2 << 20)
+    assert caught.value.errno == number

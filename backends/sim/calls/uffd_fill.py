@@ -361,13 +361,17 @@ def _copy_huge(
     promised = not core.hugetlb.needs_page(vma, index)
     head = core.hugetlb.take(vma, index)
     if head < 0:
-        return Errno.ENOMEM
+        # The newer kernel takes the entry, empty as it is, for one that came meanwhile.
+        return Errno.EEXIST if core.caps.uffd_hugetlb_exhausted_exists else Errno.ENOMEM
     frames, errno = core.memory.frames, None
     try:
         for number in range(file.pool.pages):
             frames.content_at[head + number] = _source(core, caller, source + number * small)
     except AddressSpaceFault as failed:
         errno = _faulted(failed)
+    slot, free = _huge_slot(core, mm, vma, addr)
+    if errno is None and (not free or (vma.shared and index in file.pages)):
+        errno = Errno.EEXIST  # reading the source has filled it
     if errno is None and vma.shared and index >= file.length // file.pool.size:
         errno = Errno.EFAULT
     if errno is not None:
