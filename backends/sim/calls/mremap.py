@@ -42,9 +42,11 @@ def mremap(
     moving = bool(flags & (_FIXED | _DONTUNMAP))
     if moving and core.caps.mremap_checks_early:
         _check_target(core, call, addr, old_length, new_addr, new_length, flags)
-    if core.caps.mremap_many and flags & _FIXED and old_length == new_length:
-        return _many(core, mm, call, addr, old_length, new_addr, flags)
     vma = mm.vmas.at(addr)
+    if core.caps.mremap_many and flags & _FIXED and old_length == new_length:
+        if vma is not None and vma.end >= addr + old_length > addr:
+            return _to(core, mm, call, addr, old_length, new_addr, new_length, flags)
+        return _many(core, mm, call, addr, old_length, new_addr, flags)
     if vma is None:
         refuse(Errno.EFAULT, call, "nothing is mapped there")
     if vma.flags & VmFlag.HUGETLB:
@@ -207,8 +209,7 @@ def _move(
         ksm_merge.unmerge(
             core, mm, vma, addr, addr + old_length
         )  # at another address nobody would look for them
-    features = getattr(vma.uffd, "features", 0)
-    drop_uffd = vma.uffd is not None and not features & _EVENT_REMAP
+    drop_uffd = vma.uffd is not None and not getattr(vma.uffd, "features", 0) & _EVENT_REMAP
     # A mapping that never held a page takes the address it moves to for its offset.
     keeps = vma.anon_vma is not None or vma.huge is not None or vma.file is not None
     pgoff = vma.pgoff + (addr - vma.start >> shift) if keeps else new_addr >> shift

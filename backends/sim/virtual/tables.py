@@ -111,9 +111,10 @@ class TablePool:
 
     def give_back_empty(self, rows: list[int]) -> None:
         """The same for few tables that hold nothing."""
-        pfn_at = self._pfn_at
+        pfn_at, memory = self._pfn_at, self.memory
+        give = memory.free_table if memory.grouped or len(memory.zones) > 1 else memory.zones[0].give_one
         for row in rows:
-            self.memory.free_table(pfn_at[row])
+            give(pfn_at[row])
             pfn_at[row] = 0
         self._free += rows
 
