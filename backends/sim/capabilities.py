@@ -67,6 +67,7 @@ class Capabilities:
     mprotect_makes_clean_writable: bool
     mprotect_batch: bool
     pageout_keeps_young: bool
+    split_wrprotects: bool
     uffd_hugetlb_exhausted_exists: bool
     hugetlb_hint_rounds_up: bool
     hugetlb_fork_keeps_wp: bool
@@ -202,6 +203,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         mprotect_makes_clean_writable=has("mm.mprotect_makes_clean_writable"),
         mprotect_batch=has("mm.mprotect_batch"),
         pageout_keeps_young=has("mm.pageout_keeps_young"),
+        split_wrprotects=has("mm.split_wrprotects"),
         uffd_hugetlb_exhausted_exists=has("quirk.uffd_hugetlb_exhausted_exists"),
         hugetlb_hint_rounds_up=has("mm.hugetlb_hint_rounds_up"),
         hugetlb_fork_keeps_wp=has("quirk.hugetlb_fork_keeps_wp"),

@@ -178,7 +178,7 @@ def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int, *, migratin
         entries[:] = core.zero_pfn | PRESENT | SPECIAL | entry & (UFFD_WP | SOFT_DIRTY)
     else:
         keep = entry & (WRITE | DIRTY | YOUNG | UFFD_WP | SOFT_DIRTY) | PRESENT
-        if entry & UFFD_WP:
+        if entry & UFFD_WP and core.caps.split_wrprotects:
             keep &= ~WRITE  # which a PMD may have beside it once nobody watched it (UF-011)
         if entry & DIRTY and not migrating and not core.caps.pmd_split_keeps_dirty:
             keep &= ~DIRTY  # it is the folio's from here on
