@@ -22,8 +22,12 @@ PAGE = 4096
 def pieces(run, step):
     """How many mappings, and holes between them, the step's range has; one more where it ends inside a huge page.
 
-    There the boundary at its start is made, and stays, before the one at its end is refused (HT-003).
+    There the boundary at its start is made, and stays, before the one at its end is refused (HT-003). Of fallocate,
+    whether the file is one of huge pages.
     """
+    if isinstance(step, s.Fallocate):
+        made = [one for one in run.program.steps if isinstance(one, s.MemfdCreate) and one.fd == step.fd]
+        return any(one.flags & 4 for one in made)  # MFD_HUGETLB
     if getattr(step, "area", None) not in run.areas or not hasattr(step, "page"):
         return 0
     start = run.areas[step.area][0] + step.page * PAGE
@@ -48,7 +52,7 @@ def half_done(step, parts, number):
         # A source has been read, tables were made, and pages before the one that cannot be filled.
         return number not in (errno.EBADF, errno.ENOTTY, errno.ESRCH)
     if isinstance(step, s.Fallocate) and number == errno.ENOSPC:
-        return True  # of a hugetlb file: pages that were had before the pool was exhausted stay
+        return parts  # of a hugetlb file: pages that were had before the pool was exhausted stay
     if isinstance(step, s.Touch | s.Read | s.Write):
         return number == errno.ENOMEM  # no call: the accesses before have happened
     if isinstance(step, s.Fork):
