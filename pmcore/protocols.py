@@ -544,6 +544,11 @@ class Workbench(Protocol):
         """Whether others sample accesses meanwhile (a DAMON monitor), which moves accessed bits about and sets IDLE."""
         return False
 
+    @property
+    def disk_kind(self) -> str:
+        """What regular files lie on: "compressed" memory, which reads at once, a "disk"; "" where nobody can tell."""
+        return ""
+
     def spawn(self) -> Task:
         """To provide: a fresh task with nothing of the program mapped."""
         ...

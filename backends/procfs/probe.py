@@ -79,6 +79,7 @@ def probe_all(root: str) -> tuple[Probe, ...]:
     """Ask everything, in the order in which a report shows it."""
     found = [*_pagemap(root), *_frame_files(root), *_scan(root), *_userfaultfd()]
     found += [_procmap_query(root), _clear_refs(root), _guard(), _idle()]
+    found += [_protection_keys(root)]
     found += [_directory("mm.thp", "transparent huge pages", "/sys/kernel/mm/transparent_hugepage")]
     found += [_directory("mm.ksm", "same-page merging", "/sys/kernel/mm/ksm")]
     found += [_hugetlb(), _memory_failure(), _swap(root), _groups(root)]
@@ -283,6 +284,19 @@ def _clear_refs(root: str) -> Probe:
         seen="there" if there else "not there",
         remedy="" if there else "needs CONFIG_PROC_PAGE_MONITOR",
         capability="clear_refs",
+    )
+
+
+def _protection_keys(root: str) -> Probe:
+    ok = False
+    with suppress(OSError):
+        ok = b"\nProtectionKey:" in Path(f"{root}/self/smaps").read_bytes()
+    return Probe(
+        name="protection keys",
+        ok=ok,
+        seen="smaps shows them" if ok else "smaps shows none",
+        remedy="" if ok else "needs a processor that has them (pku)",
+        capability="smaps.protection_key",
     )
 
 

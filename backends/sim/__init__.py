@@ -24,6 +24,7 @@ def open_machine(
     memory: int | str = "64 MiB",
     swap: int | str | Sequence[SwapSettings] = 0,
     swap_kind: str = "compressed",
+    disk_kind: str = "compressed",
     kernel: str | KernelProfile = REFERENCE_VERSION,
     config: Iterable[str] = (),
     policy: Policy | Mapping[str, Any] | None = None,
@@ -37,8 +38,10 @@ def open_machine(
     """A machine that has just booted.
 
     `memory` and `swap` are sizes ("64 MiB", bytes); several swap areas are given as `SwapSettings`. `swap_kind` says
-    what an area given by its size is: "compressed" (memory), "device" (writes complete at once), "disk". `kernel` is a
-    version or a profile, `config` changes its configuration. `holes` are ranges of physical addresses with no memory.
+    what an area given by its size is: "compressed" (memory), "device" (writes complete at once), "disk". `disk_kind`
+    says what regular files lie on: "compressed" (memory: what is read ahead is there at once), "disk" (it comes later).
+    `kernel` is a version or a profile, `config` changes its configuration. `holes` are ranges of physical addresses
+    with no memory.
     `hugepages` are hugetlb pages set aside, by size: {"2 MiB": 20}, or with surplus pages allowed (20, 4).
     `block_size` is that of what can be taken offline at a time: 128 MiB on x86-64, less for a machine that is smaller.
     `policy` is what its administrator has set, as a `Policy` or by the names of its fields: which sizes of huge pages
@@ -53,6 +56,7 @@ def open_machine(
         memory=memory,
         swap=swap,
         swap_kind=swap_kind,
+        disk_kind=disk_kind,
         kernel=kernel,
         config=config,
         policy=policy,

@@ -76,6 +76,7 @@ class Capabilities:
     collapse_needs_writable: bool
     mprotect_unaccounts: bool
     maybe_guard: bool
+    protection_keys: bool
     #: MADV_DONTNEED frees tables of PTEs that it empties.
     pt_reclaim: bool
     mremap_many: bool
@@ -212,6 +213,7 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         collapse_needs_writable=has("mm.collapse_needs_writable"),
         mprotect_unaccounts=has("mm.mprotect_unaccounts"),
         maybe_guard=has("mm.maybe_guard"),
+        protection_keys=has("smaps.protection_key"),
         pt_reclaim=has("mm.pt_reclaim"),
         mremap_many=has("mm.mremap_many"),
         split_maps_zero=has("mm.split_maps_zero"),

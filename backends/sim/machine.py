@@ -40,6 +40,7 @@ from pmcore.backends.sim.services.ksm import Ksm
 from pmcore.backends.sim.services.memcg import Groups
 from pmcore.backends.sim.services.migrating import Migration
 from pmcore.backends.sim.services.pagecache import Inode
+from pmcore.backends.sim.services.readahead import DISKS
 from pmcore.backends.sim.services.shrink import Reclaimed
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
 from pmcore.backends.sim.task import SimTask
@@ -88,6 +89,7 @@ class Core:
         self.names: dict[str, int] = {}
         #: Pages that files of the disk which are opened from now on read ahead.
         self.pages_ahead = 0
+        self.disk = DISKS["compressed"]
         self.khugepaged = Khugepaged(self)
         self.ksm = Ksm(self)
         #: The last number given, by what was numbered.
@@ -162,6 +164,7 @@ class SimMachine(Grouping, Movement, Kernel):
         privileged: bool,
         hugepages: Mapping[int | str, int | tuple[int, int]],
         block_size: int,
+        disk_kind: str,
     ) -> None:
         self.profile = profile
         self.pfn_visible = privileged
@@ -170,6 +173,7 @@ class SimMachine(Grouping, Movement, Kernel):
         zones = _zones(frames, memory, size, nodes, holes)
         store = Memory(frames, zones, Contents(size), block_pages=block_size // size)
         self.core = Core(profile, store, policy, privileged=privileged)
+        self.core.disk = DISKS[disk_kind]
         store.reserve = min_watermark(memory) // size
         for area in swap:
             self.swapon(
@@ -202,6 +206,7 @@ class SimMachine(Grouping, Movement, Kernel):
             },
             "privileged": privileged,
             "block_size": block_size,
+            "disk_kind": disk_kind,
         }
         self._closed = False
         #: What was set of huge pages before `set_thp` was first called.
@@ -229,6 +234,11 @@ class SimMachine(Grouping, Movement, Kernel):
     def tasks(self) -> Iterable[SimTask]:
         """The tasks that are alive, oldest first."""
         return tuple(self._tasks.values())
+
+    @property
+    def disk_kind(self) -> str:
+        """What its regular files lie on."""
+        return str(self._settings["disk_kind"])
 
     def forget(self, task: SimTask) -> None:
         """Take a task that has ended off the list."""
@@ -588,6 +598,7 @@ def make_machine(
     memory: int | str,
     swap: int | str | Sequence[SwapSettings],
     swap_kind: str = "compressed",
+    disk_kind: str = "compressed",
     kernel: str | KernelProfile,
     config: Iterable[str] = (),
     policy: Policy | Mapping[str, Any] | None = None,
@@ -606,6 +617,8 @@ def make_machine(
         if swap_kind not in _SWAP_KINDS:
             raise ArgumentError(f"swap_kind={swap_kind!r}", remedy=f"known: {', '.join(_SWAP_KINDS)}")
         areas = [SwapSettings(length=length, **_SWAP_KINDS[swap_kind])] if length else []
+    if disk_kind not in DISKS:
+        raise ArgumentError(f"disk_kind={disk_kind!r}", remedy=f"known: {', '.join(DISKS)}")
     if not isinstance(nodes, int) or nodes < 1:
         raise ArgumentError(f"nodes={nodes!r}", remedy="at least one")
     settings = as_policy(policy)
@@ -620,6 +633,7 @@ def make_machine(
         privileged=privileged,
         hugepages=hugepages or {},
         block_size=_block_size(block_size, profile.geometry.page_size),
+        disk_kind=disk_kind,
     )
 
 
@@ -648,6 +662,7 @@ def load_machine(path: str | Path) -> SimMachine:
             kernel=profile,
             privileged=settings["privileged"],
             block_size=settings.get("block_size", 128 << 20),
+            disk_kind=settings.get("disk_kind", "compressed"),
         )
         machine.restore(state)
         machine.check()

@@ -75,6 +75,8 @@ _ADVICE_RULES = {
 _TABLE_LINES = 60
 #: Size of the disk that files of random programs lie on.
 _DISK = "256 MiB"
+#: `--focus any`: half of the programs are biased to nothing, the others to what every machine has.
+_ANY = ("", "", "", "cgroups", "disk", "ksm")
 EXIT_DIFFERS, EXIT_CANNOT = 1, 2
 
 
@@ -102,9 +104,9 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
 )
 @click.option(
     "--focus",
-    type=click.Choice(FOCUSES),
+    type=click.Choice((*FOCUSES, "any")),
     metavar="SUBJECT",
-    help="What programs are biased to: cgroups, disk, or ksm.",
+    help="What programs are biased to: cgroups, disk, ksm, or any: some of them to each, half of them to none.",
 )
 @click.option(
     "--replay", type=click.Path(dir_okay=False), metavar="FILE", help="Run this one program instead."
@@ -122,8 +124,9 @@ EXIT_DIFFERS, EXIT_CANNOT = 1, 2
 @click.option(
     "--thp",
     multiple=True,
-    metavar="SIZE=SETTING|random",
-    help="Huge pages of that size on both sides (64kB=always, enabled=madvise), or others for each program.",
+    metavar="SIZE=SETTING|random|mixed",
+    help="Huge pages of that size on both sides (64kB=always, enabled=madvise), or others for each program, "
+    "or for every second one.",
 )
 @click.option("--memory", default="256 MiB", show_default=True, help="Memory of a simulated machine.")
 @click.option("--swap", default="256 MiB", show_default=True, help="Swap on both sides; 0 for none.")
@@ -165,11 +168,11 @@ def command(**options: Any) -> int:
     """
     try:
         with contextlib.ExitStack() as held:
-            settings, at_random = _thp(options["thp"])
+            settings, words = _thp(options["thp"])
             left, right = _sides(options, held)
             if options["replay"]:
                 return _replay(options, left, right, settings)
-            return _session(options, left, right, settings, at_random=at_random)
+            return _session(options, left, right, settings, words)
     except BackendUnavailable as error:
         click.echo(f"pmcore: {error}", err=True)
         return EXIT_CANNOT
@@ -178,12 +181,15 @@ def command(**options: Any) -> int:
 def _sides(options: dict[str, Any], held: contextlib.ExitStack) -> tuple[Callable[[], Workbench], ...]:
     """For each side what gives a workbench: a simulated machine is new for each program, another stays."""
     profile: Any = options["kernel"]
+    disk_kind = ""
     hugepages = _hugepages(options["hugepages"])
     sides: dict[str, Callable[[], Workbench]] = {}
     for side in ("right", "left"):  # the model follows what it is held against
         name = options[side]
         if name == "sim":
             settings = {"memory": options["memory"], "swap": options["swap"], "hugepages": hugepages}
+            if disk_kind:
+                settings["disk_kind"] = disk_kind
             if options["swap_device"]:
                 settings["swap_kind"] = "device"
             if profile is not None:
@@ -205,6 +211,7 @@ def _sides(options: dict[str, Any], held: contextlib.ExitStack) -> tuple[Callabl
             if not bench.kernel.pfn_visible:
                 raise BackendUnavailable("frame numbers are hidden", remedy="run as root")
             profile = profile or bench.kernel.profile
+            disk_kind = bench.disk_kind or disk_kind
             sides[side] = functools.partial(_renewed, bench)
     return sides["left"], sides["right"]
 
@@ -221,7 +228,7 @@ def _needs_disk(options: dict[str, Any]) -> bool:
     """Whether programs use files on a disk: a workbench of real processes then makes one."""
     if options["replay"]:
         return any(isinstance(step, OpenFile) for step in _program(options["replay"]).steps)
-    return bool(options["focus"] == "disk")
+    return options["focus"] in ("disk", "any")
 
 
 def _renewed(bench: Workbench) -> Workbench:
@@ -239,17 +246,17 @@ def _open(name: str, **settings: Any) -> Iterator[Workbench]:
         yield bench
 
 
-def _thp(words: tuple[str, ...]) -> tuple[dict[str, str], bool]:
-    """What is set of huge pages, and whether the rest is to be random. Raises ArgumentError."""
+def _thp(words: tuple[str, ...]) -> tuple[dict[str, str], set[str]]:
+    """What is set of huge pages, and what is said of the rest: random, mixed. Raises ArgumentError."""
     settings: dict[str, str] = {}
     for word in words:
         size, given, how = word.partition("=")
         if given:
             settings[size] = how
-        elif word != "random":
-            raise ArgumentError(f"--thp {word}", remedy="such as 64kB=always, or random")
+        elif word not in ("random", "mixed"):
+            raise ArgumentError(f"--thp {word}", remedy="such as 64kB=always, or random, or mixed")
     Program(name="", steps=(), thp=settings)  # refuses what is no setting
-    return settings, "random" in words
+    return settings, {word for word in words if "=" not in word}
 
 
 def _session(
@@ -257,8 +264,7 @@ def _session(
     left: Callable[[], Workbench],
     right: Callable[[], Workbench],
     thp: dict[str, str],
-    *,
-    at_random: bool,
+    words: set[str],
 ) -> int:
     saved: list[Result] = []
 
@@ -281,8 +287,9 @@ def _session(
             profile=right().kernel.profile,
             hugetlb=options["hugetlb"],
             thp=thp,
-            random_thp=at_random,
-            focus=options["focus"] or "",
+            random_thp="random" in words,
+            mixed_thp="mixed" in words,
+            focus=_ANY if options["focus"] == "any" else options["focus"] or "",
             progress=lambda report: progress(report.programs, options["programs"]),
             found=save,
         )

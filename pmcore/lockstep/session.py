@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -76,7 +76,8 @@ def session(
     hugetlb: bool | None = None,
     thp: Mapping[str, str] | None = None,
     random_thp: bool = False,
-    focus: str = "",
+    mixed_thp: bool = False,
+    focus: str | Sequence[str] = "",
     progress: Callable[[Report], object] | None = None,
     found: Callable[[Result], object] | None = None,
 ) -> Report:
@@ -86,15 +87,27 @@ def session(
     kernel of `profile` makes interesting. Program `n` of a seed is always the same, whatever comes before it: `first`
     is the number of the first one that is run. `hugetlb`: programs with mappings of it, without, or (None) of both
     sorts. `thp` is what every program says of huge pages (`Program.thp`); `random_thp` draws that anew for each, over
-    `thp`. `focus` is the subject that programs are biased to. A program that differs is made smaller before the next
-    is run, and given to `found`.
+    `thp`, `mixed_thp` for every second one. `focus` is the subject that programs are biased to; of several, "" among
+    them, each program draws its own. A program that differs is made smaller before the next is run, and given to
+    `found`.
     """
     report = Report(seed=seed)
+    slow_disk = right().disk_kind == "disk"
     began = time.monotonic()
     for number in range(first, first + programs):
         draw = Seeded(f"{seed}:{number}")
-        settings = {**(thp or {}), **(random_huge_pages(draw) if random_thp else {})}
-        program = random_program(draw, profile, max_steps=steps, hugetlb=hugetlb, thp=settings, focus=focus)
+        subject = focus if isinstance(focus, str) else draw.of(focus)
+        at_random = random_thp or (mixed_thp and draw.flip())
+        settings = {**(thp or {}), **(random_huge_pages(draw) if at_random else {})}
+        program = random_program(
+            draw,
+            profile,
+            max_steps=steps,
+            hugetlb=hugetlb,
+            thp=settings,
+            focus=subject,
+            slow_disk=slow_disk,
+        )
         try:
             result = lockstep(program, left(), right())
             if not result.agrees and right().watched and _sampled(result):

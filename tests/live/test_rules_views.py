@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from pmcore.errors import AddressSpaceFault
 from pmcore.procmap import MapQuery
 from pmcore.procview import ProcView
 from pmcore.procview.sequence import SequenceReader
-from pmcore.uapi import PAGEMAP_SCAN, PROCMAP_QUERY
+from pmcore.uapi import PAGEMAP_SCAN, PROCMAP_QUERY, Prot
 
 from .conftest import PAGE, PMD
 
@@ -391,3 +392,21 @@ def test_pagetypeinfo(bench, status):
     lines = bench.kernel.pread("pagetypeinfo", 0, 1 << 20).decode().splitlines()
     assert lines[:3] == ["Page block order: 9", "Pages per block:  512", ""]
     assert lines[3].split()[-12:] == ["order", *map(str, range(11))]
+
+
+@pytest.mark.rule("VM-035")
+def test_memory_that_may_only_be_executed(bench, task):
+    start = task.mmap(2 * PAGE)
+    task.write(start, b"code")
+    task.mprotect(start, PAGE, Prot.EXEC)
+    keys = bench.kernel.profile.has("smaps.protection_key")
+    shown = [entry.plain.get("ProtectionKey") for entry in task.process.smaps(start, start + 2 * PAGE)]
+    assert shown == ([1, 0] if keys else [None, None])
+    if not keys:
+        assert task.read(start, 4) == b"code"
+        return
+    with pytest.raises(AddressSpaceFault) as failed:
+        task.read(start, 4)
+    assert failed.value.signal == "SIGSEGV"
+    task.mprotect(start, PAGE, Prot.READ | Prot.EXEC)
+    assert task.read(start, 4) == b"code"

@@ -38,13 +38,17 @@ def live():
         yield bench
 
 
+def model(live):
+    return open_workbench("sim", **SETTINGS, kernel=live.kernel.profile, disk_kind=live.disk_kind)
+
+
 @pytest.mark.live
 @pytest.mark.xdist_group("live")
 @pytest.mark.rule("DF-001", "DF-004", "DF-008", "DF-011")
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 def test_kept_programs_agree(live, path):
     live.renew()  # nothing read ahead
-    result = lockstep(load_program(path), open_workbench("sim", **SETTINGS, kernel=live.kernel.profile), live)
+    result = lockstep(load_program(path), model(live), live)
     assert result.agrees, "\n".join(map(str, result.differences))
 
 
@@ -54,7 +58,7 @@ def test_the_model_agrees_with_the_running_kernel(live):
     """Fixed seeds; PMCORE_LOCKSTEP names how many programs, PMCORE_LOCKSTEP_SEED where they begin."""
     programs = int(os.environ.get("PMCORE_LOCKSTEP", "60"))
     report = session(
-        lambda: open_workbench("sim", **SETTINGS, kernel=live.kernel.profile),
+        lambda: model(live),
         lambda: live.renew() or live,
         programs=programs,
         seed=int(os.environ.get("PMCORE_LOCKSTEP_SEED", "1")),

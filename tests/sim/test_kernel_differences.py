@@ -5,7 +5,7 @@ import errno
 
 import pytest
 
-from pmcore.errors import SyscallError
+from pmcore.errors import AddressSpaceFault, SyscallError
 from pmcore.registry import open_workbench
 from pmcore.uapi import (
     PM_MMAP_EXCLUSIVE,
@@ -14,6 +14,7 @@ from pmcore.uapi import (
     PM_SOFT_DIRTY,
     Madvise,
     PageFlag,
+    Prot,
     UffdFeature,
 )
 
@@ -450,3 +451,19 @@ def test_protected_hugetlb_pages_of_a_child(kernel, kept):
     child = task.fork()
     assert child.process.pagemap(start, start + PAGE).uffd_wp.tolist() == [kept]
     assert task.process.pagemap(start, start + PAGE).uffd_wp.tolist() == [True]
+
+
+@pytest.mark.rule("VM-035")
+def test_a_processor_with_protection_keys():
+    keys = ("CONFIG_X86_INTEL_MEMORY_PROTECTION_KEYS",)
+    with contextlib.ExitStack() as held:
+        machine = held.enter_context(open_workbench("sim", kernel="6.12", config=keys))
+        task = machine.spawn()
+        start = task.mmap(2 * PAGE, prot=Prot.EXEC)
+        other = task.mmap(PAGE)
+        for call in (task.read, task.mlock):
+            with pytest.raises((AddressSpaceFault, SyscallError)):
+                call(start, 2 * PAGE)
+        assert not int(task.process.pagemap(start, start + PAGE).values[0]) & PM_PRESENT
+        keys_shown = {entry.vma.start: entry.plain["ProtectionKey"] for entry in task.process.smaps()}
+        assert keys_shown == {start: 1, other: 0}

@@ -1,8 +1,8 @@
 """Puts the machine back when its parent is done with it, or dead: its end of the pipe closes in any case.
 
 Run as `python -I -S -B _guardian.py JSON` with a pipe as standard input; JSON names the swap files to switch off, the
-file systems to unmount, the knobs with the values that they had, the files to remove, and the cgroup to remove with all
-in it once their tasks are gone.
+file systems to unmount, the knobs with the values that they had, the files and zram devices to remove, and the cgroup
+to remove with all in it once their tasks are gone.
 """
 
 from __future__ import annotations
@@ -48,8 +48,23 @@ def main() -> None:
             os.unlink(path)  # noqa: PTH108
         except OSError:
             continue
+    for number in todo.get("zram", ()):
+        _remove_zram(number)
     if "groups" in todo:
         _remove_groups(todo["groups"])
+
+
+def _remove_zram(number: int) -> None:
+    """Until nobody has a file of it open any more."""
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        try:
+            with open("/sys/class/zram-control/hot_remove", "w") as knob:  # noqa: PTH123
+                knob.write(str(number))
+        except OSError:
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _remove_groups(base: str) -> None:

@@ -448,6 +448,11 @@ class ProcfsWorkbench(Workbench):
         return self._kernel
 
     @property
+    def disk_kind(self) -> str:
+        """What its own disk lies on; "" for files of the machine's own file systems."""
+        return self.disk.kind if self.disk is not None else ""
+
+    @property
     def watched(self) -> bool:
         """Whether a DAMON monitor ran when the workbench was opened."""
         return self._watched
@@ -680,6 +685,7 @@ def open_workbench(
     knobs: Mapping[str, str] | None = None,
     hugepages: Mapping[int | str, int | tuple[int, int]] | None = None,
     disk: int | str = 0,
+    disk_kind: str = "",
     poison: bool = False,
 ) -> ProcfsWorkbench:
     """A workbench of real processes; regular files lie in a new directory below `directory` (default: TMPDIR).
@@ -688,7 +694,8 @@ def open_workbench(
     path of a block device that holds a swap area) switches swap on, `knobs` are files of /proc and /sys with what to
     write to them meanwhile; both imply `still`.
     `hugepages` are hugetlb pages set aside meanwhile, by size: {"2 MiB": 20}, or with surplus pages allowed (20, 4).
-    `disk` ("64 MiB", or bytes) is the size of a file system of its own that regular files lie on instead, see `Disk`.
+    `disk` ("64 MiB", or bytes) is the size of a file system of its own that regular files lie on instead, see `Disk`;
+    `disk_kind` is "compressed" (zram) or "disk" (a loop device), by default the first that there is.
     `poison`: tasks may poison memory of the machine, which is lost until it boots again.
     Raises BackendUnavailable off Linux, or where swap cannot be switched on, or huge pages cannot be had.
     """
@@ -696,7 +703,7 @@ def open_workbench(
         raise BackendUnavailable("real processes need Linux", remedy="use a simulated machine")
     held = ExitStack()
     pools, allowed = _pools(hugepages or {})
-    place = Disk(parse_size(disk)) if disk else None
+    place = Disk(parse_size(disk), disk_kind) if disk else None
     with held:
         if still or swap or knobs or pools or place:
             held.enter_context(

@@ -118,7 +118,11 @@ def steady(
                 "swapoff": areas,
                 "umount": [str(disk.directory)] if disk else [],
                 "knobs": [*before, *sizes],
-                "remove": [*(areas if compressed else []), *([str(disk.image)] if disk else [])],
+                "remove": [
+                    *(areas if compressed else []),
+                    *([str(disk.image)] if disk and disk.zram is None else []),
+                ],
+                "zram": [disk.zram] if disk and disk.zram is not None else [],
             },
             lock,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import attrs
 import numpy as np
 
 from pmcore.backends.sim.services import diskfile
@@ -23,11 +24,22 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["for_fault", "for_read", "force", "met", "stops"]
+__all__ = ["DISKS", "Disk", "for_fault", "for_read", "force", "met", "stops"]
 
+
+@attrs.frozen
+class Disk:
+    """A disk, as readahead shows it."""
+
+    #: Whether all has been read by the time that it was asked for; else a window that nobody waits for comes later.
+    immediate: bool
+    #: Pages that it takes in one request (max_sectors_kb).
+    request: int
+
+
+#: By their names: compressed memory (zram, max_sectors_kb is 124), and a disk (a loop device over a file: 1280).
+DISKS = {"compressed": Disk(immediate=True, request=31), "disk": Disk(immediate=False, request=320)}
 _MARK = int(PageFlag.RECLAIM)
-#: Pages that a disk takes in one request (max_sectors_kb of a loop device: 1280).
-IO_PAGES = 320
 #: Pages that the end of a window is a multiple of, where kernels see to that: one order for each window is two more.
 _ALIGN = 4
 
@@ -51,7 +63,7 @@ def _read(
     marked = first + count - ahead if 0 < ahead <= count else -1
     missing = np.flatnonzero(inode.index.load(first, max(count, 0)) == 0) + first
     parts = [missing]
-    if not waits:
+    if not waits and not core.disk.immediate:
         slow = (inode.blocks.at(missing) & np.uint64(KIND)) == np.uint64(WRITTEN)
         parts = [missing[~slow], missing[slow]]
     for part in parts:
@@ -66,7 +78,7 @@ def _read(
 
 def force(core: Core, inode: Inode, first: int, end: int, *, pages_ahead: int = 0) -> None:
     """Read a range, as far as one request reaches (MADV_WILLNEED, force_page_cache_ra)."""
-    _read(core, inode, first, min(end - first, max(IO_PAGES, pages_ahead)), 0)
+    _read(core, inode, first, min(end - first, max(core.disk.request, pages_ahead)), 0)
 
 
 # -- the window of an open file --------------------------------------------------------------------------
@@ -87,9 +99,9 @@ def _first_size(asked: int, most: int) -> int:
     return size * 2 if size <= most // 4 else most
 
 
-def _most(file: OpenFile, asked: int) -> int:
-    if asked > file.pages_ahead and file.pages_ahead < IO_PAGES:
-        return min(asked, IO_PAGES)
+def _most(core: Core, file: OpenFile, asked: int) -> int:
+    if asked > file.pages_ahead and file.pages_ahead < core.disk.request:
+        return min(asked, core.disk.request)
     return file.pages_ahead
 
 
@@ -102,7 +114,7 @@ def _missed(core: Core, file: OpenFile, page: int, asked: int) -> None:
     if file.random:
         force(core, inode, page, page + asked, pages_ahead=file.pages_ahead)
         return
-    most = _most(file, asked)
+    most = _most(core, file, asked)
     before = file.position >> core.geometry.page_shift  # -1: the page before the first
     if page == 0 or asked > most or 0 <= page - before <= 1:
         size = _first_size(asked, most)
@@ -138,7 +150,7 @@ def met(
         return
     core.memory.frames.flags_at[pfn] &= ~_MARK
     start, size, ahead = file.window
-    most = _most(file, asked)
+    most = _most(core, file, asked)
     if page == start + size - ahead:
         start, size = start + size, max(size, _next_size(size, most))
     else:

@@ -96,11 +96,16 @@ def _entry(core: Core, mm: AddressSpace, vma: VmArea) -> SmapsEntry:
     return SmapsEntry(
         vma=_vma(mm, vma, core.geometry.page_shift),
         counters=counters,
-        plain={"THPeligible": int(thp.eligible(core, vma))},
+        plain={"THPeligible": int(thp.eligible(core, vma)), **_protection_key(mm, vma)},
         vm_flags=tuple(
             code if core.knows_vm_flag(code) else "??" for flag, code in VM_FLAG_CODES if vma.flags & flag
         ),
     )
+
+
+def _protection_key(mm: AddressSpace, vma: VmArea) -> dict[str, int]:
+    """The key of the mapping, where the processor has keys: the first one goes to what may only be executed."""
+    return {"ProtectionKey": int(mm.has_key(vma))} if mm.core.caps.protection_keys else {}
 
 
 def _gather(core: Core, mm: AddressSpace, vma: VmArea, sums: _Counters) -> None:

@@ -57,6 +57,8 @@ def find(mm: AddressSpace, addr: int, *, write: bool) -> VmArea:
             raise segfault(addr, "the mapping may not be written")
     elif not vma.flags & VmFlag.ACCESS:
         raise segfault(addr, "the mapping may not be accessed")
+    elif mm.has_key(vma):
+        raise segfault(addr, "the mapping may only be executed: its protection key forbids to read it")
     return vma
 
 

@@ -31,6 +31,8 @@ _DIRTY = int(PageFlag.DIRTY)
 def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) -> None:
     """Fault in the pages of one VMA. Raises AddressSpaceFault at the first that cannot be."""
     vma = mm.vmas.at(start)
+    if vma is not None and mm.has_key(vma):
+        raise fault.segfault(start, "its protection key forbids to read it")
     if vma is not None and vma.flags & VmFlag.HUGETLB:
         hugetlb.fault_in(core, mm, vma, start, end, write=write)
         return

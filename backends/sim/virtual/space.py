@@ -42,6 +42,10 @@ class AddressSpace:
         self.group = 0
         core.spaces[number] = self
 
+    def has_key(self, vma: VmArea) -> bool:
+        """Whether a protection key of its own forbids to read the mapping: it may only be executed (VM-035)."""
+        return vma.flags & VmFlag.ACCESS == VmFlag.EXEC and self.core.caps.protection_keys
+
     def grow_stack(self, addr: int) -> VmArea | None:
         """The stack's VMA, grown down to the address; None where there is none to grow."""
         vma = self.vmas.first(addr)

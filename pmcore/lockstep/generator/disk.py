@@ -224,6 +224,8 @@ def disk_compared(step: s.Step, state: State) -> bool:
     """Whether a step about files on a disk can be compared."""
     if isinstance(step, s.Fallocate) and step.fd in state.disk and step.mode & 0x38:
         return False  # blocks moved or zeroed are not modelled
+    if not state.slow_disk:
+        return True
     area = getattr(step, "area", "")
     files = area in state.shared or (state.mixed and bool(area))
     if _makes_holes(step, state, files=files):

@@ -81,7 +81,7 @@ _KINDS: tuple[Maker, ...] = (
     *(arm,) * 3,
     *(pagemap_read,) * 3,
     *(query_maps,) * 2,
-    *(ranged(s.Protect, prot=(1, 3, 3, 0, 2, 8, 64, _DOWN | 1, _DOWN | 3, _UP | 1)),) * 2,
+    *(ranged(s.Protect, prot=(1, 3, 3, 0, 2, 4, 5, 8, 64, _DOWN | 1, _DOWN | 3, _UP | 1)),) * 2,
     *(_advise,) * 10,
     *(ranged(s.Touch, write=_EITHER, stride=(1, 1, 2, 7)),) * 8,
     *(write,) * 4,
@@ -138,16 +138,18 @@ def random_program(
     hugetlb: bool | None = None,
     thp: Mapping[str, str] | None = None,
     focus: str = "",
+    slow_disk: bool = False,
 ) -> Program:
     """A program of up to `max_steps` steps for the kernel of `profile`: with soft-dirty that is cleared often.
 
     `hugetlb`: with mappings of it, without, or (None) now and then. `thp` is what it says of huge pages.
-    `focus`, one of FOCUSES, is a subject that its steps are biased to.
+    `focus`, one of FOCUSES, is a subject that its steps are biased to. `slow_disk`: without what depends on when a disk
+    has read.
     """
     if focus and focus not in FOCUSES:
         raise ArgumentError(f"focus={focus!r}", remedy=f"known: {', '.join(FOCUSES)}")
     settings = dict(thp or {})
-    state = State()
+    state = State(slow_disk=slow_disk)
     named = (int(size.removesuffix("kB")) // 4 for size in settings if size != "enabled")
     state.folios = tuple(sorted(pages for pages in named if 0 < pages < HUGE))
     soft_dirty = profile is not None and profile.has("clear_refs.soft_dirty")

@@ -70,9 +70,11 @@ class State:
     #: Descriptors of files on the disk, with their names; areas that map such, with a descriptor that did it.
     disk: dict[str, str] = attrs.field(factory=dict)
     mapped: dict[str, str] = attrs.field(factory=dict)
-    #: Whether anything may be read ahead.
+    #: Whether what the disk reads ahead in a second piece comes later, if nobody waits for it.
+    slow_disk: bool = False
+    #: On a slow disk: whether anything may be read ahead.
     ahead: bool = False
-    #: Whether files on the disk may have holes.
+    #: On a slow disk: whether its files may have holes.
     holes: bool = False
     #: Areas that map files.
     shared: set[str] = attrs.field(factory=set)
