@@ -264,7 +264,7 @@ def _session(
     left: Callable[[], Workbench],
     right: Callable[[], Workbench],
     thp: dict[str, str],
-    words: set[str],
+    drawn: set[str],
 ) -> int:
     saved: list[Result] = []
 
@@ -287,8 +287,8 @@ def _session(
             profile=right().kernel.profile,
             hugetlb=options["hugetlb"],
             thp=thp,
-            random_thp="random" in words,
-            mixed_thp="mixed" in words,
+            random_thp="random" in drawn,
+            mixed_thp="mixed" in drawn,
             focus=_ANY if options["focus"] == "any" else options["focus"] or "",
             progress=lambda report: progress(report.programs, options["programs"]),
             found=save,
