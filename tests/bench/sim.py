@@ -155,6 +155,87 @@ def ranges(repeat: int) -> None:
         row(f"{name} 1 GiB", statistics.median(found[name]), "ns/page", bar)
 
 
+def shared(repeat: int) -> None:
+    """The same GiB as shared anonymous memory and as a memfd, beside private anonymous memory; the best of each, as ratios."""
+    found: dict[str, dict[str, list[float]]] = {}
+
+    def note(kind: str, name: str, function: Callable[[], Any]) -> None:
+        found.setdefault(name, {}).setdefault(kind, []).append(timed(function) / PAGES * 1e9)
+
+    out = np.zeros(PAGES, dtype=np.uint64)
+    request = ScanRequest(start=START, end=START + GIB, vec_len=PAGES, category_mask=8, return_mask=8)
+    second = 2 * START
+    for _ in range(repeat):
+        for kind in ("private", "shared", "memfd"):
+            gc.collect()
+            machine = open_workbench("sim", memory="3 GiB", kernel="6.18")
+            task, fd = machine.spawn(), -1
+            if kind == "memfd":
+                fd = task.memfd_create("shared")
+                task.ftruncate(fd, GIB)
+            task.mmap(GIB, addr=START, flags=0x32 if kind == "private" else 0x31, fd=fd)
+            note(kind, "touch", lambda task=task: task.touch(START, GIB))
+            for _ in range(3):
+                note(kind, "pagemap", lambda task=task: task.process.read_pagemap(START // PAGE, out))
+                note(kind, "scan", lambda task=task: task.process.pagemap_scan(request))
+            children: list[Any] = []
+            note(kind, "fork", lambda task=task, children=children: children.append(task.fork()))
+            children[0].exit()
+            if kind == "memfd":
+                task.mmap(GIB, addr=second, flags=0x1, fd=fd)
+                note(kind, "touch, a second mapping", lambda task=task: task.touch(second, GIB))
+                note(kind, "munmap, a second mapping", lambda task=task: task.munmap(second, GIB))
+            note(kind, "munmap", lambda task=task: task.munmap(START, GIB))
+            if kind == "memfd":
+                _file(task, fd, note)
+            machine.close()
+    for name, sides in found.items():
+        base = min(sides.get("private") or found[name.split(",")[0]]["private"])
+        for kind in ("shared", "memfd"):
+            if kind in sides:
+                figure = min(sides[kind])
+                row(f"{kind}: {name} ({figure:.1f} ns; {base:.1f})", figure / base, "x private", 2)
+
+
+def _file(task: Any, fd: int, note: Callable[[str, str, Callable[[], Any]], None]) -> None:
+    """What system calls do to a GiB of a memfd, against what munmap and touch cost."""
+    note("memfd", "munmap, by a punched hole", lambda: task.fallocate(fd, 3, 0, GIB))
+    note("memfd", "touch, by fallocate", lambda: task.fallocate(fd, 0, 0, GIB))
+    note("memfd", "munmap, by ftruncate", lambda: task.ftruncate(fd, 0))
+
+
+def copying(repeat: int) -> None:
+    """write(2) and read(2) of many pages at once, against copying as many bytes; memory itself, too."""
+    size = 1 << 28
+    data = np.arange(size // 8, dtype=np.uint64).tobytes()
+    figures: dict[str, list[float]] = {}
+
+    def note(name: str, function: Callable[[], Any]) -> None:
+        figures.setdefault(name, []).append(timed(function) / (size // PAGE) * 1e9)
+
+    for _ in range(repeat):
+        gc.collect()
+        machine = open_workbench("sim", memory="2 GiB", kernel="6.18")
+        task = machine.spawn()
+        note("copying", lambda: bytearray(data))
+        task.mmap(size, addr=START, flags=0x32)
+        note("memory: write", lambda task=task: task.write(START, data))
+        note("memory: read", lambda task=task: task.read(START, size))
+        task.munmap(START, size)
+        for kind, fd in (("memfd", task.memfd_create("copied")), ("disk", task.open_file("copied", pages=0))):
+            note(f"{kind}: pwrite", lambda task=task, fd=fd: task.pwrite(fd, data, 0))
+            note(f"{kind}: pwrite again", lambda task=task, fd=fd: task.pwrite(fd, data, 0))
+            note(f"{kind}: pread", lambda task=task, fd=fd: task.pread(fd, size, 0))
+            if kind == "disk":
+                note("disk: fsync", lambda task=task, fd=fd: task.fsync(fd))
+            task.ftruncate(fd, 0)
+        machine.close()
+    base = min(figures.pop("copying"))
+    for name, values in figures.items():
+        figure = min(values)
+        row(f"{name} ({figure:.0f} ns/page; {base:.0f})", figure / base, "x a copy", 4)
+
+
 def looking(repeat: int) -> None:
     """Reading and scanning, beside the running kernel."""
     sides = [("sim", open_workbench("sim", memory="3 GiB", kernel="6.18"))]
@@ -343,7 +424,7 @@ def main() -> None:
             part(options.repeat)
 
 
-PARTS = (boot, sparse, flat, ranges, looking, steps)
+PARTS = (boot, sparse, flat, ranges, shared, copying, looking, steps)
 
 
 if __name__ == "__main__":
