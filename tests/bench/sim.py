@@ -156,7 +156,7 @@ def ranges(repeat: int) -> None:
 
 
 def shared(repeat: int) -> None:
-    """The same GiB as shared anonymous memory and as a memfd, beside private anonymous memory; the best of each, as ratios."""
+    """The same GiB as shared anonymous memory and as a memfd, beside private memory; the best of each, as ratios."""
     found: dict[str, dict[str, list[float]]] = {}
 
     def note(kind: str, name: str, function: Callable[[], Any]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.frames import Frames
+from pmcore.backends.sim.physical.runs import runs
 from pmcore.uapi import PageFlag
 
 __all__ = ["MAX_ORDER", "Zone"]
@@ -223,6 +224,12 @@ class Zone:
             for pfn in pfns.tolist():
                 self.give(pfn, order)
             return
+        if not order:
+            pieces = [where for _, where in runs(pfns) if isinstance(where, slice)]
+            for where in pieces:
+                self._give_run(where.start, where.stop)
+            if pieces:
+                return
         blocks, step = np.sort(pfns, kind="stable"), 1 << order  # as a rule nearly in order
         breaks = np.flatnonzero(np.diff(blocks) != step) + 1
         if len(breaks) * 16 < len(blocks):

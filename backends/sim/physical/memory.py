@@ -12,6 +12,7 @@ from pmcore.backends.sim.physical.charges import Charges
 from pmcore.backends.sim.physical.contents import Contents
 from pmcore.backends.sim.physical.folios import LargeFolio, LargeFolios
 from pmcore.backends.sim.physical.frames import Frames
+from pmcore.backends.sim.physical.runs import runs
 from pmcore.uapi import PageFlag
 
 __all__ = ["LargeFolio", "Memory", "NoMemory", "min_watermark"]
@@ -106,10 +107,8 @@ class Memory:
                 left -= len(got)
                 found.append(got)
         pfns = np.concatenate(found) if len(found) != 2 else found[1]
-        if len(pfns) and len(pfns) == int(pfns[-1]) - int(pfns[0]) + 1 and (np.diff(pfns) == 1).all():
-            self.frames.flags[int(pfns[0]) : int(pfns[-1]) + 1] = flags
-        else:
-            self.frames.flags[pfns] = flags
+        for _, where in runs(pfns):
+            self.frames.flags[where] = flags
         if self.charging and len(pfns):
             self.charges.add(self.charging, pfns, len(pfns))
             if len(pfns) < count:
@@ -209,7 +208,9 @@ class Memory:
 
     def on_lru_pages(self, pfns: Pfns) -> None:
         """Put single pages at the head of their LRU list, one after the other."""
-        self.frames.lru[pfns] = np.arange(self.lru_clock, self.lru_clock + len(pfns), dtype=np.int64)
+        clock = np.arange(self.lru_clock, self.lru_clock + len(pfns), dtype=np.int64)
+        for part, where in runs(pfns):
+            self.frames.lru[where] = clock[part]
         self.lru_clock += len(pfns)
 
     def on_lru_folios(self, heads: list[Pfns], orders: list[int], turns: list[NDArray[np.int64]]) -> None:
@@ -280,11 +281,12 @@ class Memory:
     def free_pages(self, pfns: Pfns) -> None:
         """Free single pages, with their contents."""
         frames = self.frames
-        rows = frames.content[pfns]
-        if rows.any():
-            self.contents.give_back(rows)
-            frames.content[pfns] = 0
-        frames.lru[pfns] = 0
+        for _, where in runs(pfns):
+            rows = frames.content[where]
+            if rows.any():
+                self.contents.give_back(rows)
+                frames.content[where] = 0
+            frames.lru[where] = 0
         if self.grouped:
             self.charges.drop(pfns)
         if len(self.zones) == 1:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pmcore.backends.sim.physical.runs import runs
 from pmcore.backends.sim.services import diskfile, readahead, shmem
 from pmcore.backends.sim.services.pagecache import Inode, OpenFile
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
@@ -44,7 +45,8 @@ def written(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> None:
     if inode.on_disk:
         diskfile.written(core, inode, pages, pfns)
     else:
-        core.memory.frames.flags[pfns] |= np.uint64(PageFlag.DIRTY)
+        for _, where in runs(pfns):
+            core.memory.frames.flags[where] |= np.uint64(PageFlag.DIRTY)
 
 
 def data_pages(core: Core, inode: Inode, pages: Pfns) -> BoolArray:

@@ -17,8 +17,9 @@ import numpy as np
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.physical.runs import runs
 from pmcore.backends.sim.services import blocks
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ __all__ = [
 #: Pages of one piece of an index.
 _SHIFT = 12
 _PIECE = 1 << _SHIFT
-_FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
+_FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 #: What a page of shmem shows when a fault has made it.
 NEW_SHMEM = int(PageFlag.UPTODATE | PageFlag.LRU | PageFlag.SWAPBACKED) | CACHED
 
@@ -135,12 +136,25 @@ class Index:
 
     def clear(self, first: int, end: int) -> None:
         """Make holes of all pages from `first` to `end`."""
-        for number in list(self.pieces):
+        self.cut(first, end)
+
+    def cut(self, first: int, end: int) -> U64Array:
+        """Make holes of all pages from `first` to `end`; the words, by offset, of those that were none."""
+        numbers = range(first >> _SHIFT, (end - 1 >> _SHIFT) + 1)
+        there = list(numbers) if len(numbers) <= len(self.pieces) else sorted(self.pieces)
+        words = [np.zeros(0, dtype=np.uint64)]
+        for number in there:
+            piece = self.pieces.get(number)
+            if piece is None or number not in numbers:
+                continue
             base = number << _SHIFT
-            if base < end and first < base + _PIECE:
-                self.pieces[number][max(first - base, 0) : max(end - base, 0)] = 0
-                if not self.pieces[number].any():
-                    del self.pieces[number]
+            low, high = max(first - base, 0), min(end - base, _PIECE)
+            part = piece[low:high]
+            words.append(part.copy() if part.all() else part[part != 0])
+            part[:] = 0
+            if high - low == _PIECE or not piece.any():
+                del self.pieces[number]
+        return np.concatenate(words) if len(words) != 2 else words[1]
 
 
 @attrs.define(slots=True, eq=False)
@@ -202,27 +216,30 @@ def put(core: Core, inode: Inode) -> None:
 def add_at(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> None:
     """Put frames into the cache as these pages (ascending), which are holes. Their flags hold CACHED already."""
     frames = core.memory.frames
-    frames.owner[pfns] = inode.number
-    frames.index[pfns] = pages
+    for part, where in runs(pfns):
+        frames.owner[where] = inode.number
+        frames.index[where] = pages[part]
     inode.index.put(pages, pfns.view(np.uint64) | _PRESENT)
 
 
 def uncache(core: Core, pfns: Pfns) -> None:
     """Take frames out of their inode's cache; the words of the index are the caller's."""
     frames = core.memory.frames
-    frames.owner[pfns] = 0
-    frames.index[pfns] = 0
-    frames.flags[pfns] &= np.uint64(~CACHED & (1 << 64) - 1)
+    for _, where in runs(pfns):
+        frames.owner[where] = 0
+        frames.index[where] = 0
+        frames.flags[where] &= np.uint64(~CACHED & (1 << 64) - 1)
 
 
 def remove(core: Core, inode: Inode, first: int, end: int) -> None:
     """Make holes of the pages from `first` to `end`, none of which is mapped: frames and swap slots are freed."""
-    _, words = inode.index.used(first, end)
-    inode.index.clear(first, end)
-    pfns = (words[(words & _PRESENT) != 0] & _FIELD).view(np.int64)
+    words = inode.index.cut(first, end)
+    if not len(words):
+        return
+    present = words if np.bitwise_and.reduce(words) & _PRESENT else words[(words & _PRESENT) != 0]
+    pfns = (present & _FIELD).view(np.int64)
     if len(pfns):
         uncache(core, pfns)
         core.memory.free_pages(pfns)
-    fields = words[(words & (_PRESENT | _SWAP)) == _SWAP] & _FIELD
-    if len(fields):
-        core.swap.release(fields)
+    if len(pfns) < len(words):
+        core.swap.release(words[(words & _PRESENT) == 0] & _FIELD)

@@ -34,6 +34,8 @@ __all__ = ["fill"]
 _ALL = (1 << 64) - 1
 #: Where a PTE has no bit of its own for it: set on the way to the view.
 _FILE = PM_FILE
+#: From the present bit down to that.
+_TO_FILE = np.uint64(PM_PRESENT.bit_length() - PM_FILE.bit_length())
 _FIELD, _PRESENT, _SHOWN = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SHOWN)
 _MARKER = np.uint64(PM_SWAP | SWP_PTE_MARKER)
 _MARKER_MASK = np.uint64(PM_PRESENT | PM_SWAP | PM_SWAP_TYPE_MASK)
@@ -88,7 +90,8 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
             huge_view.pagemap(core, mm, vma, low, high, words, int(shown) | PM_MMAP_EXCLUSIVE)
     for vma in mm.vmas.within(start, end) if file or core.caps.soft_dirty else ():
         if file and vma.file is not None:
-            _mark_files(core, mm, max(vma.start, start), min(vma.end, end), start_vpn, out)
+            shared = bool(vma.flags & VmFlag.SHARED)
+            _mark_files(core, mm, max(vma.start, start), min(vma.end, end), start_vpn, out, shared)
         if core.caps.soft_dirty and vma.flags & VmFlag.SOFTDIRTY:
             low, high = max(vma.start, start), min(vma.end, end)
             out[(low >> shift) - start_vpn : (high >> shift) - start_vpn] |= np.uint64(SOFT_DIRTY)
@@ -100,12 +103,19 @@ def fill(core: Core, mm: AddressSpace, start_vpn: int, out: U64Array, *, visible
     return count
 
 
-def _mark_files(core: Core, mm: AddressSpace, start: int, end: int, start_vpn: int, out: U64Array) -> None:
+def _mark_files(
+    core: Core, mm: AddressSpace, start: int, end: int, start_vpn: int, out: U64Array, shared: bool
+) -> None:
     """Show which pages of a range are a file's: all that are present but private copies."""
     shift, frames = core.geometry.page_shift, core.memory.frames
     for extent in mm.tables.extents(start, end):
         first = (extent.start >> shift) - start_vpn
         target = out[first : first + len(extent.entries)]
+        if shared and core.migration is None:  # there are no private copies
+            for position in range(0, len(target), _PIECE):
+                part = slice(position, position + _PIECE)
+                target[part] |= (extent.entries[part] & _PRESENT) >> _TO_FILE
+            continue
         pfns = (extent.entries & _FIELD).view(np.int64)
         anon = frames.flags.take(pfns, mode="clip") & np.uint64(PageFlag.ANON)
         mapped = (extent.entries & np.uint64(PRESENT | SPECIAL)) == _PRESENT

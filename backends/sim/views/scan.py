@@ -27,7 +27,7 @@ __all__ = ["SimTables"]
 
 _ALL = (1 << 64) - 1
 _PRESENT, _SWAP = np.uint64(PRESENT), np.uint64(SWAP)
-_UFFD_WP = np.uint64(UFFD_WP)
+_UFFD_WP, _STATE = np.uint64(UFFD_WP), np.uint64(PRESENT | SWAP)
 _WP_UNPOPULATED = int(UffdFeature.WP_UNPOPULATED)
 _HOLE, _PMD = int(LeafKind.HOLE), int(LeafKind.PMD)
 _SMALL = int(LeafKind.PTE), int(LeafKind.EMPTY)
@@ -35,14 +35,19 @@ _SMALL = int(LeafKind.PTE), int(LeafKind.EMPTY)
 _CODE_SHIFT = 55
 #: Bit of a code for pages of a file's cache.
 _FILE = 9
+#: Mappings of files.
+_PRIVATE, _SHARED = 1, 2
 #: Entries in a batch: as many as stay in a processor's cache.
 _PIECE = 1 << 15
 
 
 @functools.cache
-def _palette(soft_dirty: bool, guard: bool, file: bool = False) -> LeafBatch:
-    """What an entry is by its upper bits, which say all but which frame or slot it names, and that of a file."""
-    numbers = np.arange(1024 if file else 512, dtype=np.uint64)
+def _palette(soft_dirty: bool, guard: bool, file: int = 0) -> LeafBatch:
+    """What an entry is by its upper bits, which say all but which frame or slot it names, and that of a file.
+
+    `file`: 0 for anonymous memory; _PRIVATE: one more bit says whether it is a file's; _SHARED: what is present is.
+    """
+    numbers = np.arange(1024 if file == _PRIVATE else 512, dtype=np.uint64)
     codes = (numbers & np.uint64(511)) << np.uint64(_CODE_SHIFT)
     present = (codes & _PRESENT) != 0
     swap = ((codes & _SWAP) != 0) & ~present
@@ -51,7 +56,7 @@ def _palette(soft_dirty: bool, guard: bool, file: bool = False) -> LeafBatch:
     words |= swap.astype(np.uint64) * np.uint64(PageCategory.SWAPPED)
     words |= written.astype(np.uint64) * np.uint64(PageCategory.WRITTEN)
     words[present & ((codes & np.uint64(SPECIAL)) != 0)] |= np.uint64(PageCategory.PFNZERO)
-    words[numbers >> np.uint64(_FILE) != 0] |= np.uint64(PageCategory.FILE)
+    words[present if file == _SHARED else numbers >> np.uint64(_FILE) != 0] |= np.uint64(PageCategory.FILE)
     if soft_dirty:
         words[(codes & np.uint64(PM_SOFT_DIRTY)) != 0] |= np.uint64(PageCategory.SOFT_DIRTY)
     if guard:
@@ -92,7 +97,7 @@ class SimTables:
             return
         position = start
         area = self._mm.vmas.at(start)
-        file = area is not None and area.file is not None
+        file = 0 if area is None or area.file is None else _SHARED if area.flags & VmFlag.SHARED else _PRIVATE
         core, shift = self._core, self._core.geometry.page_shift
         few = self._mm.tables.few(start, end)
         if few:
@@ -122,10 +127,12 @@ class SimTables:
             categories=np.zeros(1, dtype=np.uint64),
         )
 
-    def _ptes(self, start: int, entries: U64Array, *, file: bool) -> CodedLeaves:
+    def _ptes(self, start: int, entries: U64Array, *, file: int) -> CodedLeaves:
+        if file == _SHARED and ((entries & _STATE) == _SWAP).any():
+            file = _PRIVATE  # a page on its way is a file's as well, a marker is nobody's
         palette = _palette(self._core.caps.soft_dirty, self._core.caps.scan_guard, file)
         size, shift = self._core.geometry.page_size, _CODE_SHIFT
-        if file:
+        if file == _PRIVATE:
             cached = cached_only(self._core, entries).astype(np.uint64) << np.uint64(_FILE)
             entries, shift = entries >> np.uint64(shift) | cached, 0
         return CodedLeaves(start, size, entries, shift, palette)

@@ -8,6 +8,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.memory import COMPOUND
+from pmcore.backends.sim.physical.runs import runs
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ __all__ = ["mark", "mark_one"]
 _ALL = (1 << 64) - 1
 _REFERENCED, _ACTIVE, _IDLE = int(PageFlag.REFERENCED), int(PageFlag.ACTIVE), int(PageFlag.IDLE)
 _UNEVICTABLE, _KSM = int(PageFlag.UNEVICTABLE), int(PageFlag.KSM)
+#: Pages with none of these become referenced, and that is all.
+_NOT_PLAIN = _REFERENCED | _KSM | COMPOUND
 
 
 def mark(core: Core, pfns: Pfns) -> None:
@@ -25,6 +28,16 @@ def mark(core: Core, pfns: Pfns) -> None:
     frames = core.memory.frames
     if "page_idle" in core.numbers:
         frames.flags[core.memory.whole_folios(pfns)] &= np.uint64(~_IDLE & _ALL)
+    rest = []
+    for part, where in runs(pfns):
+        flags = frames.flags[where]
+        if isinstance(where, slice) and not int(np.bitwise_or.reduce(flags)) & _NOT_PLAIN:
+            flags |= np.uint64(_REFERENCED)  # a view
+        else:
+            rest.append(pfns[part])
+    if not rest:
+        return
+    pfns = rest[0] if len(rest) == 1 else np.concatenate(rest)
     flags = frames.flags[pfns]
     compound = (flags & np.uint64(COMPOUND)) != 0
     if compound.any():

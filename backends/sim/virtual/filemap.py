@@ -12,6 +12,7 @@ import numpy as np
 from pmcore.arrays import BoolArray
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import NoMemory
+from pmcore.backends.sim.physical.runs import at, runs
 from pmcore.backends.sim.services import filesystem, readahead, userfaultfd
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, UFFD_WP, WRITE, YOUNG
@@ -216,7 +217,8 @@ def _map_cached(
 
 def _map(core: Core, vma: VmArea, pfns: Pfns) -> U64Array:
     """Count one mapping more of each page of the cache; the entries for them, not written."""
-    core.memory.frames.mapcount[pfns] += 1
+    for _, where in runs(pfns):
+        core.memory.frames.mapcount[where] += 1
     if vma.flags & VmFlag.LOCKED:
         for pfn in pfns.tolist():
             mapping.mlock(core, pfn, 1)
@@ -240,46 +242,55 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
     if count <= 0:
         return 0
     slot = mm.tables.pte_slot(start)
-    mapped = np.flatnonzero(core.pool.flat[slot : slot + count])
     ahead = readahead.stops(core, vma)
-    if len(mapped):  # an access before this one has mapped some of them
-        if not ahead or not mapped[0]:
+    mapped = core.pool.flat[slot : slot + count]
+    if mapped.any():  # an access before this one has mapped some of them
+        count = int(np.argmax(mapped != 0))
+        if not ahead or not count:
             return 0
-        count = int(mapped[0])
     words = inode.index.load(first, count)
-    frames = core.memory.frames
-    present = (words & _PRESENT) != 0
-    odd = ~present & (words != 0)
+    if words.any() or ahead:
+        count = _ready(core, words, ahead=ahead)
+        words = words[:count]
+    if not count:
+        return 0
+    pages, short = np.arange(first, first + count, dtype=np.int64), False
     pfns = (words & _FIELD).view(np.int64)
-    odd[present] = (frames.flags[pfns[present]] & _UPTODATE) == 0
-    if ahead:
-        odd |= ~present
-        odd[present] |= (frames.flags[pfns[present]] & _READAHEAD) != 0
-    stop = np.flatnonzero(odd)
-    if len(stop):
-        count = int(stop[0])
-        present, pfns = present[:count], pfns[:count]
-        if not count:
-            return 0
-    short = False
-    if not present.all():
-        holes = np.flatnonzero(~present)
-        made = filesystem.fill_holes(core, inode, holes + first)
+    cached = words != 0
+    if not cached.any():
+        pfns = filesystem.fill_holes(core, inode, pages)
+        short = len(pfns) < count
+    elif not cached.all():
+        holes = np.flatnonzero(~cached)
+        made = filesystem.fill_holes(core, inode, pages[holes])
         pfns[holes[: len(made)]] = made
         if len(made) < len(holes):
-            count, short = int(holes[len(made)]), True
-            pfns = pfns[:count]
+            pfns, short = pfns[: int(holes[len(made)])], True
+    count = len(pfns)
     slot = mm.tables.pte_slot(start)
     entries = core.pool.flat[slot : slot + count]
     entries[:] = _map(core, vma, pfns)
     if write:
         entries |= np.uint64(DIRTY | WRITE | core.soft_dirty)
-        filesystem.written(core, inode, np.arange(first, first + count, dtype=np.int64), pfns)
+        filesystem.written(core, inode, pages[:count], pfns)
     elif not vma.flags & VmFlag.UFFD_WP:
-        _map_outside(core, mm, vma, start, present[:count])
+        _map_outside(core, mm, vma, start, cached[:count])
     if short:
         raise NoMemory
     return count
+
+
+def _ready(core: Core, words: U64Array, *, ahead: bool) -> int:
+    """How many pages of a file, from the first on, are up to date or (unless reading goes `ahead`) holes."""
+    flags = core.memory.frames.flags
+    wanted = _UPTODATE | _READAHEAD if ahead else _UPTODATE
+    present = (words & _PRESENT) != 0
+    if present.all():
+        odd = (at(flags, (words & _FIELD).view(np.int64)) & wanted) != _UPTODATE
+    else:
+        odd = ~present if ahead else ~present & (words != 0)
+        odd[present] = (flags[(words[present] & _FIELD).view(np.int64)] & wanted) != _UPTODATE
+    return int(np.argmax(odd)) if odd.any() else len(words)
 
 
 def unprotect(core: Core, vma: VmArea, start: int, entries: U64Array) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, LargeFolio
+from pmcore.backends.sim.physical.runs import at, runs
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import PageFlag
 
@@ -65,7 +66,8 @@ def add_pages(core: Core, mm: AddressSpace, pfns: Pfns) -> None:
     if core.ksm.nodes:
         np.add.at(frames.mapcount, pfns, 1)  # a merged page may be there more than once
     else:
-        frames.mapcount[pfns] += 1
+        for _, where in runs(pfns):
+            frames.mapcount[where] += 1
     if core.memory.large:
         heads, counts = _by_head((pfns - frames.behind[pfns])[(frames.flags[pfns] & _COMPOUND) != 0])
         rest = ~core.memory.large.add_many(heads, counts, mm.number)
@@ -111,10 +113,11 @@ def remove_page(core: Core, mm: AddressSpace, vma: VmArea, pfn: int) -> None:
 def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
     """One PTE less for each of many pages (each named once, but for merged ones)."""
     memory, frames = core.memory, core.memory.frames
-    flags = frames.flags[pfns]
+    flags = at(frames.flags, pfns)
     special = _COMPOUND | np.uint64(_SWAPCACHE | MLOCKED | _KSM)
-    odd = (flags & special) != 0
-    if odd.any():
+    if np.bitwise_or.reduce(flags) & special:
+        flags = flags.copy()  # as they were before anything is freed
+        odd = (flags & special) != 0
         compound = pfns[(flags & _COMPOUND) != 0]
         if len(compound):
             frames.mapcount[compound] -= 1
@@ -135,11 +138,13 @@ def remove_pages(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> None:
         pfns = pfns[~odd]
         if len(pfns) == 0:
             return
-    left = frames.mapcount[pfns] - 1
-    frames.mapcount[pfns] = left
-    gone = left == 0
+    for _, where in runs(pfns):
+        frames.mapcount[where] -= 1
+    if vma.flags & VmFlag.SHARED:
+        return  # their file still has them
+    gone = at(frames.mapcount, pfns) == 0
     if vma.file is not None:
-        gone &= (frames.flags[pfns] & np.uint64(CACHED)) == 0
+        gone &= (at(frames.flags, pfns) & np.uint64(CACHED)) == 0
     memory.free_pages(pfns if gone.all() else pfns[gone])
 
 

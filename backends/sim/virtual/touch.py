@@ -125,11 +125,11 @@ def _ptes(
     size = core.geometry.page_size
     slot = mm.tables.pte_slot(start)
     entries = core.pool.flat[slot : slot + count]
+    if vma.file is not None:
+        _file(core, mm, vma, start, entries, lead, write=write)
+        return
     present = (entries & _PRESENT) != 0
     fresh = entries == 0
-    if vma.file is not None:
-        _file(core, mm, vma, start, entries, fresh, lead, write=write)
-        return
     easy = present | fresh if not write else (present & ((entries & _WRITE) != 0)) | fresh
     if vma.flags & VmFlag.UFFD_MISSING:
         easy &= ~fresh
@@ -192,7 +192,6 @@ def _file(
     vma: VmArea,
     start: int,
     entries: U64Array,
-    fresh: BoolArray,
     lead: int,
     *,
     write: bool,
@@ -200,10 +199,16 @@ def _file(
     """PTEs of a mapping of a file: runs of empty entries, of ones that allow the access, and of all others."""
     size = core.geometry.page_size
     wanted = _PRESENT | (_WRITE if write else np.uint64(0))
-    sort = np.where(fresh, np.int8(1), ((entries & wanted) == wanted).astype(np.int8) * np.int8(2))
-    if write and vma.flags & VmFlag.SHARED:
-        sort[(entries & (wanted | np.uint64(UFFD_WP))) == _PRESENT] = 3
-    bounds = [0, *(np.flatnonzero(np.diff(sort)) + 1).tolist(), len(entries)]
+    sort = np.ones(1, dtype=np.int8)
+    bounds = [0, len(entries)]
+    if entries.any():
+        allowed = (entries & wanted) == wanted
+        sort = allowed.view(np.int8) << 1
+        if not allowed.all():
+            sort[entries == 0] = 1
+            if write and vma.flags & VmFlag.SHARED:
+                sort[(entries & (wanted | np.uint64(UFFD_WP))) == _PRESENT] = 3
+            bounds[1:1] = (np.flatnonzero(np.diff(sort)) + 1).tolist()
     for low, high in itertools.pairwise(bounds):
         place = low
         if sort[low] == 1:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.physical.runs import runs
 from pmcore.backends.sim.services import thp
 from pmcore.backends.sim.virtual import accessed
 from pmcore.backends.sim.virtual.mapping import remove_page, remove_pages
@@ -17,6 +18,7 @@ from pmcore.backends.sim.virtual.pte import (
     GUARD,
     POISON_MARKER,
     PRESENT,
+    SPECIAL,
     SWAP,
     UFFD_MARKER,
     UFFD_WP,
@@ -27,6 +29,7 @@ from pmcore.uapi import MAX_SWAPFILES, SWP_PTE_MARKER, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.physical.buddy import Pfns
     from pmcore.backends.sim.services.pagecache import Inode
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
@@ -35,6 +38,8 @@ __all__ = ["hwpoison_entries", "swap_entries", "unmap_file", "zap"]
 
 _FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
 _STATE = _PRESENT | _SWAP
+#: Entries taken at a time: as many as stay in a processor's cache.
+_PIECE = 1 << 15
 _NOT_RECLAIM = np.uint64(~int(PageFlag.RECLAIM) & (1 << 64) - 1)
 
 
@@ -121,6 +126,50 @@ def _zap_one(core: Core, mm: AddressSpace, vma: VmArea, slot: int, keep_guards: 
 
 
 def _zap_file(
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    entries: U64Array,
+    keep_guards: bool,
+    drop_markers: bool,
+    copies: bool,
+) -> None:
+    if vma.flags & VmFlag.SHARED and not vma.flags & VmFlag.LOCKED:
+        for first in range(0, len(entries), _PIECE):
+            part = entries[first : first + _PIECE]
+            if not _zap_cached(core, mm, vma, part, drop_markers):
+                _zap_mixed(core, mm, vma, part, keep_guards, drop_markers, copies)
+        return
+    _zap_mixed(core, mm, vma, entries, keep_guards, drop_markers, copies)
+
+
+def _zap_cached(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, drop_markers: bool) -> bool:
+    """`_zap_mixed` for entries of a shared mapping that are empty or map pages of the cache; else False, undone."""
+    union = int(np.bitwise_or.reduce(entries))
+    if union & (SWAP | SPECIAL) or (union & UFFD_WP and vma.flags & VmFlag.UFFD_WP and not drop_markers):
+        return False
+    common = int(np.bitwise_and.reduce(entries))
+    old = entries.copy() if common & PRESENT else entries[(entries & _PRESENT) != 0]
+    if not len(old):
+        return True
+    pfns = (old & _FIELD).view(np.int64)
+    entries[:] = 0
+    if union & DIRTY:
+        for _, where in runs(_with(pfns, old, DIRTY, common)):
+            flags = core.memory.frames.flags[where]
+            core.memory.frames.flags[where] = flags & _NOT_RECLAIM | np.uint64(PageFlag.DIRTY)
+    if union & YOUNG and not vma.flags & core.caps.no_recency:
+        accessed.mark(core, _with(pfns, old, YOUNG, common))
+    remove_pages(core, mm, vma, pfns)
+    return True
+
+
+def _with(pfns: Pfns, old: U64Array, bit: int, common: int) -> Pfns:
+    """The pages whose entries have the bit; all, if it is among those `common` to them."""
+    return pfns if common & bit else pfns[(old & np.uint64(bit)) != 0]
+
+
+def _zap_mixed(
     core: Core,
     mm: AddressSpace,
     vma: VmArea,
