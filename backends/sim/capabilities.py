@@ -140,6 +140,9 @@ class Capabilities:
     uffd_move: bool
     #: Whether a page with buffers of which a part is cut off shows OWNER_2 (mapped to disk) no more.
     partial_invalidate_unmaps: bool
+    #: Whether a file that grows has the rest of its last block zeroed; whether a hole cuts the pages at its ends.
+    extending_zeroes: bool
+    punch_cuts_pages: bool
     #: Whether fault-around makes no page table for the last page of a file on a disk.
     around_last_page_no_table: bool
     #: Whether a window that is read ahead ends at a multiple of four pages.
@@ -268,6 +271,8 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         uffd_move=has("uffd.move"),
         uffd_features=int(features),
         partial_invalidate_unmaps=has("disk.partial_invalidate_unmaps"),
+        extending_zeroes=has("disk.extending_zeroes"),
+        punch_cuts_pages=has("disk.punch_cuts_pages"),
         readahead_ends_aligned=has("disk.readahead_ends_aligned"),
         around_last_page_no_table=has("disk.around_last_page_no_table"),
         folio_flags=has("kpageflags.folio_flags"),

@@ -49,11 +49,14 @@ def group_findings(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
         yield Finding("a folio is charged to one group", some(apart))
     for area in core.swap.there:
         slots = np.flatnonzero(area.group)
-        bad = (area.counts[slots] == 0) | (area.cached[slots] != 0)
+        cached = area.cached[slots] != 0
+        bad = (area.counts[slots] == 0) & ~cached
+        if core.caps.memcg_v1:
+            bad |= cached
         bad |= ~np.isin(area.group[slots], list(groups.there))
         if bad.any():
             yield Finding(
-                "a slot remembers a group while its page is nowhere else",
+                "a slot remembers a group while it is in use, in version 1 while its page is nowhere else",
                 f"area {area.number}: {some(slots[bad])}",
             )
 

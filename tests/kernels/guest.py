@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 _MOUNTS = (("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp"))
+_GROUPS = "/sys/fs/cgroup"
 _SYS_INIT_MODULE = 175
 _POWER_OFF = 0x4321FEDC
 #: struct dm_ioctl, and the numbers of device-mapper's calls.
@@ -101,6 +102,8 @@ def ready(job: dict) -> dict:
     for name in job["modules"]:
         options = f"rd_nr=1 rd_size={job['swap_bytes'] >> 10}" if name == "brd" else ""
         load(name, options)
+    mount("cgroup2", _GROUPS)
+    put(f"{_GROUPS}/cgroup.subtree_control", "+memory")
     turned = {path: put(path, value) for path, value in job["knobs"].items()}
     if job["swap"]:
         device = swap_device(job["swap"], job["swap_bytes"])

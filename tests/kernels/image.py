@@ -51,6 +51,9 @@ _NUMPY_LEFT_OUT = (
     "distutils",
     "doc",
 )
+#: Of the system, what makes and mounts the file system of a workbench's disk; without them a guest has no disk.
+_TOOLS = ("mkfs.ext4", "mount")
+_TOOL_SETTINGS = Path("/etc/mke2fs.conf")
 PREFIX = "/python"
 SITE = "/site"
 
@@ -115,7 +118,8 @@ class Cpio:
 def base(cache: Path) -> Path:
     """The first archive; made where the cache has none of this Python and these distributions."""
     versions = {name: importlib.metadata.version(name) for name in _wanted()}
-    said = json.dumps([sys.version, versions, Path(__file__).read_text(encoding="utf-8")])
+    tools = [name for name in _TOOLS if _tool(name)]
+    said = json.dumps([sys.version, versions, tools, Path(__file__).read_text(encoding="utf-8")])
     place = cache / f"base-{hashlib.sha256(said.encode()).hexdigest()[:16]}.cpio"
     if place.exists():
         return place
@@ -139,7 +143,12 @@ def base(cache: Path) -> Path:
             cpio.file(f"{PREFIX}/bin/{version}", python.read_bytes(), 0o755)
             cpio.tree(lib, f"{PREFIX}/lib/{version}")
             cpio.tree(site, SITE)
-            objects = [python, *lib.rglob("*.so"), *site.rglob("*.so*")]
+            tools = {name: Path(found).resolve() for name in _TOOLS if (found := _tool(name))}
+            for name, tool in tools.items():
+                cpio.file(f"bin/{name}", tool.read_bytes(), 0o755)
+            if _TOOL_SETTINGS.is_file():
+                cpio.file(str(_TOOL_SETTINGS), _TOOL_SETTINGS.read_bytes())
+            objects = [python, *tools.values(), *lib.rglob("*.so"), *site.rglob("*.so*")]
             for library in _libraries(objects, stage):
                 cpio.file(str(library), library.read_bytes(), 0o755)
             cpio.close()
@@ -218,6 +227,10 @@ def _compile(*places: Path) -> None:
         compileall.compile_dir(
             place, quiet=2, force=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
         )
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
 
 
 def _libraries(objects: Iterable[Path], stage: Path) -> list[Path]:

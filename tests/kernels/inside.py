@@ -35,6 +35,10 @@ from pmcore.protocols import Workbench
 
 #: Random programs of one run, whose figures are one line.
 _RUN = 25
+#: Size of the disk that files of random programs lie on.
+_DISK = "128 MiB"
+#: Programs of any subject: half of them are biased to nothing.
+_ANY = ("", "", "", "cgroups", "disk", "ksm")
 #: Hugetlb pages set aside on both sides, and surplus ones allowed.
 _POOL: dict[int | str, tuple[int, int]] = {"2 MiB": (8, 2)}
 
@@ -54,8 +58,9 @@ def main() -> None:
     nodes = wanted.get("nodes", 1)
     device, size = wanted["swap_device"], wanted["swap"]
     ends = time.monotonic() + wanted["seconds"]
+    disk = {"disk": _DISK} if wanted.get("disk") else {}
     with registry.open_workbench(
-        "procfs", still=True, swap=device or size, hugepages=_POOL, poison=bool(device)
+        "procfs", still=True, swap=device or size, hugepages=_POOL, poison=bool(device), **disk
     ) as right:
         profile = right.kernel.profile
         kind = "device" if device else "compressed"
@@ -66,6 +71,7 @@ def main() -> None:
                 memory="256 MiB",
                 swap=size,
                 swap_kind=kind,
+                disk_kind=right.disk_kind or "compressed",
                 kernel=profile,
                 hugepages=_POOL,
                 nodes=nodes,
@@ -94,7 +100,10 @@ def main() -> None:
             for number in range(wanted["programs"]):
                 if time.monotonic() > ends:
                     break
-                program = random_program(Seeded(f"{wanted['seed']}:{number}"), profile)
+                draw = Seeded(f"{wanted['seed']}:{number}")
+                focus = wanted.get("focus", "")
+                subject = draw.of(_ANY) if focus == "any" else focus
+                program = random_program(draw, profile, hugetlb=False if nodes > 1 else None, focus=subject)
                 _answers(f"{wanted['seed']}:{number}", program, fresh(), kind)
         else:
             _random(wanted, ends, left, fresh)
@@ -154,7 +163,7 @@ def _random(
             most=_RUN,
             profile=right().kernel.profile,
             hugetlb=False if wanted.get("nodes", 1) > 1 else None,
-            focus=wanted.get("focus", ""),
+            focus=_ANY if wanted.get("focus") == "any" else wanted.get("focus", ""),
         )
         values = report.as_dict()
         found = zip(report.numbers, report.differences, strict=True)

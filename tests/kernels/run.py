@@ -36,6 +36,8 @@ from tests.kernels.table import summary, write_table  # noqa: E402
 RESULTS = HERE / "results"
 ANSWERS = ROOT / "tests" / "lockstep" / "answers"
 LIVE = "live"
+#: Folders of kept programs that go with a focus; without one those that every kernel is asked.
+_FOLDERS = {"any": ["", "cgroups", "disk"], "cgroups": ["cgroups"], "disk": ["disk"], "poison": ["poison"]}
 
 
 def main() -> int:
@@ -78,7 +80,7 @@ def _options() -> argparse.Namespace:
         default=1,
         help="so many nodes of memory, and programs that move pages between them",
     )
-    parser.add_argument("--focus", default="", help="a subject that random programs are biased to")
+    parser.add_argument("--focus", default="", help="a subject that programs are about, or any")
     parser.add_argument("--ask", action="store_true", help="have it answer only, and compare here")
     parser.add_argument("--again", action="store_true", help="compare what it answered last with that seed")
     parser.add_argument("--record", action="store_true", help="keep the result for the table of spec/")
@@ -97,13 +99,14 @@ def _wanted(options: argparse.Namespace, **values: Any) -> dict[str, Any]:
     if options.nodes > 1:
         wanted |= {"nodes": options.nodes, "focus": "nodes"}
     if options.focus:
-        wanted["focus"] = options.focus
+        wanted |= {"focus": options.focus, "disk": options.focus in ("any", "disk")}
     return {**wanted, **values}
 
 
 def _kept(options: argparse.Namespace) -> list[Path]:
     kept = ROOT / "tests" / "lockstep" / "kept"
-    return options.replay or sorted((kept / "nodes" if options.nodes > 1 else kept).glob("*.json"))
+    folders = ["nodes"] if options.nodes > 1 else _FOLDERS.get(options.focus, [""])
+    return options.replay or [path for folder in folders for path in sorted((kept / folder).glob("*.json"))]
 
 
 def _guest(tree: KernelTree, options: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     .venv/bin/python tests/lockstep/record_answers.py --kernel 6.12 --kernel 6.1
     .venv/bin/python tests/lockstep/record_answers.py --kernel 6.12 --kernel 6.1 --nodes 2
 
-The first asks the running kernel, the second kernels of tests/kernels, booted under software emulation, without a disk.
+The first asks the running kernel, the second kernels of tests/kernels, booted under software emulation.
 Answers are written to tests/lockstep/answers/RELEASE/, those to programs of a folder of kept (disk, cgroups, nodes,
 poison) to one of its own; nodes are programs that need two nodes of memory, poison ones that need CONFIG_MEMORY_FAILURE
 and memory that may be lost. A file whose answers are the same is left as it is.
@@ -51,8 +51,8 @@ def main() -> int:
     if not options.kernel:
         every = sorted(path for path in KEPT.rglob("*.json") if path.parent.name not in _GUESTS)
         running(options.programs or every, keeper)
-    folder = "nodes" if options.nodes > 1 else ""
-    paths = options.programs or sorted((KEPT / folder).glob("*.json"))
+    folders = ["nodes"] if options.nodes > 1 else ["", "cgroups", "disk"]
+    paths = options.programs or [path for name in folders for path in sorted((KEPT / name).glob("*.json"))]
     try:
         for choice in choices():
             if choice.name in (options.kernel or ()):
@@ -123,6 +123,7 @@ def emulated(tree: Any, paths: list[Path], keeper: Keeper, cache: Path, nodes: i
             keeper.keep(folders.get(line["program"], "") + line["program"], answers_of(line))
 
     wanted = {"programs": 0, "seed": 0, "seconds": 1500, "answers": True, "nodes": nodes}
+    wanted["disk"] = "disk/" in folders.values()
     inside(tree, wanted, paths, cache=cache, listen=listen)
 
 

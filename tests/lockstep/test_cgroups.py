@@ -250,11 +250,12 @@ def test_at_the_limit_pages_go_and_without_any_to_go_a_process_does(sides):
         sides.machine.check()
 
 
-@pytest.mark.parametrize("path", ANSWERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ANSWERS, ids=lambda path: f"{path.parents[1].name}-{path.stem}")
 def test_the_simulator_answers_as_the_kernel_did(path):
     answers = answers_from_json(path.read_text(encoding="utf-8"), source=str(path))
     assert answers.program == load_program(HERE / "kept" / "cgroups" / path.name), "record the answers again"
-    result = replay(answers, open_workbench("sim", **SETTINGS, kernel=answers.profile))
+    machine = open_workbench("sim", **SETTINGS, kernel=answers.profile, swap_kind=answers.swap_kind)
+    result = replay(answers, machine)
     assert result.agrees, "\n".join(map(str, result.differences))
     assert result.steps == len(answers.program.steps)
 

@@ -76,11 +76,12 @@ def test_the_model_agrees_with_the_running_kernel(live):
     assert report.masked.keys() <= {"DV-018", "DV-019", "DV-020"}
 
 
-@pytest.mark.parametrize("path", ANSWERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ANSWERS, ids=lambda path: f"{path.parents[1].name}-{path.stem}")
 def test_the_simulator_answers_as_the_kernel_did(path):
     answers = answers_from_json(path.read_text(encoding="utf-8"), source=str(path))
     assert answers.program == load_program(HERE / "kept" / "disk" / path.name), "record the answers again"
-    result = replay(answers, open_workbench("sim", **SETTINGS, kernel=answers.profile))
+    machine = open_workbench("sim", **SETTINGS, kernel=answers.profile, swap_kind=answers.swap_kind)
+    result = replay(answers, machine)
     assert result.agrees, "\n".join(map(str, result.differences))
     assert result.steps == len(answers.program.steps)
 

@@ -172,7 +172,7 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
         if not inode.blocks.get(page):
             inode.blocks.set(page, DELAYED)
         inode.size = max(inode.size, stop)
-        if position == offset > old:
+        if position == offset > old and core.caps.extending_zeroes:
             _zero_parts(core, inode, old, offset)
         position = stop
 
@@ -220,7 +220,7 @@ def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: 
     for stop in (*(np.flatnonzero(np.diff(kinds)) + first + 1).tolist(), end):
         reached = min(stop * size, offset + length)
         inode.size = max(inode.size, reached)
-        if reached > old:
+        if reached > old and core.caps.extending_zeroes:
             _zero_parts(core, inode, old, reached)
 
 
@@ -228,7 +228,7 @@ def truncate(core: Core, inode: Inode, length: int) -> None:
     """Change the size; what lay behind the new end is gone, and unmapped everywhere, private copies included."""
     size, old = core.geometry.page_size, inode.size
     if length > old:
-        if old % size:
+        if old % size and core.caps.extending_zeroes:
             _zero_block(core, inode, old // size, old % size, size)
         inode.size = length
         return
@@ -253,21 +253,29 @@ def punch_hole(core: Core, inode: Inode, offset: int, length: int) -> None:
     if first < last:
         zap.unmap_file(core, inode, first, last, even_cows=False)
         pagecache.remove(core, inode, first, last)
-    if end < size:
-        zap.unmap_file(core, inode, first, 1 << 51, even_cows=False)  # DV-029
-    if first > last:
-        _cut(core, inode, last, offset % size, end % size)
-    else:
-        if offset % size:
-            _cut(core, inode, offset // size, offset % size, size)
-        if end % size:
-            _cut(core, inode, last, 0, end % size)
+    if core.caps.punch_cuts_pages:
+        _cut_hole(core, inode, offset, end)
     _zero_parts(core, inode, offset, end)
     if first < last:
         blocks.clear(core, inode, first, last)
 
 
 # -- parts of pages --------------------------------------------------------------------------------------
+
+
+def _cut_hole(core: Core, inode: Inode, offset: int, end: int) -> None:
+    """Take the parts of pages at both ends of a hole out of the cache (truncate_pagecache_range)."""
+    size = core.geometry.page_size
+    first, last = -(-offset // size), end // size
+    if end < size:
+        zap.unmap_file(core, inode, first, 1 << 51, even_cows=False)  # DV-029
+    if first > last:
+        _cut(core, inode, last, offset % size, end % size)
+        return
+    if offset % size:
+        _cut(core, inode, offset // size, offset % size, size)
+    if end % size:
+        _cut(core, inode, last, 0, end % size)
 
 
 def _cut(core: Core, inode: Inode, page: int, low: int, high: int) -> None:

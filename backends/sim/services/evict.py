@@ -322,6 +322,10 @@ def leave(core: Core, pfns: Pfns, fields: NDArray[np.int64], *, folio: LargeFoli
         if core.caps.swap_zeromap:
             sent &= ~memory.contents.zero(frames.content[pfns])
         core.count("pswpout", int(sent.sum()))
+    if memory.grouped:
+        for area in areas:
+            mine = slice(None) if len(areas) == 1 else (fields & 0x1F) == area.number
+            core.groups.slots_given(area, fields[mine] >> 5, pfns[mine])
     now = [area.number for area in areas if area.immediate]
     if len(now) == len(areas):
         gone = np.ones(len(pfns), dtype=np.bool_)
@@ -362,6 +366,8 @@ def leave_one(core: Core, pfn: int, field: int) -> None:
     """`leave` for one page."""
     memory, frames = core.memory, core.memory.frames
     area, slot, row = core.swap.area(field), field >> 5, frames.content_at[pfn]
+    if memory.grouped:
+        core.groups.slots_given(area, np.array([slot]), np.array([pfn]))
     if not area.compressed and frames.flags_at[pfn] & _DIRTY:
         core.count("pswpout", not (core.caps.swap_zeromap and memory.contents.is_zero(row)))
     if (

@@ -206,9 +206,33 @@ class Groups:
         found: U64Array = self._inodes[groups]
         return found
 
+    def slots_given(self, area: SwapArea, slots: Any, pfns: Any) -> None:
+        """Pages have slots: in version 2 those remember whom the page is charged to, for as long as they are in use."""
+        if not self._core.caps.memcg_v1:
+            new = area.group[slots] == 0
+            area.group[slots[new]] = self._remembered(self._core.memory.frames.group[pfns[new]])
+
     def swapped_out(self, area: SwapArea, slots: Any, pfns: Any) -> None:
-        """Pages leave memory for their slots: the group is remembered, or its nearest ancestor that is online."""
-        area.group[slots] = self._online[self._core.memory.frames.group[pfns]]
+        """Pages leave memory for their slots, which in version 1 remember the group until they are read back."""
+        if self._core.caps.memcg_v1:
+            area.group[slots] = self._remembered(self._core.memory.frames.group[pfns])
+
+    def read_back(self, area: SwapArea, slots: Any) -> None:
+        """Pages of slots are in memory again."""
+        if self._core.caps.memcg_v1:
+            area.group[slots] = 0
+
+    def _remembered(self, groups: Any) -> Any:
+        """What slots remember for pages of these groups: of a removed one, which no slot remembers, one above it."""
+        online = self._online == np.arange(len(self._online))
+        if online[groups].all():
+            return groups
+        for area in self._core.swap.there:
+            online[area.group] = True
+        nearest = np.zeros_like(self._online)
+        for number, group in sorted(self.there.items()):
+            nearest[number] = number if online[number] else nearest[group.parent]
+        return nearest[groups]
 
     def owners(self, area: SwapArea, slots: Any) -> Any:
         """Whom pages are charged to that are read back: the group they left from; is it gone, whoever runs."""

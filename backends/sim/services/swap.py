@@ -123,6 +123,7 @@ class SwapArea:
         """Slots that nothing names and no page caches any more."""
         if len(slots):
             self.used -= len(slots)
+            self.group[slots] = 0
             self.hint = min(self.hint, int(slots.min()))
             for slot in slots.tolist() if self.merged else ():
                 self.merged.pop(slot, None)
@@ -261,8 +262,6 @@ class SwapSpace:
             bare = done[cached == 0]
             self.memory.contents.give_back(area.content[bare])
             area.content[bare] = 0
-            if self.memory.grouped:
-                area.group[bare] = 0
             area.give_back(bare)
             for pfn in (cached[cached != 0] - 1).tolist():
                 if self.memory.frames.swap_at[pfn]:  # a large folio goes at once
@@ -335,6 +334,7 @@ class SwapSpace:
         frames.flags_at[pfn] = (frames.flags_at[pfn] | _DIRTY) & ~_SWAPCACHE
         area.cached[slot] = 0
         area.used -= 1
+        area.group[slot] = 0
         area.hint = min(area.hint, slot)
         area.merged.pop(slot, None)
         return True

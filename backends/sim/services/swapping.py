@@ -54,7 +54,7 @@ def bring_in(core: Core, field: int) -> int:
     if core.memory.grouped:
         with core.groups.charging(int(core.groups.owners(area, slot))):
             pfn = core.memory.page(flags)
-        area.group[slot] = 0
+        core.groups.read_back(area, slot)
     else:
         pfn = core.memory.page(flags)
     core.memory.on_lru(pfn)
@@ -211,7 +211,7 @@ def _swap_in_run(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, *
     flags[:kept_from] |= np.uint64(_DIRTY)
     frames.content[pfns] = rows
     if memory.grouped:
-        area.group[slots] = 0
+        core.groups.read_back(area, slots)
     area.content[slots] = area.shadow[slots] = area.counts[slots] = 0
     exclusive = (done & np.uint64(SWAP_EXCLUSIVE)) != 0
     if write:  # read anew they lie in a batch, which holds them too

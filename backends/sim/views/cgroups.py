@@ -148,10 +148,11 @@ class _Counts:
         self.lists["unevictable"] = self._count(_LRU | _STUCK)
         self.swap = 0
         for area in core.swap.there:
-            cached = area.cached[area.cached != 0] - 1
-            self.swap += int(np.isin(frames.group[cached], groups).sum())
-            alone = (area.counts != 0) & (area.cached == 0)
-            self.swap += int(np.isin(area.group[alone], groups).sum())
+            used, cached = (area.counts != 0) | (area.cached != 0), area.cached != 0
+            if core.caps.memcg_v1:  # the page in the cache is charged, too
+                self.swap += int(np.isin(frames.group[area.cached[cached] - 1], groups).sum())
+                used &= ~cached
+            self.swap += int(np.isin(area.group[used], groups).sum())
 
     def _count(self, bits: int, also: object = True) -> int:
         return int((((self._flags & np.uint64(bits)) == np.uint64(bits)) & also).sum())
