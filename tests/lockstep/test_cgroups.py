@@ -260,8 +260,10 @@ def test_the_simulator_answers_as_the_kernel_did(path):
     assert result.steps == len(answers.program.steps)
 
 
-def test_each_kept_program_has_an_answer():
-    assert [path.name for path in ANSWERS] == [path.name for path in KEPT]
+@pytest.mark.parametrize("release", ["6.18", "6.12", "6.1"])
+def test_each_kept_program_has_an_answer(release):
+    answered = [path.name for path in ANSWERS if path.parents[1].name == release]
+    assert answered == [path.name for path in KEPT]
     assert len(KEPT) >= 6
 
 
