@@ -17,7 +17,7 @@ from pmcore.backends.sim.calls import uffd_fill, uffd_move
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.process import SimProcess
 from pmcore.backends.sim.services import migrating, mincore
-from pmcore.backends.sim.virtual import fault, touch
+from pmcore.backends.sim.virtual import copying, fault, touch
 from pmcore.backends.sim.virtual import fork as forking
 from pmcore.backends.sim.virtual.space import AddressSpace
 from pmcore.errors import ArgumentError, syscall_error
@@ -174,25 +174,14 @@ class SimTask(Task):
     def read(self, start: int, length: int) -> bytes:
         """The bytes at `start`."""
         self._access_to("read", start, length)
-        core, size = self._core, self._core.geometry.page_size
-        pieces = []
-        for place, stop in _pages(start, start + length, size):
-            pfn = self._access(place, write=False)
-            row = core.memory.frames.content_at[pfn]
-            pieces.append(core.memory.contents.read(row, place & size - 1, stop - place))
-        return b"".join(pieces)
+        return copying.read(self._core, self.mm, start, length, self._access)
 
     def write(self, start: int, data: bytes) -> None:
         """Write bytes."""
         self._access_to("write", start, len(data))
-        core, size = self._core, self._core.geometry.page_size
-        for place, stop in _pages(start, start + len(data), size):
-            pfn = self._access(place, write=True)
-            row = core.memory.frames.content_at[pfn]
-            part = data[place - start : stop - start]
-            core.memory.frames.content_at[pfn] = core.memory.contents.write(row, place & size - 1, part)
+        copying.write(self._core, self.mm, start, data, self._access)
 
-    def _access(self, addr: int, *, write: bool) -> int:
+    def _access(self, addr: int, write: bool) -> int:
         try:
             return fault.access(self._core, self.mm, addr, write=write)
         except NoMemory:
@@ -207,7 +196,7 @@ class SimTask(Task):
             raise ArgumentError(f"touch every {stride} of {length} bytes")
         if stride != size:
             for addr in range(start, start + length, stride):
-                self._access(addr, write=write)
+                self._access(addr, write)
             return
         try:
             touch.touch(self._core, self.mm, start, start + length, write=write)
@@ -353,14 +342,6 @@ class SimTask(Task):
         for fd in list(self.mm.files):
             file_calls.close(self._core, self.mm, fd, self._machine.tasks())
         self.mm.tear_down()
-
-
-def _pages(start: int, end: int, size: int) -> Any:
-    """The pieces of a range that lie in one page each."""
-    while start < end:
-        stop = min(end, (start & -size) + size)
-        yield start, stop
-        start = stop
 
 
 def _words(*values: int) -> None:

@@ -410,6 +410,67 @@ def steps(repeat: int) -> None:
     row("spawn and 40 mixed steps", took / 20 * 1e3, "ms", 3)
 
 
+def files(repeat: int) -> None:
+    """Single pages of a memfd and of a file of a disk, each mapped."""
+    machine = open_workbench("sim", memory="64 MiB", swap="16 MiB", kernel="6.18")
+    task = machine.spawn()
+    memfd, disk = task.memfd_create("one"), task.open_file("one", pages=64)
+    task.ftruncate(memfd, 64 * PAGE)
+
+    def nothing() -> None:
+        pass
+
+    for kind, fd in (("memfd", memfd), ("disk", disk)):
+        start = task.mmap(64 * PAGE, flags=1, fd=fd)
+        task.touch(start, 64 * PAGE)
+
+        def touched(start: int = start) -> None:
+            task.touch(start, PAGE)
+
+        def empty(start: int = start) -> None:
+            task.madvise(start, PAGE, Madvise.DONTNEED)
+
+        def written(fd: int = fd) -> None:
+            task.pwrite(fd, b"x", 0)
+
+        def synced(fd: int = fd) -> None:
+            task.fsync(fd)
+
+        def punched(fd: int = fd) -> None:
+            task.fallocate(fd, 3, 0, PAGE)
+
+        def populated(start: int = start) -> None:
+            task.madvise(start, PAGE, Madvise.POPULATE_READ)
+
+        def longer(fd: int = fd) -> None:
+            task.ftruncate(fd, 64 * PAGE)
+            task.pwrite(fd, b"x", 63 * PAGE)
+
+        def read_only(start: int = start) -> None:
+            task.touch(start, PAGE, write=False)
+
+        for name, before, call in (
+            ("touch", nothing, touched),
+            ("MADV_DONTNEED", touched, empty),
+            ("touch, the first", empty, touched),
+            ("touch, read only, the first", empty, read_only),
+            ("MADV_POPULATE_READ", empty, populated),
+            ("mincore", nothing, lambda start=start: task.mincore(start, PAGE)),
+            ("pwrite", nothing, written),
+            ("pread", nothing, lambda fd=fd: task.pread(fd, PAGE, 0)),
+            ("fsync", touched, synced),
+            ("touch, after fsync", synced, touched),
+            ("punch a hole", written, punched),
+            ("fallocate", punched, lambda fd=fd: task.fallocate(fd, 0, 0, PAGE)),
+            ("ftruncate", longer, lambda fd=fd: task.ftruncate(fd, 63 * PAGE)),
+        ):
+            took = []
+            for _ in range(100 * repeat):
+                before()
+                took.append(timed(call))
+            row(f"one page of a {kind}: {name}", statistics.median(took) * 1e6, "us", 30)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=5)
@@ -424,7 +485,7 @@ def main() -> None:
             part(options.repeat)
 
 
-PARTS = (boot, sparse, flat, ranges, shared, copying, looking, steps)
+PARTS = (boot, sparse, flat, ranges, shared, copying, looking, steps, files)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from unittest import mock
 
+import numpy as np
 import pytest
 
 import pmcore
 from pmcore import ScanRequest
-from pmcore.backends.sim.virtual import tables
+from pmcore.backends.sim.services import blocks, diskfile, mincore, pagecache, shmem, writeback
+from pmcore.backends.sim.virtual import copying, tables
 from pmcore.errors import AddressSpaceFault, NotModelled, SyscallError
 from pmcore.scan import engine
 from pmcore.uapi import Madvise, UffdFeature
@@ -136,4 +138,124 @@ def test_few_pages_come_to_the_same(kernel, sort):
             answers = [side.do(step) for side in sides]
             assert answers[0] == answers[1], (seed, number)
             assert sides[0].machine.digest() == sides[1].machine.digest(), (seed, number)
+        sides[0].machine.check()
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+class FileSide(Side):
+    """One machine with a memfd and a file of a disk, mapped; single pages, or many, in one of two ways each."""
+
+    def __init__(self, few: bool, kernel: str) -> None:
+        self.few = few
+        self.machine = pmcore.open("sim", memory="8 MiB", swap="64 KiB", kernel=kernel)
+        self.tasks = [self.machine.spawn()]
+        task = self.tasks[0]
+        self.fds = task.memfd_create("m"), task.open_file("d", pages=PAGES)
+        task.ftruncate(self.fds[0], PAGES * PAGE)
+        for number, fd in enumerate(self.fds):
+            for private in (0, 1):
+                place = START + (2 * number + private) * PAGES * PAGE
+                task.mmap(PAGES * PAGE, addr=place, flags=0x12 if private else 0x11, prot=3, fd=fd)
+
+    def do(self, step):
+        settings = (
+            (tables, "FEW", 4, 0),
+            (pagecache, "FEW", 4, 0),
+            (mincore, "FEW", 4, 0),
+            (writeback, "_FEW", 1, 0),
+            # Of many pages the way is the other one: as arrays, or one by one.
+            (shmem, "MANY", 2, 1 << 20),
+            (diskfile, "MANY", 2, 1 << 20),
+            (copying, "_MANY", 7, 1 << 20),
+        )
+        patches = [mock.patch.object(room, name, few if self.few else no) for room, name, few, no in settings]
+        for patch in patches:
+            patch.start()
+        try:
+            return step(self)
+        except (SyscallError, AddressSpaceFault, NotModelled) as error:
+            return repr(error)
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def state(machine):
+    """All of a machine, but for how the rows are numbered that contents lie in: that is the order of their making."""
+    core = machine.core
+    frames, contents = core.memory.frames, core.memory.contents
+    found = [getattr(frames, name).tobytes() for name, _ in frames.COLUMNS if name != "content"]
+    found.append(core.pool.rows.tobytes())
+    found += [contents.read(row, 0, PAGE) if row else b"" for row in frames.content.tolist()]
+    for inode in core.inodes.values():
+        for index in (inode.index, inode.blocks, inode.shadows):
+            pages, words = index.used()
+            if index is inode.blocks:
+                found += [contents.read(row, 0, PAGE) if row else b"" for row in blocks.rows(words).tolist()]
+                words = words & np.uint64(blocks.KIND)
+            found += [pages.tobytes(), words.tobytes()]
+    found += [contents.in_use, core.memory.lru_clock, core.memory.lru_tail, core.memory.age, machine.counters]
+    return found
+
+
+def file_step(rng: random.Random):
+    """Something to do with a file, or with what maps it."""
+    which, page, count = rng.randrange(2), rng.randrange(PAGES), rng.choice((1, 1, 2, 3, 8, PAGES))
+    lead = rng.choice((0, 0, 5))
+    start, length = START + (2 * which + rng.randrange(2)) * PAGES * PAGE + page * PAGE, count * PAGE
+    count = min(count, PAGES - page)
+    what, number, write = rng.randrange(16), rng.randrange(1 << 16), rng.random() < 0.6
+    data = b"".join(
+        bytes(PAGE) if rng.random() < 0.3 else bytes([rng.randrange(256)]) * PAGE for _ in range(count)
+    )
+    advice = (
+        Madvise.DONTNEED,
+        Madvise.POPULATE_READ,
+        Madvise.POPULATE_WRITE,
+        Madvise.PAGEOUT,
+        Madvise.WILLNEED,
+    )
+
+    def task(side):
+        return side.tasks[number % len(side.tasks)]
+
+    def fork(side):
+        if len(side.tasks) < 3:
+            side.tasks.append(task(side).fork())
+        else:
+            side.tasks.pop().exit()
+
+    return {
+        0: lambda side: task(side).pwrite(side.fds[which], data, page * PAGE + lead),
+        1: lambda side: task(side).pread(side.fds[which], length, page * PAGE + lead),
+        2: lambda side: task(side).touch(start, length, write=write),
+        3: lambda side: task(side).write(start + lead, data[: PAGES * PAGE - page * PAGE - lead]),
+        4: lambda side: task(side).read(start + lead, count * PAGE - lead),
+        5: lambda side: task(side).madvise(start, count * PAGE, advice[number % 5]),
+        6: lambda side: task(side).madvise(start, count * PAGE, Madvise.DONTNEED),
+        7: lambda side: task(side).fallocate(side.fds[which], 3, page * PAGE + lead, length),
+        8: lambda side: task(side).fallocate(side.fds[which], number & 1, page * PAGE, length),
+        9: lambda side: task(side).ftruncate(side.fds[which], page * PAGE + lead),
+        10: lambda side: task(side).ftruncate(side.fds[which], PAGES * PAGE),
+        11: lambda side: task(side).fsync(side.fds[1]),
+        12: lambda side: task(side).fadvise(side.fds[which], page * PAGE, length, 4),
+        13: lambda side: task(side).mincore(start, length).tolist(),
+        14: fork,
+        15: lambda side: side.machine.drop_caches() if number & 1 else side.machine.reclaim(4),
+    }[what]
+
+
+@pytest.mark.parametrize("kernel", ["6.18", "6.1"])
+def test_pages_of_files_come_to_the_same(kernel):
+    """Single pages of files without arrays, many as arrays: answers and states are equal after each step."""
+    for seed in range(30):
+        rng = random.Random(f"files {seed} {kernel}")
+        sides = [FileSide(few, kernel) for few in (True, False)]
+        for number in range(40):
+            step = file_step(rng)
+            answers = [side.do(step) for side in sides]
+            assert answers[0] == answers[1], (seed, number)
+            assert state(sides[0].machine) == state(sides[1].machine), (seed, number)
         sides[0].machine.check()

@@ -229,7 +229,7 @@ def _source(core: Core, caller: AddressSpace, source: int) -> int:
     lead = source & size - 1
     row = frames.content_at[fault.access(core, caller, source, write=False)]
     if not lead:
-        return int(contents.copies(np.array([row]))[0]) if row else 0
+        return contents.copy_one(row)
     data = contents.read(row, lead, size - lead)
     row = frames.content_at[fault.access(core, caller, source + size - lead, write=False)]
     return int(contents.write(0, 0, data + contents.read(row, 0, lead)))

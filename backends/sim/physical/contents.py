@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 __all__ = ["Contents"]
 
 Rows = NDArray[np.int32]
-#: Rows hashed at a time: as many as stay in a processor's cache.
+#: Rows hashed, or copied, at a time: as many as stay in a processor's cache.
 _PIECE = 256
 
 
@@ -50,9 +50,19 @@ class Contents:
             grown = np.zeros((max(need, 2 * len(self._pool)), self.page_size), dtype=np.uint8)
             grown[: self._used] = self._pool[: self._used]
             self._pool = grown
-        rows = np.array([*recycled, *range(self._used, need)], dtype=np.int32)
+        rows = np.concatenate(
+            (np.array(recycled, dtype=np.int32), np.arange(self._used, need, dtype=np.int32))
+        )
         self._used = need
         return rows
+
+    def take_one(self) -> int:
+        """`take` of a single row."""
+        if self._free:
+            row = self._free.pop()
+            self._pool[row] = 0
+            return row
+        return int(self.take(1)[0])
 
     def give_back(self, rows: Rows) -> None:
         """Rows that nobody needs any more; zeros among them are left alone."""
@@ -64,8 +74,40 @@ class Contents:
         index = np.flatnonzero(rows)
         if len(index):
             result[index] = self.take(len(index))
-            self._pool[result[index]] = self._pool[rows[index]]
+            for first in range(0, len(index), _PIECE):
+                part = index[first : first + _PIECE]
+                self._pool[result[part]] = self._pool[rows[part]]
         return result
+
+    def copy_one(self, row: int) -> int:
+        """`copies` of a single row."""
+        if not row:
+            return 0
+        copy = self.take_one()
+        self._pool[copy] = self._pool[row]
+        return copy
+
+    def write_pages(self, rows: Rows, data: memoryview) -> Rows:
+        """`write` for whole pages, one after the other in the data; the rows that then hold them."""
+        if not len(rows):
+            return rows
+        pages = np.frombuffer(data, dtype=np.uint64).reshape(len(rows), -1)
+        bare = np.flatnonzero(rows == 0)
+        if len(bare):
+            bare = bare[pages[bare].any(axis=1)] if len(bare) < len(rows) else bare[pages.any(axis=1)]
+            rows = rows.copy()
+            rows[bare] = self.take(len(bare))
+        pool = self._pool.view(np.uint64)
+        if len(bare) == len(rows) or rows.all():
+            pool[rows] = pages
+        else:
+            held = rows != 0
+            pool[rows[held]] = pages[held]
+        return rows
+
+    def read_pages(self, rows: Rows, out: NDArray[np.uint8]) -> None:
+        """What many pages hold, one after the other, put into `out`."""
+        np.take(self._pool, rows, axis=0, out=out.reshape(-1, self.page_size), mode="clip")
 
     def read(self, row: int, offset: int, length: int) -> bytes:
         """Bytes of one page."""
@@ -74,9 +116,9 @@ class Contents:
     def write(self, row: int, offset: int, data: bytes) -> int:
         """Write into one page; the row that then holds it."""
         if not row:
-            if not any(data):
+            if data == self._zeros[: len(data)]:
                 return 0
-            row = int(self.take(1)[0])
+            row = self.take_one()
         self._pool[row, offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
         return row
 

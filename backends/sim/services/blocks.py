@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.physical.contents import Rows
     from pmcore.backends.sim.services.pagecache import Inode
 
-__all__ = ["DELAYED", "KIND", "ROW", "UNWRITTEN", "WRITTEN", "clear", "rows", "store"]
+__all__ = ["DELAYED", "KIND", "ROW", "UNWRITTEN", "WRITTEN", "clear", "rows", "store", "store_one"]
 
 #: Written; set aside and not written (reads as zeros); not there yet, for its page is to be written first.
 WRITTEN, UNWRITTEN, DELAYED = 1 << 32, 2 << 32, 3 << 32
@@ -31,10 +31,18 @@ def rows(words: U64Array) -> Rows:
 
 def clear(core: Core, inode: Inode, first: int, end: int) -> None:
     """Make holes of the blocks from `first` to `end`."""
-    words = inode.blocks.used(first, end)[1]
-    inode.blocks.clear(first, end)
+    words = inode.blocks.cut(first, end)
     inode.shadows.clear(first, end)
     core.memory.contents.give_back(rows(words))
+
+
+def store_one(core: Core, inode: Inode, page: int, pfn: int) -> None:
+    """`store` for one page."""
+    contents, row = core.memory.contents, inode.blocks.get(page) & ROW
+    if row:
+        contents.free_rows.append(row)
+    copy = contents.copy_one(core.memory.frames.content_at[pfn])
+    inode.blocks.set(page, copy | WRITTEN)
 
 
 def store(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.services import blocks, pagecache
 from pmcore.backends.sim.services.blocks import DELAYED, KIND, UNWRITTEN, WRITTEN
-from pmcore.backends.sim.services.pagecache import Inode, OpenFile
+from pmcore.backends.sim.services.pagecache import MANY, PIECE, Inode, OpenFile
 from pmcore.backends.sim.virtual import accessed, zap
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.uapi import PageFlag
@@ -37,6 +37,7 @@ __all__ = [
     "read_in",
     "truncate",
     "written",
+    "written_one",
 ]
 
 _ALL = (1 << 64) - 1
@@ -115,7 +116,7 @@ def _new(core: Core, inode: Inode, page: int, flags: int) -> int:
     word = inode.blocks.get(page)
     row = word & blocks.ROW
     if row:
-        frames.content_at[pfn] = int(memory.contents.copies(np.array([row], dtype=np.int32))[0])
+        frames.content_at[pfn] = memory.contents.copy_one(row)
     memory.on_lru(pfn)
     frames.owner_at[pfn] = inode.number
     frames.index_at[pfn] = page
@@ -131,6 +132,14 @@ def written(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> None:
     flags = frames.flags[pfns]
     frames.flags[pfns] = flags & np.uint64(~_RECLAIM & _ALL) | np.uint64(_DIRTY | _PRIVATE)
     _delay(inode, pages)
+
+
+def written_one(core: Core, inode: Inode, page: int, pfn: int) -> None:
+    """`written` for one page."""
+    flags_at = core.memory.frames.flags_at
+    flags_at[pfn] = flags_at[pfn] & ~_RECLAIM | _DIRTY | _PRIVATE
+    if not inode.blocks.get(page):
+        inode.blocks.set(page, DELAYED)
 
 
 def _delay(inode: Inode, pages: Pfns) -> None:
@@ -161,8 +170,11 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
     size, contents = core.geometry.page_size, core.memory.contents
     position, end, old = offset, offset + len(data), inode.size
     while position < end:
-        stop = min(end, (position & -size) + size)
         page = position // size
+        if offset < position and not position & size - 1 and end - position >= MANY * size:
+            position += size * _write_many(core, inode, page, memoryview(data)[position - offset :])
+            continue
+        stop = min(end, (position & -size) + size)
         word = inode.index.get(page)
         pfn = word & FIELD if word & PRESENT else _new(core, inode, page, 0)
         frames = core.memory.frames
@@ -175,6 +187,32 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
         if position == offset > old and core.caps.extending_zeroes:
             _zero_parts(core, inode, old, offset)
         position = stop
+
+
+def _write_many(core: Core, inode: Inode, page: int, data: memoryview) -> int:
+    """Write whole pages, as many as are in the cache from that one on, or are not. Raises NoMemory."""
+    size, memory = core.geometry.page_size, core.memory
+    words = inode.index.load(page, min(len(data) // size, PIECE))
+    count = pagecache.run(words)
+    pfns = (words[:count] & _FIELD).view(np.int64)
+    if not words[0]:
+        pfns = memory.pages(count, _LRU | CACHED)
+        memory.on_lru_pages(pfns)
+        pages = np.arange(page, page + len(pfns), dtype=np.int64)
+        memory.frames.content[pfns] = memory.contents.copies(blocks.rows(inode.blocks.at(pages)))
+        pagecache.add_at(core, inode, pages, pfns)
+        if inode.shadows.pieces:
+            inode.shadows.put(pages, np.zeros(len(pages), dtype=np.uint64))
+    frames = memory.frames
+    if len(pfns):
+        frames.content[pfns] = memory.contents.write_pages(frames.content[pfns], data[: len(pfns) * size])
+        kept = frames.flags[pfns] & np.uint64(~_IDLE & _ALL)
+        frames.flags[pfns] = kept | np.uint64(_DIRTY | _PRIVATE | _UPTODATE)
+        _delay(inode, np.arange(page, page + len(pfns), dtype=np.int64))
+        inode.size = max(inode.size, (page + len(pfns)) * size)
+    if len(pfns) < count:
+        raise core.NoMemory
+    return count
 
 
 def pread(
@@ -190,7 +228,16 @@ def pread(
     pieces, position, last = [], offset, file.position
     while position < end:
         page = position // size
-        ahead(core, file, page, wanted)
+        many = page != (last - 1) // size and not position & size - 1 and end - position >= MANY * size
+        if file.pages_ahead or not many:
+            ahead(core, file, page, wanted)
+        if many:
+            pfns = _read_many(core, file, page, (end - position) // size)
+            if len(pfns):
+                accessed.mark(core, pfns)
+                pieces.append(pagecache.held(core, pfns))
+                position = last = position + len(pfns) * size
+                continue
         stop = min(end, (position & -size) + size)
         pfn = get_page(core, inode, page)
         if page != (last - 1) // size:
@@ -200,6 +247,24 @@ def pread(
         position = last = stop
     file.position = last
     return b"".join(pieces)
+
+
+def _read_many(core: Core, file: OpenFile, page: int, count: int) -> Pfns:
+    """Frames of pages from that one on that are all up to date, or not in the cache and read now: none reads ahead."""
+    inode, flags = file.inode, core.memory.frames.flags
+    words = inode.index.load(page, min(count, PIECE))
+    words = words[: pagecache.run(words)]
+    if not words[0]:
+        if file.pages_ahead:
+            return np.zeros(0, dtype=np.int64)
+        pages = np.arange(page, page + len(words), dtype=np.int64)
+        pfns = read_in(core, inode, pages)
+        if len(pfns) < len(pages):
+            raise core.NoMemory
+        return pfns
+    pfns = (words & _FIELD).view(np.int64)
+    odd = (flags[pfns] & np.uint64(_UPTODATE | _RECLAIM)) != np.uint64(_UPTODATE)
+    return pfns[: int(np.argmax(odd))] if odd.any() else pfns
 
 
 def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: bool) -> None:

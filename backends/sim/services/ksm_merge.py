@@ -148,7 +148,7 @@ def unshare(core: Core, mm: AddressSpace, vma: VmArea, address: int) -> None:
     copy = mapping.take_page(core, vma)
     frames = core.memory.frames
     if frames.content_at[pfn]:
-        frames.content[copy] = core.memory.contents.copies(frames.content[pfn : pfn + 1])[0]
+        frames.content_at[copy] = core.memory.contents.copy_one(frames.content_at[pfn])
     frames.mapcount_at[copy] = 1
     new = copy | PRESENT | YOUNG | pte & (SOFT_DIRTY | UFFD_WP)
     if not core.caps.ksm_unshares:

@@ -40,7 +40,7 @@ def _copy(core: Core, vma: VmArea, pfn: int) -> int:
     frames.flags_at[copy] |= _DIRTY
     frames.mapcount_at[copy] = 1
     if frames.content_at[pfn]:
-        frames.content[copy] = core.memory.contents.copies(frames.content[pfn : pfn + 1])[0]
+        frames.content_at[copy] = core.memory.contents.copy_one(frames.content_at[pfn])
     core.count("ksm_swapin_copy")
     return copy
 

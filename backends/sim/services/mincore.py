@@ -11,6 +11,7 @@ from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.services import writeback
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SWAP, is_hwpoison, is_marker
+from pmcore.backends.sim.virtual.tables import FEW
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.geometry import align_up
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
 
 __all__ = ["in_core", "mincore", "msync"]
+
+_UPTODATE = int(PageFlag.UPTODATE)
 
 
 def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
@@ -73,9 +76,20 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
 def in_core(core: Core, inode: Inode, first: int, count: int) -> BoolArray:
     """Which pages of a file are in memory: in its cache and up to date, or in the swap cache."""
     words = inode.index.load(first, count)
+    if count <= FEW:
+        flags_at = core.memory.frames.flags_at
+        return np.array(
+            [
+                bool(flags_at[word & FIELD] & _UPTODATE)
+                if word & PRESENT
+                else bool(word) and core.swap.cached(word & FIELD) >= 0
+                for word in words.tolist()
+            ],
+            dtype=np.bool_,
+        )
     found: BoolArray = (words & np.uint64(PRESENT)) != 0
     pfns = (words[found] & np.uint64(FIELD)).view(np.int64)
-    found[found] = (core.memory.frames.flags[pfns] & np.uint64(PageFlag.UPTODATE)) != 0
+    found[found] = (core.memory.frames.flags[pfns] & np.uint64(_UPTODATE)) != 0
     swap = swap_entries(words)
     if swap.any():
         fields = words[swap] & np.uint64(FIELD)

@@ -20,21 +20,26 @@ from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.runs import runs
 from pmcore.backends.sim.services import blocks
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
+from pmcore.backends.sim.virtual.tables import FEW
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
 
 __all__ = [
+    "MANY",
     "NEW_SHMEM",
+    "PIECE",
     "FileSystem",
     "Index",
     "Inode",
     "OpenFile",
     "add_at",
+    "held",
     "make",
     "put",
     "remove",
+    "run",
     "uncache",
 ]
 
@@ -42,6 +47,8 @@ __all__ = [
 _SHIFT = 12
 _PIECE = 1 << _SHIFT
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
+#: From so many whole pages on, system calls take them at once; at most so many.
+MANY, PIECE = 8, 1 << 13
 #: What a page of shmem shows when a fault has made it.
 NEW_SHMEM = int(PageFlag.UPTODATE | PageFlag.LRU | PageFlag.SWAPBACKED) | CACHED
 
@@ -123,16 +130,22 @@ class Index:
 
     def used(self, first: int = 0, end: int = 1 << 62) -> tuple[Pfns, U64Array]:
         """Offsets, ascending, and words of the pages from `first` to `end` that are no holes."""
-        pages, words = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
-        for number in sorted(self.pieces):
-            base = number << _SHIFT
-            if base >= end or base + _PIECE <= first:
+        numbers = range(first >> _SHIFT, (end - 1 >> _SHIFT) + 1)
+        there = list(numbers) if len(numbers) <= len(self.pieces) else sorted(self.pieces)
+        pages, words = [], []
+        for number in there:
+            piece = self.pieces.get(number)
+            if piece is None or number not in numbers:
                 continue
+            base = number << _SHIFT
             low, high = max(first - base, 0), min(end - base, _PIECE)
-            there = np.flatnonzero(self.pieces[number][low:high]) + low
-            pages.append(there + base)
-            words.append(self.pieces[number][there])
-        return np.concatenate(pages), np.concatenate(words)
+            places = piece[low:high].nonzero()[0] + low
+            pages.append(places + base)
+            words.append(piece[places])
+        if len(pages) == 1:
+            return pages[0], words[0]
+        none = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint64)
+        return np.concatenate([none[0], *pages]), np.concatenate([none[1], *words])
 
     def clear(self, first: int, end: int) -> None:
         """Make holes of all pages from `first` to `end`."""
@@ -213,6 +226,13 @@ def put(core: Core, inode: Inode) -> None:
     core.inodes.pop(inode.number, None)
 
 
+def run(words: U64Array) -> int:
+    """How many of the words of an index, from the first on, are of its sort: holes, pages in memory, pages in swap."""
+    sorts = words >> np.uint64(62)
+    other = sorts != sorts[0]
+    return int(np.argmax(other)) if other.any() else len(words)
+
+
 def add_at(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> None:
     """Put frames into the cache as these pages (ascending), which are holes. Their flags hold CACHED already."""
     frames = core.memory.frames
@@ -220,6 +240,13 @@ def add_at(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> None:
         frames.owner[where] = inode.number
         frames.index[where] = pages[part]
     inode.index.put(pages, pfns.view(np.uint64) | _PRESENT)
+
+
+def held(core: Core, pfns: Pfns) -> bytes:
+    """What whole pages hold."""
+    out = np.empty(len(pfns) * core.geometry.page_size, dtype=np.uint8)
+    core.memory.contents.read_pages(core.memory.frames.content[pfns], out)
+    return out.tobytes()
 
 
 def uncache(core: Core, pfns: Pfns) -> None:
@@ -234,7 +261,9 @@ def uncache(core: Core, pfns: Pfns) -> None:
 def remove(core: Core, inode: Inode, first: int, end: int) -> None:
     """Make holes of the pages from `first` to `end`, none of which is mapped: frames and swap slots are freed."""
     words = inode.index.cut(first, end)
-    if not len(words):
+    if len(words) <= FEW:
+        for word in words.tolist():
+            _remove_one(core, word)
         return
     present = words if np.bitwise_and.reduce(words) & _PRESENT else words[(words & _PRESENT) != 0]
     pfns = (present & _FIELD).view(np.int64)
@@ -243,3 +272,14 @@ def remove(core: Core, inode: Inode, first: int, end: int) -> None:
         core.memory.free_pages(pfns)
     if len(pfns) < len(words):
         core.swap.release(words[(words & _PRESENT) == 0] & _FIELD)
+
+
+def _remove_one(core: Core, word: int) -> None:
+    """Free the frame, or the slot, that was a page of a file."""
+    if word & PRESENT:
+        pfn, frames = word & FIELD, core.memory.frames
+        frames.owner_at[pfn] = frames.index_at[pfn] = 0
+        frames.flags_at[pfn] &= ~CACHED
+        core.memory.free(pfn)
+    else:
+        core.swap.release(np.array([word & FIELD], dtype=np.uint64))

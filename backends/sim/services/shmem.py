@@ -8,7 +8,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.services import pagecache, swapping
-from pmcore.backends.sim.services.pagecache import Inode
+from pmcore.backends.sim.services.pagecache import MANY, PIECE, Inode
 from pmcore.backends.sim.virtual import accessed, zap
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.uapi import PageFlag
@@ -73,12 +73,17 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
     size, frames, contents = core.geometry.page_size, core.memory.frames, core.memory.contents
     position, end = offset, offset + len(data)
     while position < end:
-        stop = min(end, (position & -size) + size)
         page = position // size
+        if not position & size - 1 and end - position >= MANY * size:
+            done = _write_many(core, inode, page, memoryview(data)[position - offset :])
+            if done:
+                position += done * size
+                continue
+        stop = min(end, (position & -size) + size)
         there = inode.index.get(page)
         pfn = get_page(core, inode, page, pagecache.NEW_SHMEM | _REFERENCED)
         if there:
-            accessed.mark(core, np.array([pfn], dtype=np.int64))
+            accessed.mark_one(core, pfn)
         row = frames.content_at[pfn]
         part = data[position - offset : stop - offset]
         frames.content_at[pfn] = contents.write(row, position & size - 1, part)
@@ -87,17 +92,56 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
         position = stop
 
 
+def _write_many(core: Core, inode: Inode, page: int, data: memoryview) -> int:
+    """Write whole pages, as many as are of one sort from that one on; 0 where they lie in swap. Raises NoMemory."""
+    size, frames = core.geometry.page_size, core.memory.frames
+    words = inode.index.load(page, min(len(data) // size, PIECE))
+    count = pagecache.run(words)
+    pfns = (words[:count] & _FIELD).view(np.int64)
+    if not words[0]:
+        pfns = core.memory.pages(count, pagecache.NEW_SHMEM | _REFERENCED)
+        core.memory.on_lru_pages(pfns)
+        pagecache.add_at(core, inode, np.arange(page, page + len(pfns), dtype=np.int64), pfns)
+    elif words[0] & _PRESENT:
+        frames.flags[pfns] |= np.uint64(_UPTODATE)
+        accessed.mark(core, pfns)
+    else:
+        return 0
+    if len(pfns):
+        rows = core.memory.contents.write_pages(frames.content[pfns], data[: len(pfns) * size])
+        frames.content[pfns] = rows
+        frames.flags[pfns] |= np.uint64(_DIRTY)
+        inode.size = max(inode.size, (page + len(pfns)) * size)
+    if len(pfns) < count:
+        raise core.NoMemory
+    return count
+
+
 def pread(core: Core, inode: Inode, length: int, offset: int) -> bytes:
     """Bytes of the file; holes read as zeros and stay holes."""
     size, frames = core.geometry.page_size, core.memory.frames
     end = min(offset + length, inode.size)
     pieces, position = [], offset
     while position < end:
+        if not position & size - 1 and end - position >= MANY * size:
+            words = inode.index.load(position // size, min((end - position) // size, PIECE))
+            words = words[: pagecache.run(words)]
+            if not words[0]:
+                pieces.append(bytes(len(words) * size))
+                position += len(words) * size
+                continue
+            if words[0] & _PRESENT:
+                pfns = (words & _FIELD).view(np.int64)
+                frames.flags[pfns] |= np.uint64(_UPTODATE)
+                accessed.mark(core, pfns)
+                pieces.append(pagecache.held(core, pfns))
+                position += len(words) * size
+                continue
         stop = min(end, (position & -size) + size)
         if inode.index.get(position // size):
             pfn = get_page(core, inode, position // size)
             if not position & size - 1:
-                accessed.mark(core, np.array([pfn], dtype=np.int64))
+                accessed.mark_one(core, pfn)
             row = frames.content_at[pfn]
             pieces.append(core.memory.contents.read(row, position & size - 1, stop - position))
         else:
@@ -109,24 +153,29 @@ def pread(core: Core, inode: Inode, length: int, offset: int) -> bytes:
 def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: bool) -> None:
     """Have pages for the range. Raises NoMemory with those that were made taken away again."""
     size = core.geometry.page_size
-    made: list[int] = []
-    clock = core.memory.lru_clock
-    for page in range(offset // size, -(-(offset + length) // size)):
-        word = inode.index.get(page)
-        if word & PRESENT:
+    made: list[tuple[int, int]] = []
+    clock, count = core.memory.lru_clock, 0
+    page, end = offset // size, -(-(offset + length) // size)
+    while page < end:
+        words = inode.index.load(page, min(end - page, PIECE))
+        run = pagecache.run(words)
+        if words[0]:
+            for place in range(page, page + run) if not words[0] & _PRESENT else ():
+                get_page(core, inode, place)
+            page += run
             continue
-        if word:
-            get_page(core, inode, page)
-            continue
-        try:
-            get_page(core, inode, page, pagecache.NEW_SHMEM & ~_UPTODATE | _DIRTY)
-        except core.NoMemory:
-            for done in made:
-                pagecache.remove(core, inode, done, done + 1)
-            if core.memory.lru_clock == clock + len(made):
+        pfns = core.memory.pages(run, pagecache.NEW_SHMEM & ~_UPTODATE | _DIRTY)
+        core.memory.on_lru_pages(pfns)
+        pagecache.add_at(core, inode, np.arange(page, page + len(pfns), dtype=np.int64), pfns)
+        made.append((page, page + len(pfns)))
+        count += len(pfns)
+        if len(pfns) < run:
+            for first, last in made:
+                pagecache.remove(core, inode, first, last)
+            if core.memory.lru_clock == clock + count:
                 core.memory.lru_clock = clock  # nothing else has gone on a list meanwhile
-            raise
-        made.append(page)
+            raise core.NoMemory
+        page += run
     if not keep_size:
         inode.size = max(inode.size, offset + length)
 

@@ -21,6 +21,8 @@ __all__ = ["drop_caches", "invalidate", "sync", "write_out"]
 
 _ALL = (1 << 64) - 1
 _END = 1 << 51
+#: So many pages without arrays.
+_FEW = 1
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 _DIRTY, _ACTIVE, _RECLAIM = int(PageFlag.DIRTY), int(PageFlag.ACTIVE), int(PageFlag.RECLAIM)
 _UNEVICTABLE, _REFERENCED = int(PageFlag.UNEVICTABLE), int(PageFlag.REFERENCED)
@@ -43,6 +45,9 @@ def write_out(core: Core, inode: Inode, first: int = 0, end: int = _END) -> int:
     pages, pfns = pages[dirty], pfns[dirty]
     if not len(pfns):
         return 0
+    if len(pfns) <= _FEW:
+        _write_one(core, inode, int(pages[0]), int(pfns[0]))
+        return 1
     told = _clean_entries(core, inode, pages, pfns)
     frames.flags[pfns[told]] &= np.uint64(~_RECLAIM & _ALL)
     size = core.geometry.page_size
@@ -63,6 +68,32 @@ def write_out(core: Core, inode: Inode, first: int = 0, end: int = _END) -> int:
         lru.to_tail(core, pfns[rotated])
     core.count("written", len(pfns))
     return len(pfns)
+
+
+def _write_one(core: Core, inode: Inode, page: int, pfn: int) -> None:
+    """`write_out` of one page that is dirty."""
+    frames, at, shift, told = core.memory.frames, core.pool.at, core.geometry.page_shift, False
+    for mm in core.spaces.values():
+        for vma in mm.vmas:
+            if vma.file is not inode or not vma.flags & VmFlag.SHARED:
+                continue
+            addr = vma.start + (page - vma.pgoff << shift)
+            slot = mm.tables.pte_slot(addr) if vma.start <= addr < vma.end else -1
+            pte = at[slot] if slot >= 0 else 0
+            if pte & PRESENT and pte & FIELD == pfn and pte & (DIRTY | WRITE):
+                at[slot] = pte & ~(DIRTY | WRITE)
+                told = True
+    size = core.geometry.page_size
+    if inode.size % size and page == inode.size // size and frames.content_at[pfn]:
+        tail = bytes(size - inode.size % size)  # what was written behind the end of the file stays behind
+        frames.content_at[pfn] = core.memory.contents.write(frames.content_at[pfn], inode.size % size, tail)
+    blocks.store_one(core, inode, page, pfn)
+    flags = frames.flags_at[pfn]
+    frames.flags_at[pfn] = flags & ~(_DIRTY | _RECLAIM)
+    if flags & _RECLAIM and not told and not flags & _UNEVICTABLE:
+        frames.flags_at[pfn] &= ~_ACTIVE
+        lru.to_tail(core, np.array([pfn], dtype=np.int64))
+    core.count("written", 1)
 
 
 def _clean_entries(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> BoolArray:

@@ -194,7 +194,7 @@ def _write_protected(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot:
     copy = mapping.take_page(core, vma)
     frames = core.memory.frames
     if frames.content_at[pfn]:
-        frames.content[copy] = core.memory.contents.copies(frames.content[pfn : pfn + 1])[0]
+        frames.content_at[copy] = core.memory.contents.copy_one(frames.content_at[pfn])
     frames.mapcount_at[copy] = 1
     core.pool.at[slot] = copy | PRESENT | YOUNG | WRITE | DIRTY | core.soft_dirty
     core.count("copy_on_write")

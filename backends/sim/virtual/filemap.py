@@ -13,7 +13,7 @@ from pmcore.arrays import BoolArray
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.physical.runs import at, runs
-from pmcore.backends.sim.services import filesystem, readahead, userfaultfd
+from pmcore.backends.sim.services import diskfile, filesystem, readahead, userfaultfd
 from pmcore.backends.sim.virtual import mapping
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
@@ -33,6 +33,8 @@ __all__ = ["cached_only", "end_address", "fault", "inside", "told", "touch", "un
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 #: RECLAIM and the mark of readahead are one bit: fault-around leaves such pages alone.
 _UPTODATE, _READAHEAD = np.uint64(PageFlag.UPTODATE), np.uint64(PageFlag.RECLAIM)
+_IS_UPTODATE = int(PageFlag.UPTODATE)
+_READY = int(PageFlag.UPTODATE | PageFlag.RECLAIM)
 #: fault_around_bytes.
 _AROUND = 1 << 16
 #: Where nothing is mapped around a fault: who watches accesses is told of each.
@@ -113,7 +115,7 @@ def fault(
     if write and not shared:
         copy = mapping.take_page(core, vma)
         if frames.content_at[pfn]:
-            frames.content[copy] = core.memory.contents.copies(frames.content[pfn : pfn + 1])[0]
+            frames.content_at[copy] = core.memory.contents.copy_one(frames.content_at[pfn])
         frames.mapcount_at[copy] = 1
         entry = copy | PRESENT | YOUNG | DIRTY | core.soft_dirty | protected
         core.pool.at[slot] = entry if protected else entry | WRITE
@@ -136,8 +138,7 @@ def fault(
 def told(core: Core, vma: VmArea, addr: int, pfn: int) -> None:
     """Tell the file system that a page of its disk is written through the shared mapping (page_mkwrite)."""
     assert vma.file is not None
-    page, frame = _page(core, vma, addr), np.array([pfn], dtype=np.int64)
-    filesystem.written(core, vma.file, np.array([page], dtype=np.int64), frame)
+    diskfile.written_one(core, vma.file, _page(core, vma, addr), pfn)
 
 
 def _behind(addr: int) -> AddressSpaceFault:
@@ -188,31 +189,41 @@ def _map_cached(
 ) -> bool:
     """Map what is in the cache and up to date of one range below one PMD, where entries are empty; whether any was."""
     assert vma.file is not None
-    first = _page(core, vma, low)
-    count = min(high - low >> core.geometry.page_shift, _end(core, vma) - first)
+    first, end = _page(core, vma, low), _end(core, vma)
+    count = min(high - low >> core.geometry.page_shift, end - first)
     if count <= 0:
         return False
-    words = vma.file.index.load(first, count)
-    if not words.any():
+    frames = core.memory.frames
+    # Sixteen pages at most: one by one is faster than arrays.
+    words = vma.file.index.load(first, count).tolist()
+    ready = [
+        (place, word & FIELD)
+        for place, word in enumerate(words)
+        if word & PRESENT and frames.flags_at[word & FIELD] & _READY == _IS_UPTODATE
+    ]
+    if not ready:
         return False
     slot = mm.tables.pte_slot(low)
-    pfns = (words & _FIELD).view(np.int64)
-    ready = (words & _PRESENT) != 0
-    ready[ready] = (core.memory.frames.flags[pfns[ready]] & (_UPTODATE | _READAHEAD)) == _UPTODATE
     if (
         (slot < 0 or fresh)
         and vma.file.on_disk
         and core.caps.around_last_page_no_table
-        and not ready[: _end(core, vma) - first - 1].any()
+        and ready[0][0] >= end - first - 1
     ):
         return False  # a page table comes with what could be part of a larger folio: not with the last page of the file
     if slot >= 0:
-        ready &= core.pool.flat[slot : slot + count] == 0
-    if ready.any():
-        slot = mm.tables.make_pte_slot(low)
-        core.pool.flat[slot : slot + count][ready] = _map(core, vma, pfns[ready])
-        return True
-    return False
+        at = core.pool.at
+        ready = [(place, pfn) for place, pfn in ready if not at[slot + place]]
+        if not ready:
+            return False
+    slot, at = mm.tables.make_pte_slot(low), core.pool.at
+    bits = PRESENT | YOUNG | (WRITE if _may_write(core, vma) else 0)
+    for place, pfn in ready:
+        frames.mapcount_at[pfn] += 1
+        if vma.flags & VmFlag.LOCKED:
+            mapping.mlock(core, pfn, 1)
+        at[slot + place] = pfn | bits
+    return True
 
 
 def _map(core: Core, vma: VmArea, pfns: Pfns) -> U64Array:

@@ -37,7 +37,11 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
         hugetlb.fault_in(core, mm, vma, start, end, write=write)
         return
     few = (
-        mm.tables.few(start, end) if vma is not None and vma.file is None and not core.memory.large else None
+        mm.tables.few(start, end)
+        if vma is not None
+        and not core.memory.large
+        and not (vma.file is not None and vma.flags & VmFlag.LOCKED)
+        else None
     )
     if few is not None:
         _few_in(core, mm, vma, start, end, few, write=write)

@@ -23,6 +23,9 @@ from pmcore.backends.sim.virtual.pte import (
     UFFD_MARKER,
     UFFD_WP,
     YOUNG,
+    is_hwpoison,
+    is_marker,
+    poisoned,
 )
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.uapi import MAX_SWAPFILES, SWP_PTE_MARKER, PageFlag
@@ -40,7 +43,8 @@ _FIELD, _PRESENT, _SWAP = np.uint64(FIELD), np.uint64(PRESENT), np.uint64(SWAP)
 _STATE = _PRESENT | _SWAP
 #: Entries taken at a time: as many as stay in a processor's cache.
 _PIECE = 1 << 15
-_NOT_RECLAIM = np.uint64(~int(PageFlag.RECLAIM) & (1 << 64) - 1)
+_DIRTY, _RECLAIM = int(PageFlag.DIRTY), int(PageFlag.RECLAIM)
+_NOT_RECLAIM = np.uint64(~_RECLAIM & (1 << 64) - 1)
 
 
 def swap_entries(entries: U64Array) -> BoolArray:
@@ -77,8 +81,11 @@ def zap(
     of a file protected entries leave a uffd-wp marker behind, unless `drop_markers`; without `copies` private copies
     stay.
     """
-    few = mm.tables.few(start, end) if vma.file is None else None
+    few = mm.tables.few(start, end)
     if few is not None and (len(few) <= 1 or not core.memory.large):
+        if vma.file is not None:
+            _zap_few_of_file(core, mm, vma, few, keep_guards, drop_markers, copies)
+            return
         for slot in few:
             _zap_one(core, mm, vma, slot, keep_guards)
         return
@@ -123,6 +130,54 @@ def _zap_one(core: Core, mm: AddressSpace, vma: VmArea, slot: int, keep_guards: 
             remove_page(core, mm, vma, entry & FIELD)
     elif entry & 0x1F < MAX_SWAPFILES:
         core.swap.release(np.array([entry & FIELD], dtype=np.uint64))
+
+
+def _zap_few_of_file(
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    few: range,
+    keep_guards: bool,
+    drop_markers: bool,
+    copies: bool,
+) -> None:
+    """`_zap_mixed` for few entries."""
+    at, flags_at = core.pool.at, core.memory.frames.flags_at
+    young, mapped, fields = [], [], []
+    for slot in few:
+        old = at[slot]
+        if not old:
+            continue
+        pfn = old & FIELD
+        if old & PRESENT:
+            cached = flags_at[pfn] & CACHED
+            if not copies and not cached and pfn != core.zero_pfn:
+                continue
+            if cached and old & DIRTY:
+                flags_at[pfn] = flags_at[pfn] & ~_RECLAIM | _DIRTY
+            if cached and old & YOUNG:
+                young.append(pfn)
+            if pfn != core.zero_pfn:
+                mapped.append(pfn)
+        elif not is_marker(old):
+            if not copies:
+                continue
+            if not is_hwpoison(old):
+                fields.append(pfn)
+        else:
+            gone = not keep_guards if old & GUARD else drop_markers or (copies and poisoned(old))
+            if gone:
+                at[slot] = 0
+            continue
+        kept = old & UFFD_WP and vma.flags & VmFlag.UFFD_WP and not drop_markers
+        at[slot] = UFFD_MARKER if kept else 0
+    if not vma.flags & core.caps.no_recency:
+        for pfn in young:
+            accessed.mark_one(core, pfn)
+    for pfn in mapped:
+        remove_page(core, mm, vma, pfn)
+    if fields:
+        core.swap.release(np.array(fields, dtype=np.uint64))
 
 
 def _zap_file(
