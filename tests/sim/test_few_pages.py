@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from unittest import mock
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 
 import pmcore
 from pmcore import ScanRequest
+from pmcore.backends.sim.calls import uffd_fill
 from pmcore.backends.sim.services import blocks, diskfile, mincore, pagecache, shmem, writeback
-from pmcore.backends.sim.virtual import copying, tables
+from pmcore.backends.sim.virtual import copying, tables, touch
 from pmcore.errors import AddressSpaceFault, NotModelled, SyscallError
 from pmcore.scan import engine
 from pmcore.uapi import Madvise, UffdFeature
@@ -21,6 +23,8 @@ START = 1 << 40
 #: Pages of private memory, and of shared behind them.
 PAGES = 12
 ADVICE = tuple(Madvise)
+#: Pages of each memory where many are taken at once.
+MANY = 24
 
 
 def one_by_one(few: bool):
@@ -169,6 +173,7 @@ class FileSide(Side):
             (shmem, "MANY", 2, 1 << 20),
             (diskfile, "MANY", 2, 1 << 20),
             (copying, "_MANY", 7, 1 << 20),
+            (touch, "_FEW", 1 << 20, 6),
         )
         patches = [mock.patch.object(room, name, few if self.few else no) for room, name, few, no in settings]
         for patch in patches:
@@ -259,3 +264,106 @@ def test_pages_of_files_come_to_the_same(kernel):
             assert answers[0] == answers[1], (seed, number)
             assert state(sides[0].machine) == state(sides[1].machine), (seed, number)
         sides[0].machine.check()
+
+
+# -- many pages -----------------------------------------------------------------------------------------------
+
+
+class ManySide(Side):
+    """One machine with private and shared memory that a userfaultfd may watch, and a source to copy from."""
+
+    def __init__(self, few: bool, kernel: str, swap_kind: str) -> None:
+        self.few = few
+        self.machine = pmcore.open("sim", memory="8 MiB", swap="1 MiB", swap_kind=swap_kind, kernel=kernel)
+        self.tasks = [self.machine.spawn()]
+        task = self.tasks[0]
+        for number, flags in enumerate((0x32, 0x31, 0x32)):
+            task.mmap(MANY * PAGE, addr=START + number * MANY * PAGE, flags=flags)
+        task.write(START + 2 * MANY * PAGE, b"".join(bytes([n % 5]) * PAGE for n in range(MANY)))
+        features = UffdFeature.WP_ASYNC if self.machine.core.caps.uffd_features & UffdFeature.WP_ASYNC else 0
+        features |= UffdFeature.WP_UNPOPULATED & self.machine.core.caps.uffd_features
+        features |= UffdFeature.MISSING_SHMEM | UffdFeature.MINOR_SHMEM
+        self.fd = task.userfaultfd(features)
+
+    def do(self, step):
+        few = 1 << 20 if self.few else 6
+        with mock.patch.object(touch, "_FEW", few), mock.patch.object(uffd_fill, "_FEW", few):
+            try:
+                return step(self)
+            except (SyscallError, AddressSpaceFault, NotModelled) as error:
+                return repr(error)
+
+
+def many_step(rng: random.Random):
+    """Something to do with many pages of private or shared memory."""
+    shared, page = rng.randrange(2), rng.randrange(MANY)
+    count = rng.choice((1, 9, 12, MANY))
+    start, source = START + (shared * MANY + page) * PAGE, START + (2 * MANY + rng.randrange(MANY)) * PAGE
+    length = min(count, MANY - page) * PAGE
+    what, number, write = rng.randrange(16), rng.randrange(1 << 16), rng.random() < 0.7
+
+    def task(side):
+        return side.tasks[number % len(side.tasks)]
+
+    def fork(side):
+        if len(side.tasks) < 3:
+            side.tasks.append(task(side).fork())
+        else:
+            side.tasks.pop().exit()
+
+    def watched(mode, call):
+        """What userfaultfds do, to one that watches the memory just for that, or (protecting) from then on."""
+
+        def step(side):
+            base = START + shared * MANY * PAGE
+            side.tasks[0].uffd_register(side.fd, base, MANY * PAGE, mode)
+            if mode != 2 and write:
+                side.tasks[0].madvise(start, length, Madvise.DONTNEED if number & 1 else Madvise.REMOVE)
+            try:
+                return call(side.tasks[0], side.fd)
+            finally:
+                if mode != 2 or number & 4:
+                    side.tasks[0].uffd_unregister(side.fd, base, MANY * PAGE)
+
+        return step
+
+    return {
+        0: lambda side: task(side).touch(start, length, write=write),
+        1: lambda side: task(side).touch(start, length, write=True),
+        2: lambda side: task(side).touch(start, length, write=False),
+        3: fork,
+        4: lambda side: task(side).madvise(start, length, Madvise.PAGEOUT),
+        5: lambda side: task(side).madvise(start, length, Madvise.DONTNEED),
+        6: lambda side: task(side).madvise(start, length, Madvise.FREE),
+        7: lambda side: task(side).touch(source, length, write=write),
+        8: watched(2, lambda task, fd: task.uffd_writeprotect(fd, start, length, protect=number & 3 > 0)),
+        9: watched(1, lambda task, fd: task.uffd_copy(fd, start, source, length)),
+        10: watched(1, lambda task, fd: task.uffd_zeropage(fd, start, length)),
+        11: watched(4, lambda task, fd: task.uffd_continue(fd, start, length)),
+        12: lambda side: task(side).process.clear_refs(1 + number % 4),
+        13: watched(3, lambda task, fd: task.uffd_copy(fd, start, source, length, mode=number & 2)),
+        14: lambda side: task(side).madvise(source, length, Madvise.PAGEOUT),
+        15: lambda side: task(side).mprotect(start, length, 1 | write << 1),
+    }[what]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "swap"), [("6.18", "compressed"), ("6.12", "disk"), ("6.8", "compressed")]
+)
+def test_many_pages_come_to_the_same(kernel, swap):
+    """Ranges of pages one access after the other, and as arrays: answers and states are equal after each step."""
+    reached, done = Counter(), Counter()
+    for seed in range(40):
+        rng = random.Random(f"many {seed} {kernel}")
+        sides = [ManySide(few, kernel, swap) for few in (True, False)]
+        for number in range(40):
+            step = many_step(rng)
+            answers = [side.do(step) for side in sides]
+            assert answers[0] == answers[1], (seed, number)
+            assert state(sides[0].machine) == state(sides[1].machine), (seed, number)
+            done[isinstance(answers[0], int) and answers[0] > 6 * PAGE] += 1  # filled in by a userfaultfd
+        sides[0].machine.check()
+        reached += sides[1].machine.counters
+    assert reached["copy_on_write"] > 50
+    assert reached["swap_in"] > 50
+    assert done[True] > 50

@@ -12,12 +12,14 @@ import numpy as np
 
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.calls.uffd_common import context_of, range_of
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import pagecache, shmem
 from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual import fault, hugetlb, mapping
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
+    FIELD,
     LEAF,
     POISON_MARKER,
     PRESENT,
@@ -29,15 +31,18 @@ from pmcore.backends.sim.virtual.pte import (
 )
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.errors import AddressSpaceFault
-from pmcore.uapi import Errno
+from pmcore.uapi import Errno, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.physical.contents import Rows
     from pmcore.backends.sim.virtual.space import AddressSpace
 
 __all__ = ["continue_", "copy", "poison", "wake", "zeropage"]
 
 _DONTWAKE, _WP = 1, 2
+#: Up to so many pages one by one.
+_FEW = 6
 #: Pages done from an address on (of those up to another), and what stopped it.
 _Filled = tuple[int, Errno | None]
 _Fill = Callable[["Core", "AddressSpace", VmArea, int, int], _Filled]
@@ -60,6 +65,9 @@ def copy(core: Core, mm: AddressSpace, fd: int, start: int, source: int, length:
         refuse(Errno.EINVAL, call)
 
     def fill(core: Core, watched: AddressSpace, vma: VmArea, addr: int, stop: int) -> _Filled:
+        many = _copy_many(core, watched, vma, addr, stop, mm, source + addr - start, mode)
+        if many:
+            return many, None
         return _copy_one(core, watched, vma, addr, mm, source + addr - start, mode)
 
     def fill_huge(core: Core, watched: AddressSpace, vma: VmArea, addr: int) -> Errno | None:
@@ -89,6 +97,9 @@ def continue_(core: Core, mm: AddressSpace, fd: int, start: int, length: int, mo
         refuse(Errno.EINVAL, call)
 
     def fill(core: Core, watched: AddressSpace, vma: VmArea, addr: int, stop: int) -> _Filled:
+        many = _continue_many(core, watched, vma, addr, stop, mode)
+        if many:
+            return many, None
         return _continue_one(core, watched, vma, addr, mode)
 
     def fill_huge(core: Core, watched: AddressSpace, vma: VmArea, addr: int) -> Errno | None:
@@ -292,6 +303,95 @@ def _place(core: Core, mm: AddressSpace, vma: VmArea, addr: int, row: int, mode:
     return None
 
 
+# -- many pages of one table -------------------------------------------------------------------------------
+
+
+def _free(core: Core, mm: AddressSpace, vma: VmArea, addr: int, stop: int) -> int:
+    """How many pages from `addr` on nothing is mapped at and, in a shared mapping, the file has not."""
+    _, count, _ = _empty(core, mm, vma, addr, stop)
+    if count and vma.flags & VmFlag.SHARED and vma.file is not None:
+        used = vma.file.index.load(_page(core, vma, addr), count) != 0
+        count = int(np.argmax(used)) if used.any() else count
+    return count
+
+
+def _place_many(core: Core, mm: AddressSpace, vma: VmArea, addr: int, rows: Rows, mode: int) -> int:
+    """`_place` for pages that are `_free`; how many got a frame, the rows of all others are given back."""
+    memory, slot = core.memory, mm.tables.pte_slot(addr)
+    mine = memory.charging
+    memory.charging = mm.group if memory.grouped else mine  # to who gets the page
+    try:
+        if vma.flags & VmFlag.SHARED:
+            pfns = memory.pages(len(rows), pagecache.NEW_SHMEM)
+        else:
+            locked = mapping.MLOCKED if vma.flags & VmFlag.LOCKED else 0
+            pfns = memory.pages(len(rows), mapping.NEW_ANON | ANON_EXCLUSIVE | locked)
+    finally:
+        memory.charging = mine
+    memory.on_lru_pages(pfns)
+    if vma.flags & VmFlag.SHARED:
+        assert vma.file is not None
+        page = _page(core, vma, addr)
+        pagecache.add_at(core, vma.file, np.arange(page, page + len(pfns), dtype=np.int64), pfns)
+    memory.frames.content[pfns] = rows[: len(pfns)]
+    memory.frames.mapcount[pfns] = 1
+    memory.contents.give_back(rows[len(pfns) :])
+    bits = _entry(core, 0, mode, writable=bool(vma.flags & VmFlag.WRITE))
+    core.pool.flat[slot : slot + len(pfns)] = pfns.view(np.uint64) | np.uint64(bits)
+    return len(pfns)
+
+
+def _copy_many(
+    core: Core,
+    mm: AddressSpace,
+    vma: VmArea,
+    addr: int,
+    stop: int,
+    caller: AddressSpace,
+    source: int,
+    mode: int,
+) -> int:
+    """`_copy_one` for the pages from `addr` on whose sources are whole pages, and there; 0 if those are few."""
+    size = core.geometry.page_size
+    if stop - addr <= _FEW * size or source & size - 1:
+        return 0
+    count = _free(core, mm, vma, addr, stop)
+    origin = caller.vmas.at(source)
+    if count <= _FEW or origin is None or not origin.flags & VmFlag.ACCESS or origin.flags & VmFlag.HUGETLB:
+        return 0
+    end = min(origin.end, source + count * size)
+    extent = next(iter(caller.tables.extents(source, end)), None)
+    if extent is None or extent.huge or extent.start != source:
+        return 0
+    present = (extent.entries & np.uint64(PRESENT)) != 0
+    count = len(present) if present.all() else int(np.argmin(present))
+    if count <= _FEW or caller.has_key(origin) or (caller is mm and abs(source - addr) < count * size):
+        return 0
+    entries = extent.entries[:count]
+    entries |= np.uint64(YOUNG)
+    rows = core.memory.frames.content[(entries & np.uint64(FIELD)).view(np.int64)]
+    return _place_many(core, mm, vma, addr, core.memory.contents.copies(rows), mode)
+
+
+def _continue_many(core: Core, mm: AddressSpace, vma: VmArea, addr: int, stop: int, mode: int) -> int:
+    """`_continue_one` for the pages from `addr` on that the file has in memory; 0 if those are few."""
+    slot, count, _ = _empty(core, mm, vma, addr, stop)
+    if count <= _FEW or vma.file is None:
+        return 0
+    words = vma.file.index.load(_page(core, vma, addr), count)
+    present = (words & np.uint64(PRESENT)) != 0
+    count = count if present.all() else int(np.argmin(present))
+    if count <= _FEW:
+        return 0
+    pfns, frames = (words[:count] & np.uint64(FIELD)).view(np.int64), core.memory.frames
+    frames.flags[pfns] |= np.uint64(PageFlag.UPTODATE)
+    frames.mapcount[pfns] += 1
+    wanted = VmFlag.SHARED | VmFlag.WRITE
+    bits = _entry(core, 0, mode, writable=vma.flags & wanted == wanted)
+    core.pool.flat[slot : slot + count] = pfns.view(np.uint64) | np.uint64(bits)
+    return count
+
+
 def _empty(core: Core, mm: AddressSpace, vma: VmArea, addr: int, stop: int) -> tuple[int, int, Errno | None]:
     """Where the entries from `addr` on are, how many are empty and inside the file, and what stops them."""
     slot, shift = mm.tables.pte_slot(addr), core.geometry.page_shift
@@ -309,6 +409,10 @@ def _empty(core: Core, mm: AddressSpace, vma: VmArea, addr: int, stop: int) -> t
 
 def _zero(core: Core, mm: AddressSpace, vma: VmArea, addr: int, stop: int) -> _Filled:
     if vma.flags & VmFlag.SHARED:
+        many = _free(core, mm, vma, addr, stop)
+        many = _place_many(core, mm, vma, addr, np.zeros(many, dtype=np.int32), 0) if many > _FEW else 0
+        if many:
+            return many, None
         errno = _place(core, mm, vma, addr, 0, 0)
         return (0, errno) if errno is not None else (1, None)
     slot, count, errno = _empty(core, mm, vma, addr, stop)

@@ -14,6 +14,7 @@ from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
+    from pmcore.arrays import U64Array
     from pmcore.backends.sim.machine import Core
     from pmcore.backends.sim.physical.buddy import Pfns
 
@@ -55,6 +56,40 @@ def _swap_in(core: Core, inode: Inode, page: int, field: int) -> int:
     core.memory.frames.flags_at[pfn] |= CACHED | _DIRTY
     insert(core, inode, page, pfn)
     return pfn
+
+
+def simple(core: Core, words: U64Array) -> bool:
+    """Whether `swap_in_many` can take these swapped pages: slots of one area that nothing else names or caches."""
+    if core.memory.grouped or core.ksm.nodes:
+        return False
+    fields = (words & _FIELD).view(np.int64)
+    area, slots = core.swap.area(int(fields[0])), fields >> 5
+    if ((fields & 0x1F) != area.number).any() or area.merged:
+        return False
+    return bool((area.counts[slots] == 1).all()) and not area.cached[slots].any()
+
+
+def swap_in_many(core: Core, inode: Inode, pages: Pfns, words: U64Array) -> Pfns:
+    """`get_page` for neighbouring pages that `simple` allows; fewer frames than asked for when memory runs out."""
+    memory, fields = core.memory, (words & _FIELD).view(np.int64)
+    area = core.swap.area(int(fields[0]))
+    pfns = memory.pages(len(pages), pagecache.NEW_SHMEM | _DIRTY)
+    slots, frames = fields[: len(pfns)] >> 5, memory.frames
+    shadows, rows = area.shadow[slots], area.content[slots]
+    recent = (shadows != 0) & (memory.age - (shadows - 1) <= memory.managed)
+    frames.flags[pfns[recent]] |= np.uint64(PageFlag.ACTIVE)
+    memory.on_lru_pages(pfns)
+    frames.content[pfns] = rows
+    area.shadow[slots] = area.content[slots] = area.counts[slots] = 0
+    area.give_back(slots)
+    pagecache.add_at(core, inode, pages[: len(pfns)], pfns)
+    if len(pfns):
+        core.count("swap_in", len(pfns))
+    if not area.compressed:
+        read = ~memory.contents.zero(rows) if core.caps.swap_zeromap else np.ones(len(pfns), dtype=np.bool_)
+        if read.any():
+            core.count("pswpin", int(np.count_nonzero(read)))
+    return pfns
 
 
 def fill_holes(core: Core, inode: Inode, pages: Pfns) -> Pfns:

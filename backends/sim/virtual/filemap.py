@@ -13,9 +13,9 @@ from pmcore.arrays import BoolArray
 from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.physical.runs import at, runs
-from pmcore.backends.sim.services import diskfile, filesystem, readahead, userfaultfd
+from pmcore.backends.sim.services import diskfile, filesystem, pagecache, readahead, shmem, userfaultfd
 from pmcore.backends.sim.virtual import mapping
-from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, UFFD_WP, WRITE, YOUNG
+from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, SWAP, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import hwpoison_entries
 from pmcore.errors import AddressSpaceFault
@@ -260,7 +260,13 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
         if not ahead or not count:
             return 0
     words = inode.index.load(first, count)
-    if words.any() or ahead:
+    swapped = bool(words[0] & np.uint64(SWAP))
+    if swapped:
+        words = words[: pagecache.run(words)]
+        count = len(words)
+        if not shmem.simple(core, words):
+            return 0
+    elif words.any() or ahead:
         count = _ready(core, words, ahead=ahead)
         words = words[:count]
     if not count:
@@ -268,7 +274,11 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
     pages, short = np.arange(first, first + count, dtype=np.int64), False
     pfns = (words & _FIELD).view(np.int64)
     cached = words != 0
-    if not cached.any():
+    if swapped:
+        cached[:] = False
+        pfns = shmem.swap_in_many(core, inode, pages, words)
+        short = len(pfns) < count
+    elif not cached.any():
         pfns = filesystem.fill_holes(core, inode, pages)
         short = len(pfns) < count
     elif not cached.all():
@@ -305,8 +315,12 @@ def _ready(core: Core, words: U64Array, *, ahead: bool) -> int:
 
 
 def unprotect(core: Core, vma: VmArea, start: int, entries: U64Array) -> None:
-    """First writes through a shared mapping to neighbouring pages that are there, and that no userfaultfd protects."""
+    """First writes through a shared mapping to neighbouring pages that are there; protection resolves itself."""
     assert vma.file is not None
+    watched = (entries & np.uint64(UFFD_WP)) != 0
+    if watched.any():
+        entries &= np.uint64(~UFFD_WP & (1 << 64) - 1)
+        core.count("wp_async", int(np.count_nonzero(watched)))
     entries |= np.uint64(DIRTY | WRITE | YOUNG | core.soft_dirty)
     first = _page(core, vma, start)
     pages = np.arange(first, first + len(entries), dtype=np.int64)

@@ -10,8 +10,8 @@ import numpy as np
 from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.services import mthp, readahead, swapping, thp
-from pmcore.backends.sim.virtual import fault, filemap, hugetlb, mapping, zap
+from pmcore.backends.sim.services import mthp, readahead, swapping, thp, userfaultfd
+from pmcore.backends.sim.virtual import fault, filemap, hugetlb, mapping, protected, zap
 from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 
@@ -25,6 +25,8 @@ __all__ = ["touch"]
 _PRESENT, _WRITE = np.uint64(PRESENT), np.uint64(WRITE)
 #: Below this many pages one access after the other is faster.
 _FEW = 6
+#: Sorts of runs of entries, behind those of swap areas.
+_PROTECTED, _MARKER = 40, 41
 #: Whose faults are told to somebody: no page table is made before the first of them is answered.
 _WATCHED = VmFlag.UFFD_MISSING | VmFlag.UFFD_MINOR
 
@@ -147,6 +149,10 @@ def _ptes(
     if swapped.any() and not (write and vma.flags & VmFlag.UFFD_WP):
         chosen = swapping.simple(core, vma, entries, swapped)
         sort[chosen] = 2 + (entries[chosen] & np.uint64(0x1F)).astype(np.int8)
+    if write and core.on_fault is None and not vma.flags & VmFlag.LOCKED:
+        sort[protected.simple(core, vma, entries)] = _PROTECTED
+        if not orders:
+            sort[protected.markers(vma, entries)] = _MARKER
     bounds = [0, *(np.flatnonzero(np.diff(sort)) + 1).tolist(), count]
     for low, high in itertools.pairwise(bounds):
         slot = mm.tables.pte_slot(start + low * size)
@@ -156,7 +162,10 @@ def _ptes(
         elif sort[low] == 1:
             _tell(core, mm, start + low * size, fresh[low:high], write=write)
             _easy(core, mm, vma, part, fresh[low:high], write=write)
-        elif sort[low] and high - low > _FEW:
+        elif sort[low] in (_PROTECTED, _MARKER) and high - low > _FEW:
+            write_many = protected.write_many if sort[low] == _PROTECTED else protected.fill_many
+            write_many(core, mm, vma, part)
+        elif 2 <= sort[low] < _PROTECTED and high - low > _FEW:
             _tell(core, mm, start + low * size, swapped[low:high], write=write)
             swapping.swap_in_many(core, mm, vma, part, write=write)
             if write:  # what the mapping's flags kept from being writable at once is asked again
@@ -207,7 +216,9 @@ def _file(
         if not allowed.all():
             sort[entries == 0] = 1
             if write and vma.flags & VmFlag.SHARED:
-                sort[(entries & (wanted | np.uint64(UFFD_WP))) == _PRESENT] = 3
+                resolves = vma.flags & VmFlag.UFFD_WP and userfaultfd.resolves_itself(vma)
+                told = np.uint64(0 if resolves and core.on_fault is None else UFFD_WP)
+                sort[(entries & (wanted | told)) == _PRESENT] = 3
             bounds[1:1] = (np.flatnonzero(np.diff(sort)) + 1).tolist()
     for low, high in itertools.pairwise(bounds):
         place = low
