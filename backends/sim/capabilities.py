@@ -59,6 +59,21 @@ class Capabilities:
     thp: bool
     mthp: bool
     folio_mm_ids: bool
+    #: Whether a fault maps all of a file's large folio by PTEs, whether fault-around does, and whether zapping a run of
+    #: it notes one access.
+    fault_maps_folio: bool
+    around_maps_folio: bool
+    zap_batch: bool
+    #: Whether a large folio that is cut into is halved until the edge is one of its parts.
+    folio_split: bool
+    #: Whether read(2) of shared memory notes one access to a large folio, if it begins with it, not one to each page.
+    shmem_reads_folios: bool
+    #: Whether a large folio of shared memory is swapped out whole where the area has room for that.
+    shmem_swaps_folios: bool
+    #: Whether mapping all of a file's large folio in a locked mapping locks it.
+    mlock_whole_folios: bool
+    #: Whether zapping a PMD that maps a file's page notes that it was accessed.
+    zap_pmd_notes_access: bool
     lazyfree_batch: bool
     thp_aligned_mmap: bool
     large_folio_reuse: bool
@@ -199,6 +214,14 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         thp=has("mm.thp"),
         mthp=has("mm.mthp"),
         folio_mm_ids=has("mm.folio_mm_ids"),
+        fault_maps_folio=has("mm.fault_maps_folio"),
+        around_maps_folio=has("mm.around_maps_folio"),
+        zap_batch=has("mm.zap_batch"),
+        folio_split=has("mm.folio_split"),
+        shmem_reads_folios=has("mm.shmem_reads_folios"),
+        shmem_swaps_folios=has("mm.shmem_swaps_folios"),
+        mlock_whole_folios=has("mm.mlock_whole_folios"),
+        zap_pmd_notes_access=has("mm.zap_pmd_notes_access"),
         lazyfree_batch=has("mm.lazyfree_batch"),
         thp_aligned_mmap=has("mm.thp_aligned_mmap"),
         large_folio_reuse=has("mm.large_folio_reuse"),

@@ -417,7 +417,7 @@ def _files(core: Core, spaces: list[AddressSpace]) -> Iterator[Finding]:
             used.add(vma.file.number)
             for extent in mm.tables.extents(vma.start, vma.end):
                 pfns = (extent.entries[(extent.entries & _PRESENT) != 0] & _FIELD).astype(np.int64)
-                places = np.flatnonzero((extent.entries & _PRESENT) != 0) + (
+                places = np.flatnonzero((extent.entries & _PRESENT) != 0) * (extent.size >> shift) + (
                     extent.start - vma.start >> shift
                 )
                 cached = (frames.flags[pfns] & np.uint64(CACHED)) != 0

@@ -112,7 +112,10 @@ def capture(core: Core, tasks: dict[int, AddressSpace]) -> State:
         "swap": [None if area is None else _area(area) for area in core.swap.areas],
         "spaces": spaces,
         "pids": list(tasks),
-        "inodes": [[i.number, str(i.kind), i.name, i.size] for i in core.inodes.values()],
+        "inodes": [
+            [i.number, str(i.kind), i.name, i.size, *([i.fallocend] if i.fallocend else [])]
+            for i in core.inodes.values()
+        ],
         "opened": [file.inode.number for _, file in sorted(opened.values(), key=lambda o: o[0])],
         "anon_roots": sorted(
             {(v.anon_vma.number, v.anon_vma.root) for mm in tasks.values() for v in mm.vmas if v.anon_vma}
@@ -296,8 +299,8 @@ def rebuild(core: Core, state: State) -> dict[int, AddressSpace]:
     huge = _rebuild_hugetlb(core, words.get("hugetlb"))
     core.spaces.clear()
     core.inodes.clear()
-    for number, kind, name, size in words["inodes"]:
-        inode = core.inodes[number] = Inode(number, FileSystem(kind), name, size)
+    for number, kind, name, size, *fallocend in words["inodes"]:
+        inode = core.inodes[number] = Inode(number, FileSystem(kind), name, size, *fallocend)
         inode.index.put(arrays[f"inode.{number}.pages"], arrays[f"inode.{number}.words"])
         for part in _DISK if inode.on_disk else ():
             getattr(inode, part).put(arrays[f"inode.{number}.{part}.pages"], arrays[f"inode.{number}.{part}"])

@@ -281,6 +281,8 @@ KEPT = sorted((Path(__file__).parent / "kept").glob("*.json"))
 @pytest.mark.rule("UF-001", "UF-002", "UF-003", "UF-004", "UF-005")
 @pytest.mark.rule("UF-006", "UF-007", "UF-008", "UF-009", "UF-010", "UF-011", "UF-012")
 @pytest.mark.rule("TH-001", "TH-002", "TH-003", "TH-004", "TH-006", "TH-007", "TH-008", "TH-009")
+@pytest.mark.rule("HS-001", "HS-002", "HS-003", "HS-004", "HS-005", "HS-006", "HS-007", "HS-008", "HS-009")
+@pytest.mark.rule("HS-010", "HS-011")
 @pytest.mark.rule(*KSM)
 @pytest.mark.live
 @pytest.mark.xdist_group("live")

@@ -244,7 +244,6 @@ def test_what_is_not_modelled_says_so(machine):
     task = machine.spawn()
     for call in (
         lambda: task.lseek(task.memfd_create("x"), 0, 1),
-        lambda: task.madvise(task.mmap(PMD, flags=0x21), PMD, Madvise.COLLAPSE),
         lambda: task.madvise(task.mmap(PAGE), PAGE, Madvise.HWPOISON),
     ):
         with pytest.raises(NotModelled, match="not modelled"):

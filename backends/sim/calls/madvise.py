@@ -13,6 +13,7 @@ from pmcore.backends.sim.calls.refuse import Call, refuse
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import (
     collapse,
+    collapse_file,
     filesystem,
     ksm_merge,
     memory_failure,
@@ -256,9 +257,8 @@ def _collapse(core: Core, mm: AddressSpace, call: Call, vma: VmArea, low: int, h
         refuse(Errno.EINVAL, call, "hugetlb")
     if vma.file is not None and vma.file.on_disk:
         refuse(Errno.EINVAL, call, "pages of that file system are single pages")
-    if vma.file is not None:
-        raise NotModelled("MADV_COLLAPSE of a file's pages")
-    errno = collapse.collapse_range(core, mm, vma, low, high)
+    collapsing = collapse if vma.file is None else collapse_file
+    errno = collapsing.collapse_range(core, mm, vma, low, high)
     if errno:
         refuse(errno, call)
 

@@ -384,8 +384,8 @@ def _continue_many(core: Core, mm: AddressSpace, vma: VmArea, addr: int, stop: i
     if count <= _FEW:
         return 0
     pfns, frames = (words[:count] & np.uint64(FIELD)).view(np.int64), core.memory.frames
-    frames.flags[pfns] |= np.uint64(PageFlag.UPTODATE)
-    frames.mapcount[pfns] += 1
+    frames.flags[core.memory.whole_folios(pfns)] |= np.uint64(PageFlag.UPTODATE)
+    mapping.add_pages(core, mm, pfns)
     wanted = VmFlag.SHARED | VmFlag.WRITE
     bits = _entry(core, 0, mode, writable=vma.flags & wanted == wanted)
     core.pool.flat[slot : slot + count] = pfns.view(np.uint64) | np.uint64(bits)
@@ -438,7 +438,7 @@ def _continue_one(core: Core, mm: AddressSpace, vma: VmArea, addr: int, mode: in
     entry = core.pool.at[slot]
     if entry and not is_marker(entry):
         return 0, Errno.EEXIST
-    core.memory.frames.mapcount_at[pfn] += 1
+    mapping.add_page(core, mm, pfn)
     wanted = VmFlag.SHARED | VmFlag.WRITE
     core.pool.at[slot] = _entry(core, pfn, mode, writable=vma.flags & wanted == wanted)
     return 1, None

@@ -144,9 +144,9 @@ class LargeFolios:
         return ((folio.head, folio) for folio in self.values())
 
     @property
-    def mapped_by_pmd(self) -> int:
-        """Pages of the folios that a PMD maps."""
-        return sum(folio.pages for folio in self._counted.values() if folio.entire)
+    def heads_by_pmd(self) -> Pfns:
+        """Heads of the folios that a PMD maps."""
+        return np.array([f.head for f in self._counted.values() if f.entire], dtype=np.int64)
 
     # -- many at once ----------------------------------------------------------------------------------
 

@@ -297,6 +297,17 @@ class Memory:
             if len(mine):
                 zone.give_pages(mine)
 
+    def free_any(self, pfns: Pfns) -> None:
+        """Free pages, of large folios all of theirs, that nobody maps."""
+        compound = (self.frames.flags[pfns] & np.uint64(COMPOUND)) != 0 if self.large else None
+        if compound is not None and compound.any():
+            heads = pfns[compound & (self.frames.behind[pfns] == 0)]
+            for head in heads.tolist():
+                self.free_folio(self.large[head])
+            pfns = pfns[~compound]
+        if len(pfns):
+            self.free_pages(pfns)
+
     def free_folio(self, folio: LargeFolio) -> None:
         """Free a compound page."""
         del self.large[folio.head]
@@ -336,6 +347,18 @@ class Memory:
         self.frames.flags[part] &= np.uint64(~(COMPOUND | int(PageFlag.THP)) & (1 << 64) - 1)
         self.frames.behind[part] = 0
         del self.large[folio.head]
+
+    def divide(self, folio: LargeFolio, parts: list[tuple[int, int]]) -> None:
+        """Make smaller compound pages, and single ones, of one that nobody maps: first page and order of each."""
+        self.dissolve(folio)
+        flags, behind = self.frames.flags, self.frames.behind
+        for first, order in parts:
+            if order:
+                head, pages = folio.head + first, 1 << order
+                flags[head] |= np.uint64(HEAD | int(PageFlag.THP))
+                flags[head + 1 : head + pages] |= np.uint64(TAIL | int(PageFlag.THP))
+                behind[head : head + pages] = np.arange(pages, dtype=np.int32)
+                self.large[head] = LargeFolio(head, order)
 
     def dissolve_many(self, pfns: Pfns) -> int:
         """The same for compound pages of which these are all the pages; how many there were."""

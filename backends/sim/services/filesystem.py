@@ -45,7 +45,7 @@ def written(core: Core, inode: Inode, pages: Pfns, pfns: Pfns) -> None:
     if inode.on_disk:
         diskfile.written(core, inode, pages, pfns)
     else:
-        for _, where in runs(pfns):
+        for _, where in runs(core.memory.whole_folios(pfns)):
             core.memory.frames.flags[where] |= np.uint64(PageFlag.DIRTY)
 
 

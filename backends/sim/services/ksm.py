@@ -267,6 +267,8 @@ class Ksm(StableTree):
         places, pfns = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
         for extent in mm.tables.extents(start, end):
             entries = extent.entries
+            if extent.huge and cached:
+                continue
             if extent.huge:
                 pages = core.geometry.pmd_pages
                 steps = np.arange(pages, dtype=np.int64)

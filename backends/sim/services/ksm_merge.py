@@ -55,7 +55,7 @@ def page_at(core: Core, mm: AddressSpace, address: int) -> int:
     slot = mm.tables.pmd_slot(address)
     entry = core.pool.at[slot] if slot >= 0 else 0
     if entry & LEAF:
-        if entry & FIELD == core.huge_zero_pfn:
+        if entry & FIELD == core.huge_zero_pfn or core.memory.frames.flags_at[entry & FIELD] & CACHED:
             return -1
         return (entry & FIELD) + (address >> core.geometry.page_shift & core.geometry.pmd_pages - 1)
     if not entry & TABLE:

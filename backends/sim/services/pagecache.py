@@ -179,6 +179,8 @@ class Inode:
     #: As maps shows it.
     name: str
     size: int = 0
+    #: Of shmem: behind which page nothing was set aside by fallocate.
+    fallocend: int = 0
     index: Index = attrs.field(factory=Index)
     #: Of a file on a disk: what lies in its blocks, see `blocks.py`, and when pages were reclaimed (plus 1).
     blocks: Index = attrs.field(factory=Index)
@@ -269,7 +271,7 @@ def remove(core: Core, inode: Inode, first: int, end: int) -> None:
     pfns = (present & _FIELD).view(np.int64)
     if len(pfns):
         uncache(core, pfns)
-        core.memory.free_pages(pfns)
+        core.memory.free_any(pfns)
     if len(pfns) < len(words):
         core.swap.release(words[(words & _PRESENT) == 0] & _FIELD)
 

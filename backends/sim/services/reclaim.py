@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from pmcore.backends.sim.physical.buddy import Pfns
 from pmcore.backends.sim.physical.folios import LargeFolio
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, MOVED_YOUNG
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED, MOVED_YOUNG
 from pmcore.backends.sim.physical.memory import COMPOUND
-from pmcore.backends.sim.services import evict, filereclaim, pagecache, thp
+from pmcore.backends.sim.services import evict, filereclaim, pagecache, shmem_folio, thp
 from pmcore.backends.sim.services.batches import Runs, large_runs
 from pmcore.backends.sim.services.pagecache import Inode
+from pmcore.backends.sim.virtual import filepmd
 from pmcore.backends.sim.virtual.filemap import cached_only
 from pmcore.backends.sim.virtual.mapping import MLOCKED
 from pmcore.backends.sim.virtual.pte import (
@@ -35,6 +36,7 @@ from pmcore.backends.sim.virtual.pte import (
 from pmcore.backends.sim.virtual.tables import Extent
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
+from pmcore.errors import NotModelled
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
@@ -78,6 +80,10 @@ def _split_partial(core: Core, mm: AddressSpace, start: int, end: int) -> None:
                 if head == core.huge_zero_pfn or (start <= addr and addr + core.geometry.pmd_size <= end):
                     continue
                 folio = core.memory.large[head]
+                if core.memory.frames.flags_at[head] & CACHED:
+                    if not thp.maybe_shared(core, folio):
+                        _split_cached(core, folio)
+                    continue
                 if folio.mapped == folio.entire == 1:
                     vma = mm.vmas.at(addr)
                     assert vma is not None
@@ -89,8 +95,18 @@ def _split_partial(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         runs = runs.take(~runs.whole)
         for head, first in zip(runs.head.tolist(), runs.first.tolist(), strict=True):
             part = core.memory.large.get(head)
-            if part is not None and not thp.maybe_shared(core, part):
+            if part is None or thp.maybe_shared(core, part):
+                continue
+            if core.memory.frames.flags_at[head] & CACHED:
+                _split_cached(core, part)
+            else:
                 thp.split_folio(core, mm, part, begin + first * core.geometry.page_size)
+
+
+def _split_cached(core: Core, folio: LargeFolio) -> None:
+    """Make single pages, which nobody maps, of a large folio of shared memory."""
+    inode = core.inodes[int(core.memory.frames.owner[folio.head])]
+    shmem_folio.split(core, inode, folio)
 
 
 def _whole_runs(core: Core, start: int, entries: U64Array) -> tuple[Runs, BoolArray]:
@@ -171,7 +187,7 @@ def cold(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> Non
             for addr, whole in _huge_blocks(core, extent, start, end):
                 slot = mm.tables.pmd_slot(addr)
                 folio = core.memory.large[core.pool.at[slot] & FIELD]
-                if whole and folio.mapped == 1:
+                if whole and not _others_map(core, folio):
                     core.pool.at[slot] &= ~YOUNG
                     frames.clear_bits(folio.head, folio.pages, _ACCESSED | _ACTIVE)
                     core.memory.on_lru(folio.head, folio.pages)
@@ -296,6 +312,7 @@ def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
         for slot in few:
             _page_out(core, slot)
         return
+    large: list[int] = []
     # A huge page that is taken apart gets a table, for which the pool may move: extents are looked up one by one.
     for first, last in [(extent.start, extent.end) for extent in mm.tables.extents(start, end)]:
         [extent] = mm.tables.extents(first, last)
@@ -303,7 +320,12 @@ def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
             for addr, whole in _huge_blocks(core, extent, start, end):
                 slot = mm.tables.pmd_slot(addr)
                 folio = core.memory.large[core.pool.at[slot] & FIELD]
-                if whole and folio.mapped == 1 and not core.memory.frames.flags_at[folio.head] & MLOCKED:
+                if not whole or _others_map(core, folio):
+                    continue
+                if vma.file is not None:
+                    core.pool.at[slot] &= ~YOUNG if not core.caps.pageout_keeps_young else _ALL
+                    large.append(folio.head)
+                elif not core.memory.frames.flags_at[folio.head] & MLOCKED:
                     _huge_out(core, mm, vma, addr, folio)
             continue
         chosen = _own_pages(core, extent.start, extent.entries)
@@ -314,10 +336,35 @@ def pageout(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> 
             if cached.any() and vma.file.on_disk:
                 filereclaim.page_out(core, vma, vma.file, extent.entries, np.flatnonzero(cached))
             elif cached.any():
-                _shmem_out(core, mm, vma, vma.file, extent.entries, np.flatnonzero(cached))
+                large += _large_heads(core, extent.entries[cached])
+                _shmem_out(
+                    core,
+                    mm,
+                    vma,
+                    vma.file,
+                    extent.entries,
+                    np.flatnonzero(cached & _small(core, extent.entries)),
+                )
             chosen &= ~cached
         if chosen.any():
             _out(core, mm, extent.start, extent.entries, np.flatnonzero(chosen))
+    for head in large:
+        _shmem_folio_out(core, head)
+
+
+def _others_map(core: Core, folio: LargeFolio) -> bool:
+    """Whether a huge page that a PMD maps is mapped by more than who asks; of a file also by him in another place."""
+    if core.memory.frames.flags_at[folio.head] & CACHED:
+        return thp.maybe_shared(core, folio)
+    return folio.mapped != 1
+
+
+def _large_heads(core: Core, entries: U64Array) -> list[int]:
+    """Heads of the large folios that entries map, ascending."""
+    frames, pfns = core.memory.frames, (entries & _FIELD).view(np.int64)
+    pfns = pfns[(frames.flags[pfns] & np.uint64(COMPOUND)) != 0]
+    heads: list[int] = np.unique(pfns - frames.behind[pfns]).tolist()
+    return heads
 
 
 def _page_out(core: Core, slot: int) -> None:
@@ -453,13 +500,41 @@ def _shmem_out(
     frames.flags[pfns[(old & np.uint64(DIRTY)) != 0]] |= np.uint64(_DIRTY)
     armed = bool(vma.flags & VmFlag.UFFD_WP)
     entries[index] = np.where(armed & ((old & np.uint64(UFFD_WP)) != 0), np.uint64(UFFD_MARKER), np.uint64(0))
+    frames.mapcount[pfns] = 0
+    _shmem_leaves(core, inode, pfns)
+
+
+def _shmem_folio_out(core: Core, head: int) -> None:
+    """Reclaim a large folio of shared memory, whoever maps it: a clean one is dropped, the others go page by page."""
+    frames = core.memory.frames
+    folio = core.memory.large.get(head)
+    if folio is None:
+        return
+    frames.clear_bits(head, folio.pages, _ACCESSED)
+    if frames.flags_at[head] & MLOCKED:
+        return
+    inode, first = core.inodes[int(frames.owner[head])], int(frames.index[head])
+    filepmd.unmap(core, inode, first, first + folio.pages)
+    if core.caps.shmem_swaps_folios and any(area.large_folios for area in core.swap.order):
+        raise NotModelled(
+            "swapping out a large folio of shared memory whole", remedy="a swap area without clusters"
+        )
+    folio = core.memory.large[head]
+    if frames.flags_at[head] & _DIRTY or not core.caps.shmem_swaps_folios:
+        shmem_folio.split(core, inode, folio)
+    words = inode.index.load(first, folio.pages)
+    _shmem_leaves(core, inode, (words[(words & _PRESENT) != 0] & _FIELD).view(np.int64))
+
+
+def _shmem_leaves(core: Core, inode: Inode, pfns: Pfns) -> None:
+    """Pages of a shmem file that nobody maps leave memory: dropped if never written, else to swap if there is room."""
+    frames = core.memory.frames
     dirty = (frames.flags[pfns] & np.uint64(_DIRTY)) != 0
     clean, pfns = pfns[~dirty], pfns[dirty]
     if len(clean):
         inode.index.put(frames.index[clean], np.zeros(len(clean), dtype=np.uint64))
         pagecache.uncache(core, clean)
-        _drop(core, mm, clean)
-    frames.mapcount[pfns] = 0
+        core.memory.free_any(clean)
     fields = core.swap.take(len(pfns))
     pfns, kept = pfns[: len(fields)], pfns[len(fields) :]
     frames.flags[kept] |= np.uint64(_ACTIVE)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.physical.frames import CACHED
-from pmcore.backends.sim.services import pagecache, swapping
+from pmcore.backends.sim.physical.memory import COMPOUND
+from pmcore.backends.sim.services import pagecache, shmem_folio, swapping
 from pmcore.backends.sim.services.pagecache import MANY, PIECE, Inode
 from pmcore.backends.sim.virtual import accessed, zap
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
@@ -30,7 +31,7 @@ def get_page(core: Core, inode: Inode, page: int, flags: int = pagecache.NEW_SHM
     word = inode.index.get(page)
     if word & PRESENT:
         pfn = word & FIELD
-        core.memory.frames.flags_at[pfn] |= _UPTODATE  # set aside by fallocate: zeros from here on
+        _set(core, pfn, _UPTODATE)  # set aside by fallocate: zeros from here on
         return pfn
     if word:
         return _swap_in(core, inode, page, word & FIELD)
@@ -38,6 +39,24 @@ def get_page(core: Core, inode: Inode, page: int, flags: int = pagecache.NEW_SHM
     core.memory.on_lru(pfn)
     insert(core, inode, page, pfn)
     return pfn
+
+
+def _set(core: Core, pfn: int, bits: int) -> None:
+    """Set flags of the folio that a page belongs to."""
+    frames = core.memory.frames
+    if frames.flags_at[pfn] & COMPOUND:
+        folio = core.memory.large[pfn - frames.behind_at[pfn]]
+        frames.set_bits(folio.head, folio.pages, bits)
+    else:
+        frames.flags_at[pfn] |= bits
+
+
+def _any_large(core: Core, words: U64Array) -> bool:
+    """Whether large folios are among the pages of a run that are in memory."""
+    if not core.memory.large or not words[0] & _PRESENT:
+        return False
+    pfns = (words & _FIELD).view(np.int64)
+    return bool((core.memory.frames.flags[pfns] & np.uint64(COMPOUND)).any())
 
 
 def insert(core: Core, inode: Inode, page: int, pfn: int) -> None:
@@ -122,16 +141,21 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
         row = frames.content_at[pfn]
         part = data[position - offset : stop - offset]
         frames.content_at[pfn] = contents.write(row, position & size - 1, part)
-        frames.flags_at[pfn] |= _DIRTY
+        _set(core, pfn, _DIRTY)
         inode.size = max(inode.size, stop)
         position = stop
 
 
 def _write_many(core: Core, inode: Inode, page: int, data: memoryview) -> int:
-    """Write whole pages, as many as are of one sort from that one on; 0 where they lie in swap. Raises NoMemory."""
+    """Write whole pages, as many as are of one sort from that one on. Raises NoMemory.
+
+    0 where they lie in swap, or large folios are among them.
+    """
     size, frames = core.geometry.page_size, core.memory.frames
     words = inode.index.load(page, min(len(data) // size, PIECE))
     count = pagecache.run(words)
+    if _any_large(core, words[:count]):
+        return 0
     pfns = (words[:count] & _FIELD).view(np.int64)
     if not words[0]:
         pfns = core.memory.pages(count, pagecache.NEW_SHMEM | _REFERENCED)
@@ -165,7 +189,7 @@ def pread(core: Core, inode: Inode, length: int, offset: int) -> bytes:
                 pieces.append(bytes(len(words) * size))
                 position += len(words) * size
                 continue
-            if words[0] & _PRESENT:
+            if words[0] & _PRESENT and not _any_large(core, words):
                 pfns = (words & _FIELD).view(np.int64)
                 frames.flags[pfns] |= np.uint64(_UPTODATE)
                 accessed.mark(core, pfns)
@@ -175,7 +199,8 @@ def pread(core: Core, inode: Inode, length: int, offset: int) -> bytes:
         stop = min(end, (position & -size) + size)
         if inode.index.get(position // size):
             pfn = get_page(core, inode, position // size)
-            if not position & size - 1:
+            behind = frames.behind_at[pfn] if core.caps.shmem_reads_folios else 0
+            if not position & size - 1 and not behind:  # read from the beginning of the folio on
                 accessed.mark_one(core, pfn)
             row = frames.content_at[pfn]
             pieces.append(core.memory.contents.read(row, position & size - 1, stop - position))
@@ -189,13 +214,21 @@ def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: 
     """Have pages for the range. Raises NoMemory with those that were made taken away again."""
     size = core.geometry.page_size
     made: list[tuple[int, int]] = []
+    was, inode.fallocend = inode.fallocend, max(inode.fallocend, -(-(offset + length) // size))
     clock, count = core.memory.lru_clock, 0
     page, end = offset // size, -(-(offset + length) // size)
     while page < end:
         words = inode.index.load(page, min(end - page, PIECE))
         run = pagecache.run(words)
+        if words[0] & _PRESENT:
+            pfns = core.memory.whole_folios((words[:run] & _FIELD).view(np.int64))
+            core.memory.frames.flags[pfns] |= np.uint64(
+                _UPTODATE | _DIRTY
+            )  # what was set aside before is zeros now
+            page += run
+            continue
         if words[0]:
-            for place in range(page, page + run) if not words[0] & _PRESENT else ():
+            for place in range(page, page + run):
                 get_page(core, inode, place)
             page += run
             continue
@@ -205,6 +238,7 @@ def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: 
         made.append((page, page + len(pfns)))
         count += len(pfns)
         if len(pfns) < run:
+            inode.fallocend = was
             for first, last in made:
                 pagecache.remove(core, inode, first, last)
             if core.memory.lru_clock == clock + count:
@@ -222,6 +256,8 @@ def truncate(core: Core, inode: Inode, length: int) -> None:
         inode.size = length
         first = -(-length // size)
         zap.unmap_file(core, inode, first, 1 << 51, even_cows=True)
+        inode.fallocend = min(inode.fallocend, first)
+        shmem_folio.cut(core, inode, length, 1 << 63)
         pagecache.remove(core, inode, first, 1 << 51)
         if length % size:
             _zero(core, inode, length // size, length % size, size)
@@ -235,9 +271,13 @@ def punch_hole(core: Core, inode: Inode, offset: int, length: int) -> None:
     first, last = -(-offset // size), end // size
     if first < last:
         zap.unmap_file(core, inode, first, last, even_cows=False)
-        pagecache.remove(core, inode, first, last)
     if end < size:
         zap.unmap_file(core, inode, first, 1 << 51, even_cows=False)  # DV-029
+    if first < inode.fallocend <= last:
+        inode.fallocend = first
+    shmem_folio.cut(core, inode, offset, end)
+    if first < last:
+        pagecache.remove(core, inode, first, last)
     if first > last:
         _zero(core, inode, last, offset % size, end % size)
         return
@@ -257,4 +297,4 @@ def _zero(core: Core, inode: Inode, page: int, low: int, high: int) -> None:
     frames = core.memory.frames
     if frames.content_at[pfn]:
         frames.content_at[pfn] = core.memory.contents.write(frames.content_at[pfn], low, bytes(high - low))
-    frames.flags_at[pfn] |= _DIRTY
+    _set(core, pfn, _DIRTY)

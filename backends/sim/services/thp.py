@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import LargeFolio, NoMemory
-from pmcore.backends.sim.virtual import mapping, rmap
+from pmcore.backends.sim.virtual import accessed, filepmd, mapping, rmap
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
     FIELD,
@@ -81,6 +81,9 @@ def maybe_shared(core: Core, folio: LargeFolio) -> bool:
         return False
     if core.caps.folio_mm_ids:
         return folio.shared
+    if core.memory.frames.flags_at[folio.head] & CACHED:
+        once = core.memory.frames.mapcount_at[folio.head] <= 1
+        return bool(folio.entire) or folio.mapped > folio.pages or not once
     # Older kernels guess: mapped too often for one process, or its first page is mapped twice.
     # They are right here where they take one for unshared: taking a shared one apart is not modelled.
     first = core.memory.frames.mapcount_at[folio.head]
@@ -166,8 +169,12 @@ def split_at(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> None:
 def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int, *, migrating: bool = False) -> None:
     """Map the huge page at `start` by PTEs; the folio stays as it is. Raises NoMemory.
 
-    `migrating`: on the way to being taken apart; then soft-dirty stays as it was.
+    `migrating`: on the way to being taken apart; then soft-dirty stays as it was. In a mapping of a file no PTE is
+    made: faults find the page again.
     """
+    if vma.file is not None:
+        filepmd.drop(core, mm, vma, start)
+        return
     row = core.pool.take_one()
     mm.tables.tables[0] += 1
     slot = mm.tables.pmd_slot(start)
@@ -198,9 +205,20 @@ def split_pmd(core: Core, mm: AddressSpace, vma: VmArea, start: int, *, migratin
 
 
 def zap_pmd(core: Core, mm: AddressSpace, vma: VmArea, entry: int) -> None:
-    """Uncount a huge page whose PMD is being emptied."""
-    if entry & FIELD != core.huge_zero_pfn:
-        mapping.remove_pmd(core, mm, vma, core.memory.large[entry & FIELD])
+    """Uncount a huge page whose PMD is being emptied; a file's is told what the PMD knew of it."""
+    if entry & FIELD == core.huge_zero_pfn:
+        return
+    folio = core.memory.large[entry & FIELD]
+    if vma.file is not None and entry & DIRTY:
+        core.memory.frames.set_bits(folio.head, folio.pages, int(PageFlag.DIRTY))
+    mapping.remove_pmd(core, mm, vma, folio)
+    if (
+        vma.file is not None
+        and entry & YOUNG
+        and core.caps.zap_pmd_notes_access
+        and not vma.flags & core.caps.no_recency
+    ):
+        accessed.mark_one(core, folio.head)
 
 
 def _locked(mm: AddressSpace, addresses: Pfns) -> BoolArray:

@@ -58,12 +58,29 @@ def _pages(core: Core) -> dict[str, int]:
     return found
 
 
+def _huge(core: Core) -> tuple[int, int, int]:
+    """Pages of huge pages of shared memory, of those that a PMD maps, and of anonymous ones that a PMD maps."""
+    large, frames = core.memory.large, core.memory.frames
+    if not large:
+        return 0, 0, 0
+    wanted = np.uint64(CACHED | PageFlag.COMPOUND_HEAD)
+    heads = np.flatnonzero((frames.flags & wanted) == wanted)
+    cached = int((large.orders(heads) == core.geometry.pmd_order).sum()) << core.geometry.pmd_order
+    entire = large.heads_by_pmd
+    mapped = int(((frames.flags[entire] & np.uint64(CACHED)) != 0).sum()) << core.geometry.pmd_order
+    return cached, mapped, (len(entire) << core.geometry.pmd_order) - mapped
+
+
 def vmstat(core: Core) -> str:
     """Lines that would count what is not modelled are left out (rule FS-015)."""
     rows = {name: pages for name, pages in _pages(core).items() if name.startswith("nr_")}
     if core.caps.thp:
         pmd_pages = core.geometry.pmd_pages
-        rows["nr_anon_transparent_hugepages"] = core.memory.large.mapped_by_pmd // pmd_pages
+        shmem, mapped, anon = _huge(core)
+        rows["nr_shmem_hugepages"] = shmem // pmd_pages
+        rows["nr_shmem_pmdmapped"] = mapped // pmd_pages
+        rows["nr_file_hugepages"] = rows["nr_file_pmdmapped"] = 0
+        rows["nr_anon_transparent_hugepages"] = anon // pmd_pages
     events = {**_EVENTS, **(_THP_EVENTS if core.caps.thp else {})}
     rows |= {name: core.counters[event] for name, event in events.items()}
     return "".join(f"{name} {value}\n" for name, value in rows.items())
@@ -101,6 +118,8 @@ def meminfo(core: Core) -> str:
         poisoned = core.memory.frames.flags & np.uint64(PageFlag.HWPOISON)
         rows["HardwareCorrupted"] = int(np.count_nonzero(poisoned))
     if core.caps.thp:
-        rows["AnonHugePages"] = core.memory.large.mapped_by_pmd
+        shmem, mapped, anon = _huge(core)
+        rows |= {"AnonHugePages": anon, "ShmemHugePages": shmem, "ShmemPmdMapped": mapped}
+        rows |= {"FileHugePages": 0, "FilePmdMapped": 0}
     lines = [f"{name + ':':<16}{pages * kilobytes:8d} kB\n" for name, pages in rows.items()]
     return "".join(lines) + (huge_view.meminfo(core) if core.caps.hugetlb else "")

@@ -82,6 +82,7 @@ def rollup(core: Core, mm: AddressSpace) -> SmapsEntry:
 class _Counters:
     def __init__(self) -> None:
         self.ksm = self.rss = self.anonymous = self.lazyfree = self.huge = self.referenced = 0
+        self.shmem_huge = 0
         self.swap = self.swap_pss = self.pss = self.pss_dirty = self.pss_anon = self.pss_locked = 0
         self.kinds = [0, 0, 0, 0]  # shared clean, shared dirty, private clean, private dirty
 
@@ -115,7 +116,10 @@ def _gather(core: Core, mm: AddressSpace, vma: VmArea, sums: _Counters) -> None:
         entries = extent.entries
         if extent.huge:
             entries = entries[(entries & _FIELD) != np.uint64(core.huge_zero_pfn)]
-            sums.huge += len(entries) * extent.size
+            if vma.file is None:
+                sums.huge += len(entries) * extent.size
+            else:
+                sums.shmem_huge += len(entries) * extent.size
             # The offset of a migration entry is what counts the pages.
             step = np.where((entries & _PRESENT) != 0, np.uint64(1), np.uint64(1 << MAX_SWAPFILES_SHIFT))
             pages = np.arange(core.geometry.pmd_pages, dtype=np.uint64)
@@ -148,7 +152,7 @@ def _shown(core: Core, sums: _Counters, *, rollup: bool = False) -> dict[str, in
         "KSM": sums.ksm,
         "LazyFree": sums.lazyfree,
         "AnonHugePages": sums.huge,
-        "ShmemPmdMapped": 0,
+        "ShmemPmdMapped": sums.shmem_huge,
         "FilePmdMapped": 0,
         "Shared_Hugetlb": 0,
         "Private_Hugetlb": 0,
@@ -191,7 +195,8 @@ def _shmem_swap(core: Core, mm: AddressSpace, vma: VmArea, sums: _Counters, size
     if vma.flags & VmFlag.WRITE and not vma.flags & VmFlag.SHARED:
         for extent in mm.tables.extents(vma.start, vma.end):
             first = extent.start - vma.start >> core.geometry.page_shift
-            there[first : first + len(extent.entries)] &= extent.entries == 0
+            if not extent.huge:
+                there[first : first + len(extent.entries)] &= extent.entries == 0
     sums.swap += int(there.sum()) * size
 
 

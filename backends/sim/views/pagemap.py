@@ -109,6 +109,10 @@ def _mark_files(
     """Show which pages of a range are a file's: all that are present but private copies."""
     shift, frames = core.geometry.page_shift, core.memory.frames
     for extent in mm.tables.extents(start, end):
+        if extent.huge:
+            low, high = max(extent.start, start), min(extent.end, end)
+            out[(low >> shift) - start_vpn : (high >> shift) - start_vpn] |= np.uint64(_FILE)
+            continue
         first = (extent.start >> shift) - start_vpn
         target = out[first : first + len(extent.entries)]
         if shared and core.migration is None:  # there are no private copies

@@ -108,7 +108,7 @@ class SimTables:
             if low > position:
                 yield self._hole(position, low)
             if extent.huge:
-                yield self._huge(extent.start, extent.entries, start, end)
+                yield self._huge(extent.start, extent.entries, start, end, file=file != 0)
             else:
                 for first in range(low, high, _PIECE << shift):
                     slot = self._mm.tables.pte_slot(first)
@@ -137,12 +137,13 @@ class SimTables:
             entries, shift = entries >> np.uint64(shift) | cached, 0
         return CodedLeaves(start, size, entries, shift, palette)
 
-    def _huge(self, base: int, entries: U64Array, start: int, end: int) -> LeafBatch:
+    def _huge(self, base: int, entries: U64Array, start: int, end: int, *, file: bool) -> LeafBatch:
         size = self._core.geometry.pmd_size
         first = np.arange(base, base + len(entries) * size, size, dtype=np.uint64)
         caps = self._core.caps
         codes = (entries >> np.uint64(_CODE_SHIFT)).view(np.int64)
-        words = _palette(caps.soft_dirty, caps.scan_guard).categories[codes] | np.uint64(PageCategory.HUGE)
+        words = _palette(caps.soft_dirty, caps.scan_guard).categories[codes]
+        words = words | np.uint64(PageCategory.HUGE | (PageCategory.FILE if file else 0))
         return LeafBatch(
             start=np.maximum(first, np.uint64(start)),
             end=np.minimum(first + np.uint64(size), np.uint64(end)),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.services import mthp, swapping, thp, userfaultfd
-from pmcore.backends.sim.virtual import filemap, hugetlb, mapping
+from pmcore.backends.sim.virtual import filemap, filepmd, hugetlb, mapping
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
     FIELD,
@@ -89,7 +89,9 @@ def _access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool
                 return (pmd & FIELD) + (addr >> core.geometry.page_shift & core.geometry.pmd_pages - 1)
             if core.on_fault is not None:
                 core.on_fault(mm, addr, write)
-            if pmd & UFFD_WP and vma.flags & VmFlag.UFFD_WP:
+            if vma.file is not None:
+                filepmd.drop(core, mm, vma, addr & -core.geometry.pmd_size)
+            elif pmd & UFFD_WP and vma.flags & VmFlag.UFFD_WP:
                 if not userfaultfd.resolves_itself(vma):
                     raise userfaultfd.blocked(vma, addr)
                 thp.split_pmd(core, mm, vma, addr & -core.geometry.pmd_size)
@@ -109,6 +111,9 @@ def _access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool
                 continue
         if vma.file is not None and not pmd:
             filemap.inside(core, mm, vma, addr, write=write)
+            if core.memory.large and filemap.fault_pmd(core, mm, vma, addr, write=write):
+                at = core.pool.at
+                continue
         if pmd & TABLE:
             slot = mm.tables.slot_in(pmd, addr)
         else:
@@ -184,7 +189,7 @@ def _write_protected(core: Core, mm: AddressSpace, vma: VmArea, addr: int, slot:
         core.pool.at[slot] = pte | WRITE | DIRTY | YOUNG | core.soft_dirty
         if vma.file is not None and vma.file.on_disk:
             filemap.told(core, vma, addr, pfn)
-        frames.flags_at[pfn] |= int(PageFlag.DIRTY)
+        filemap.dirty(core, pfn)
         return
     if pfn != core.zero_pfn and (frames.flags_at[pfn] & ANON_EXCLUSIVE or _reusable(core, mm, pfn)):
         frames.flags_at[pfn] |= ANON_EXCLUSIVE

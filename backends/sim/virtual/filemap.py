@@ -11,11 +11,11 @@ import numpy as np
 
 from pmcore.arrays import BoolArray
 from pmcore.backends.sim.physical.frames import CACHED
-from pmcore.backends.sim.physical.memory import NoMemory
-from pmcore.backends.sim.physical.runs import at, runs
+from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
+from pmcore.backends.sim.physical.runs import at
 from pmcore.backends.sim.services import diskfile, filesystem, pagecache, readahead, shmem, userfaultfd
-from pmcore.backends.sim.virtual import mapping
-from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, SWAP, UFFD_WP, WRITE, YOUNG
+from pmcore.backends.sim.virtual import filepmd, mapping
+from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, LEAF, PRESENT, SWAP, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import hwpoison_entries
 from pmcore.errors import AddressSpaceFault
@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["cached_only", "end_address", "fault", "inside", "told", "touch", "unprotect", "window"]
+__all__ = [
+    "cached_only",
+    "dirty",
+    "end_address",
+    "fault",
+    "fault_pmd",
+    "inside",
+    "told",
+    "touch",
+    "unprotect",
+    "window",
+]
 
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 #: RECLAIM and the mark of readahead are one bit: fault-around leaves such pages alone.
@@ -51,15 +62,6 @@ def _end(core: Core, vma: VmArea) -> int:
     """Pages of the file: accesses from there on are SIGBUS."""
     assert vma.file is not None
     return vma.file.size + core.geometry.page_size - 1 >> core.geometry.page_shift
-
-
-def _may_write(core: Core, vma: VmArea) -> bool:
-    """Whether a page that is mapped without having been written may be written without a fault."""
-    if not vma.flags & VmFlag.WRITE or not vma.flags & VmFlag.SHARED:
-        return False
-    if vma.file is not None and vma.file.on_disk:
-        return False  # the file system is told of the first write
-    return not vma.flags & VmFlag.UFFD_WP and (not core.soft_dirty or bool(vma.flags & VmFlag.SOFTDIRTY))
 
 
 def fault(
@@ -121,18 +123,87 @@ def fault(
         core.pool.at[slot] = entry if protected else entry | WRITE
         core.count("copy_on_write")
         return
-    frames.mapcount_at[pfn] += 1
-    if vma.flags & VmFlag.LOCKED:
-        mapping.mlock(core, pfn, 1)
     entry = pfn | PRESENT | YOUNG | protected
+    large = frames.flags_at[pfn] & COMPOUND
     if write:
         entry |= DIRTY | core.soft_dirty | (0 if protected else WRITE)
         if inode.on_disk:
             told(core, vma, addr, pfn)
-        frames.flags_at[pfn] |= int(PageFlag.DIRTY)
-    elif not protected and _may_write(core, vma):
+        dirty(core, pfn)
+    elif not protected and filepmd.may_write(core, vma):
         entry |= WRITE
+    if large and _map_folio(core, mm, vma, addr, page, entry ^ pfn):
+        return
+    mapping.add_page(core, mm, pfn)
+    if vma.flags & VmFlag.LOCKED and not large:
+        mapping.mlock(core, pfn, 1)
     core.pool.at[slot] = entry
+
+
+def fault_pmd(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool) -> bool:
+    """An access where there is no page table: map the huge page that the file has there by a PMD, if it can be.
+
+    What lies behind the end of the file is mapped with it where a read comes to it by fault-around.
+    """
+    slot = mm.tables.pmd_slot(addr)
+    mapped = slot >= 0 and bool(core.pool.at[slot] & LEAF)  # by those who looked who is to be told
+    if not mapped:
+        if write and not vma.flags & VmFlag.SHARED:
+            return False
+        folio = filepmd.folio_at(core, vma, _page(core, vma, addr))
+        if folio is None or not filepmd.map_pmd(
+            core, mm, vma, addr, folio, write=write, writable=filepmd.may_write(core, vma)
+        ):
+            return False
+        told = int(PageFlag.UPTODATE) | (int(PageFlag.DIRTY) if write else 0)
+        core.memory.frames.set_bits(folio.head, folio.pages, told)
+    if core.on_fault is not None:
+        core.on_fault(mm, addr, write)
+    return True
+
+
+def dirty(core: Core, pfn: int) -> None:
+    """The page was written, and with it the folio that it belongs to."""
+    frames = core.memory.frames
+    if frames.flags_at[pfn] & COMPOUND:
+        folio = core.memory.large[pfn - frames.behind_at[pfn]]
+        frames.set_bits(folio.head, folio.pages, int(PageFlag.DIRTY))
+    else:
+        frames.flags_at[pfn] |= int(PageFlag.DIRTY)
+
+
+def _map_folio(core: Core, mm: AddressSpace, vma: VmArea, addr: int, page: int, bits: int) -> bool:
+    """Map all of the large folio that the page belongs to by PTEs, if none of them is there (finish_fault)."""
+    folio = filepmd.folio_at(core, vma, page)
+    if folio is None or not core.caps.fault_maps_folio or vma.uffd is not None:
+        return False
+    start = filepmd.place_of(core, vma, addr, folio)
+    if start < 0:
+        return False
+    slot = mm.tables.pte_slot(start)
+    entries = core.pool.flat[slot : slot + folio.pages]
+    if entries.any():
+        return False
+    pfns = np.arange(folio.head, folio.head + folio.pages, dtype=np.int64)
+    mapping.add_pages(core, mm, pfns)
+    entries[:] = pfns.view(np.uint64) | np.uint64(bits)
+    _lock(core, vma, pfns)
+    return True
+
+
+def _lock(core: Core, vma: VmArea, pfns: Pfns) -> None:
+    """Pages were mapped in a VMA: if it is locked, so are they; of large folios those that are mapped whole at once."""
+    if not vma.flags & VmFlag.LOCKED:
+        return
+    frames = core.memory.frames
+    compound = (frames.flags[pfns] & np.uint64(COMPOUND)) != 0
+    for pfn in pfns[~compound].tolist():
+        mapping.mlock(core, pfn, 1)
+    if core.caps.mlock_whole_folios and compound.any():
+        heads, counts = np.unique(pfns[compound] - frames.behind[pfns[compound]], return_counts=True)
+        for head, count in zip(heads.tolist(), counts.tolist(), strict=True):
+            if core.memory.large[head].pages == count:
+                mapping.mlock(core, head, count)
 
 
 def told(core: Core, vma: VmArea, addr: int, pfn: int) -> None:
@@ -159,6 +230,9 @@ def inside(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool)
     if _page(core, vma, addr) >= _end(core, vma):
         if not write and not vma.flags & _NO_AROUND:
             map_around(core, mm, vma, addr)
+            slot = mm.tables.pmd_slot(addr)
+            if slot >= 0 and core.pool.at[slot] & LEAF:
+                return  # a huge page that reaches beyond the end
         elif write and not vma.flags & VmFlag.SHARED:
             mm.prepare_anon(vma)
         raise _behind(addr)
@@ -211,13 +285,15 @@ def _map_cached(
         and ready[0][0] >= end - first - 1
     ):
         return False  # a page table comes with what could be part of a larger folio: not with the last page of the file
+    if core.memory.large and any(frames.flags_at[pfn] & COMPOUND for _, pfn in ready):
+        return _map_large(core, mm, vma, low, words, [place for place, _ in ready])
     if slot >= 0:
         at = core.pool.at
         ready = [(place, pfn) for place, pfn in ready if not at[slot + place]]
         if not ready:
             return False
     slot, at = mm.tables.make_pte_slot(low), core.pool.at
-    bits = PRESENT | YOUNG | (WRITE if _may_write(core, vma) else 0)
+    bits = PRESENT | YOUNG | (WRITE if filepmd.may_write(core, vma) else 0)
     for place, pfn in ready:
         frames.mapcount_at[pfn] += 1
         if vma.flags & VmFlag.LOCKED:
@@ -226,14 +302,58 @@ def _map_cached(
     return True
 
 
-def _map(core: Core, vma: VmArea, pfns: Pfns) -> U64Array:
+def _map_large(
+    core: Core, mm: AddressSpace, vma: VmArea, low: int, words: list[int], places: list[int]
+) -> bool:
+    """`_map_cached` of pages some of which belong to large folios: by a PMD, or all of a folio if it fits."""
+    frames, size = core.memory.frames, core.geometry.page_size
+    pfns = (np.array(words, dtype=np.uint64) & _FIELD).view(np.int64)
+    ready = np.zeros(len(pfns), dtype=np.bool_)
+    ready[places] = True
+    first = int(np.argmax(ready))
+    addr = low + first * size
+    folio = filepmd.folio_at(core, vma, _page(core, vma, addr))
+    slot = mm.tables.pmd_slot(addr)
+    if (
+        folio is not None
+        and not (slot >= 0 and core.pool.at[slot])
+        and filepmd.map_pmd(core, mm, vma, addr, folio, write=False, writable=filepmd.may_write(core, vma))
+    ):
+        return True
+    assert vma.file is not None
+    begin, end = low, low + len(pfns) * size
+    compound = ready & ((frames.flags[pfns] & np.uint64(COMPOUND)) != 0)
+    if core.caps.around_maps_folio and compound.any():
+        heads = np.unique(pfns[compound] - frames.behind[pfns[compound]])
+        for head in heads.tolist():
+            folio = core.memory.large[head]
+            within = int(frames.index[head]) - vma.pgoff
+            start = filepmd.place_of(core, vma, vma.start + within * size, folio)
+            if start >= 0:
+                begin, end = min(begin, start), max(end, start + folio.pages * size)
+        around = vma.file.index.load(_page(core, vma, begin), end - begin >> core.geometry.page_shift)
+        offset = low - begin >> core.geometry.page_shift
+        wider = np.zeros(len(around), dtype=np.bool_)
+        wider[offset : offset + len(pfns)] = ready
+        pfns = (around & _FIELD).view(np.int64)
+        there = (around & _PRESENT) != 0
+        wider[there] |= np.isin(pfns[there] - frames.behind[pfns[there]], heads)
+        ready = wider
+    slot = mm.tables.pte_slot(begin)
+    if slot >= 0:
+        ready &= core.pool.flat[slot : slot + len(ready)] == 0
+    if not ready.any():
+        return False
+    slot = mm.tables.make_pte_slot(begin)
+    core.pool.flat[slot : slot + len(ready)][ready] = _map(core, mm, vma, pfns[ready])
+    return True
+
+
+def _map(core: Core, mm: AddressSpace, vma: VmArea, pfns: Pfns) -> U64Array:
     """Count one mapping more of each page of the cache; the entries for them, not written."""
-    for _, where in runs(pfns):
-        core.memory.frames.mapcount[where] += 1
-    if vma.flags & VmFlag.LOCKED:
-        for pfn in pfns.tolist():
-            mapping.mlock(core, pfn, 1)
-    bits = PRESENT | YOUNG | (WRITE if _may_write(core, vma) else 0)
+    mapping.add_pages(core, mm, pfns)
+    _lock(core, vma, pfns)
+    bits = PRESENT | YOUNG | (WRITE if filepmd.may_write(core, vma) else 0)
     entries: U64Array = pfns.view(np.uint64) | np.uint64(bits)
     return entries
 
@@ -290,7 +410,7 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
     count = len(pfns)
     slot = mm.tables.pte_slot(start)
     entries = core.pool.flat[slot : slot + count]
-    entries[:] = _map(core, vma, pfns)
+    entries[:] = _map(core, mm, vma, pfns)
     if write:
         entries |= np.uint64(DIRTY | WRITE | core.soft_dirty)
         filesystem.written(core, inode, pages[:count], pfns)
@@ -305,12 +425,13 @@ def _ready(core: Core, words: U64Array, *, ahead: bool) -> int:
     """How many pages of a file, from the first on, are up to date or (unless reading goes `ahead`) holes."""
     flags = core.memory.frames.flags
     wanted = _UPTODATE | _READAHEAD if ahead else _UPTODATE
+    large = np.uint64(COMPOUND if core.memory.large else 0)  # those are mapped at one fault
     present = (words & _PRESENT) != 0
     if present.all():
-        odd = (at(flags, (words & _FIELD).view(np.int64)) & wanted) != _UPTODATE
+        odd = (at(flags, (words & _FIELD).view(np.int64)) & (wanted | large)) != _UPTODATE
     else:
         odd = ~present if ahead else ~present & (words != 0)
-        odd[present] = (flags[(words[present] & _FIELD).view(np.int64)] & wanted) != _UPTODATE
+        odd[present] = (flags[(words[present] & _FIELD).view(np.int64)] & (wanted | large)) != _UPTODATE
     return int(np.argmax(odd)) if odd.any() else len(words)
 
 

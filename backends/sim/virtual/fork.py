@@ -99,7 +99,9 @@ def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: Vm
             _copy_few(core, few, child.tables.pte_slot(vma.start), drop, shared=shared)
         return
     # All tables first: the pool moves when it grows.
-    plan = [(e.start, e.end, e.huge) for e in parent.tables.extents(vma.start, vma.end)]
+    extents = parent.tables.extents(vma.start, vma.end)
+    # Faults find again what PMDs map of a file.
+    plan = [(e.start, e.end, e.huge) for e in extents if not (e.huge and vma.file is not None)]
     for start, end, huge in plan:
         if huge:
             for _ in child.tables.pmd_tables(start, end, make=True):
@@ -108,6 +110,8 @@ def _copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: Vm
             child.tables.make(start, end)
     keep = _without(0 if shared else WRITE)
     for extent in parent.tables.extents(vma.start, vma.end):
+        if extent.huge and vma.file is not None:
+            continue
         if extent.huge:
             _copy_pmds(core, child, extent.start, extent.entries, drop)
             continue

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["NEW_ANON", "add_pages", "discard_folio", "remove_page", "remove_pages", "remove_pmd", "take_page"]
+__all__ = [
+    "NEW_ANON",
+    "add_page",
+    "add_pages",
+    "discard_folio",
+    "remove_page",
+    "remove_pages",
+    "remove_pmd",
+    "take_page",
+]
 
 #: What a fresh anonymous page shows.
 NEW_ANON = int(PageFlag.UPTODATE | PageFlag.LRU | PageFlag.ANON | PageFlag.SWAPBACKED)
@@ -73,6 +82,14 @@ def add_pages(core: Core, mm: AddressSpace, pfns: Pfns) -> None:
         rest = ~core.memory.large.add_many(heads, counts, mm.number)
         for head, count in zip(heads[rest].tolist(), counts[rest].tolist(), strict=True):
             core.memory.large[head].add(mm.number, count)
+
+
+def add_page(core: Core, mm: AddressSpace, pfn: int) -> None:
+    """One PTE more for a page."""
+    frames = core.memory.frames
+    frames.mapcount_at[pfn] += 1
+    if frames.flags_at[pfn] & COMPOUND:
+        core.memory.large[pfn - frames.behind_at[pfn]].add(mm.number, 1)
 
 
 def _by_head(heads: Pfns) -> tuple[Pfns, NDArray[np.int64]]:
@@ -155,7 +172,7 @@ def _free_whole(
     memory = core.memory
     orders = memory.large.whole_of(heads, mm.number)
     done = (orders > 0) & (counts == 1 << orders)
-    done &= (memory.frames.flags[heads] & np.uint64(_SWAPCACHE | MLOCKED)) == 0
+    done &= (memory.frames.flags[heads] & np.uint64(_SWAPCACHE | MLOCKED | CACHED)) == 0
     for order in np.unique(orders[done]).tolist():
         memory.free_whole(heads[done & (orders == order)], order)
     return heads[~done], counts[~done]
@@ -174,7 +191,9 @@ def remove_pmd(core: Core, mm: AddressSpace, vma: VmArea, folio: LargeFolio) -> 
 
 
 def discard_folio(core: Core, folio: LargeFolio) -> None:
-    """A large folio that nobody maps: freed, unless the swap cache needs it."""
+    """A large folio that nobody maps: freed, unless its file or the swap cache needs it."""
+    if core.memory.frames.flags_at[folio.head] & CACHED:
+        return
     core.mlocks.pop(folio.head, None)
     if core.memory.frames.flags_at[folio.head] & _SWAPCACHE and not core.swap.uncache(
         folio.head, folio.order

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.virtual import accessed
 from pmcore.backends.sim.virtual.filemap import window
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
@@ -57,6 +58,8 @@ class Batch:
         pfns = np.zeros(len(self.cached), dtype=np.int64)
         if end > self.start:
             for extent in self.mm.tables.extents(self.start, end):
+                if extent.huge:
+                    continue  # what a PMD maps is not marked
                 part = slice(extent.start - self.start >> shift, extent.end - self.start >> shift)
                 found[part] = (extent.entries & _PRESENT) != 0
                 pfns[part] = (extent.entries & _FIELD).view(np.int64)
@@ -68,11 +71,11 @@ class Batch:
         new = np.flatnonzero(found & ~self.mapped)
         when = self._when(new) if self.around else new
         order = np.lexsort((new, ~self.cached[new], when))
-        place = np.empty(len(new), dtype=np.int64)
-        place[order] = np.arange(len(new))
-        # How many had become locked when the page was accessed.
+        # How many had been mapped when the page was accessed.
         done = np.searchsorted(when[order], new, side="right")
-        waiting = new[(done // _BATCH * _BATCH <= place) & ~self.locked[new]]
+        flushed = np.empty(len(new), dtype=np.int64)
+        flushed[order] = self._flushed(pfns[new[order]])
+        waiting = new[(flushed >= done) & ~self.locked[new]]
         frames = self.core.memory.frames
         flags = frames.flags[pfns[waiting]]
         again = pfns[waiting[((flags & np.uint64(_REFERENCED)) != 0) & ~self.active[waiting]]]
@@ -82,6 +85,33 @@ class Batch:
         frames.flags[again] &= np.uint64(~int(_REFERENCED) & (1 << 64) - 1)
         frames.flags[pfns[waiting]] &= np.uint64(~int(PageFlag.IDLE) & (1 << 64) - 1)
         accessed.mark(self.core, pfns[there])
+
+    def _flushed(self, pfns: Pages) -> Pages:
+        """Of pages in the order in which they were mapped: with which of them each left the batch.
+
+        A full batch goes with its last page, any batch with a large folio that is locked; -1: never in one.
+        """
+        memory, count = self.core.memory, len(pfns)
+        large = (memory.frames.flags[pfns] & np.uint64(COMPOUND)) != 0
+        if not large.any():
+            return (np.arange(count) // _BATCH + 1) * _BATCH - 1
+        heads = pfns[large] - memory.frames.behind[pfns[large]]
+        once, first, counts = np.unique(heads, return_index=True, return_counts=True)
+        whole = [
+            memory.large[head].pages == n for head, n in zip(once.tolist(), counts.tolist(), strict=True)
+        ]
+        ends = np.flatnonzero(large)[first[np.array(whole, dtype=np.bool_)]]
+        ends = np.sort(ends) if self.core.caps.mlock_whole_folios else ends[:0]
+        single = np.flatnonzero(~large)
+        # Runs of single pages between two large folios that are locked.
+        run = np.searchsorted(ends, single)
+        begins = np.searchsorted(run, run)
+        full = begins + ((np.arange(len(single)) - begins) // _BATCH + 1) * _BATCH - 1
+        next_end = np.append(ends, count)[run]
+        inside = full < np.searchsorted(run, run, side="right")
+        flushed = np.full(count, -1, dtype=np.int64)
+        flushed[single] = np.where(inside, single[np.minimum(full, len(single) - 1)], next_end)
+        return flushed
 
     def _when(self, new: Pages) -> Pages:
         """At the access to which page each new one was mapped: its own, or the one that it lies around."""

@@ -9,7 +9,7 @@ import numpy as np
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.services import thp
 from pmcore.backends.sim.services.batches import large_runs
-from pmcore.backends.sim.virtual import hugetlb
+from pmcore.backends.sim.virtual import filepmd, hugetlb
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
     FIELD,
@@ -157,6 +157,8 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
     thp.split_at(core, mm, vma, end)
     features = getattr(vma.uffd, "features", 0)
     markers = bool(features & _WP_UNPOPULATED) or vma.file is not None
+    if protect and vma.file is not None:
+        filepmd.drop_range(core, mm, vma, start, end)  # markers are PTEs
     if protect and markers:
         mm.tables.make(start, end)
     few = mm.tables.few(start, end) if not core.memory.large else None

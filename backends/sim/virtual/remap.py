@@ -55,7 +55,8 @@ def move_entries(
                 plan.append((addr, addr + pmd_size))
             else:
                 thp.split_pmd(core, mm, vma, addr)
-                plan.append((addr, addr + pmd_size))
+                if vma.file is None:
+                    plan.append((addr, addr + pmd_size))
     tables = set()
     for low, high in plan:
         slot = mm.tables.pmd_slot(low)

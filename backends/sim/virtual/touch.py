@@ -11,7 +11,7 @@ from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
 from pmcore.backends.sim.physical.memory import NoMemory
 from pmcore.backends.sim.services import mthp, readahead, swapping, thp, userfaultfd
-from pmcore.backends.sim.virtual import fault, filemap, hugetlb, mapping, protected, zap
+from pmcore.backends.sim.virtual import fault, filemap, filepmd, hugetlb, mapping, protected, zap
 from pmcore.backends.sim.virtual.pte import DIRTY, LEAF, PRESENT, SPECIAL, UFFD_WP, WRITE, YOUNG
 from pmcore.backends.sim.virtual.vma import VmFlag
 
@@ -82,12 +82,17 @@ def _in_vma(
     """Whole pages of one VMA that allows the access; `lead` is where in each page."""
     pmd_size = core.geometry.pmd_size
     huge = core.caps.thp and thp.order_allowed(core, vma, -(-vma.start // pmd_size) * pmd_size)
+    large = vma.file is not None and filepmd.any_large(core, vma, start, end)
     while start < end:
         # Blocks that may become huge pages, or are, go one by one; the rest in one piece of up to 1 GiB of PTEs.
         slot = mm.tables.pmd_slot(start)
         pmd = core.pool.at[slot] if slot >= 0 else 0
         block_end = (start & -pmd_size) + pmd_size
-        if pmd & LEAF or (huge and not pmd and thp.order_allowed(core, vma, start)):
+        if (
+            pmd & LEAF
+            or (huge and not pmd and thp.order_allowed(core, vma, start))
+            or (large and not pmd and filepmd.any_large(core, vma, start, min(block_end, end)))
+        ):
             fault.access(core, mm, start + lead, write=write)
             slot = mm.tables.pmd_slot(start)
             pmd = core.pool.at[slot]
@@ -95,8 +100,8 @@ def _in_vma(
                 core.pool.at[slot] = pmd | (YOUNG | DIRTY if write else YOUNG)
                 start = min(block_end, end)
                 continue
-        stop = min(end, block_end if huge else start + (core.geometry.pmd_pages * pmd_size))
-        if not huge:
+        stop = min(end, block_end if huge or large else start + (core.geometry.pmd_pages * pmd_size))
+        if not huge and not large:
             stop = _before_leaf(core, mm, start, stop)
         if vma.file is not None:
             # No page table is made for what lies behind the end of the file.
@@ -225,7 +230,10 @@ def _file(
         if sort[low] == 1:
             place += filemap.touch(core, mm, vma, start + low * size, start + high * size, write=write)
             _tell(core, mm, start + low * size, np.ones(place - low, dtype=np.bool_), write=write)
-            if place < high and readahead.stops(core, vma):
+            if place < high and (
+                readahead.stops(core, vma)
+                or filepmd.any_large(core, vma, start + place * size, start + high * size)
+            ):
                 _ahead(core, mm, vma, start, place, high, lead, write=write)
                 continue
         elif sort[low] == 2:

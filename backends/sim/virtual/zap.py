@@ -8,8 +8,10 @@ import numpy as np
 
 from pmcore.arrays import BoolArray, U64Array
 from pmcore.backends.sim.physical.frames import CACHED
-from pmcore.backends.sim.physical.runs import runs
+from pmcore.backends.sim.physical.memory import COMPOUND
+from pmcore.backends.sim.physical.runs import at, runs
 from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.services.batches import large_runs
 from pmcore.backends.sim.virtual import accessed
 from pmcore.backends.sim.virtual.mapping import remove_page, remove_pages
 from pmcore.backends.sim.virtual.pte import (
@@ -99,7 +101,7 @@ def zap(
             entries[:] = 0
             continue
         if vma.file is not None:
-            _zap_file(core, mm, vma, entries, keep_guards, drop_markers, copies)
+            _zap_file(core, mm, vma, extent.start, entries, keep_guards, drop_markers, copies)
             continue
         present = (entries & _PRESENT) != 0
         pfns = (entries[present] & _FIELD).view(np.int64)
@@ -184,6 +186,7 @@ def _zap_file(
     core: Core,
     mm: AddressSpace,
     vma: VmArea,
+    start: int,
     entries: U64Array,
     keep_guards: bool,
     drop_markers: bool,
@@ -193,9 +196,11 @@ def _zap_file(
         for first in range(0, len(entries), _PIECE):
             part = entries[first : first + _PIECE]
             if not _zap_cached(core, mm, vma, part, drop_markers):
-                _zap_mixed(core, mm, vma, part, keep_guards, drop_markers, copies)
+                rest = start + (first << core.geometry.page_shift)
+                _zap_mixed(core, mm, vma, rest, entries[first:], keep_guards, drop_markers, copies)
+                return
         return
-    _zap_mixed(core, mm, vma, entries, keep_guards, drop_markers, copies)
+    _zap_mixed(core, mm, vma, start, entries, keep_guards, drop_markers, copies)
 
 
 def _zap_cached(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, drop_markers: bool) -> bool:
@@ -208,6 +213,8 @@ def _zap_cached(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, dr
     if not len(old):
         return True
     pfns = (old & _FIELD).view(np.int64)
+    if core.memory.large and (at(core.memory.frames.flags, pfns) & np.uint64(COMPOUND)).any():
+        return False
     entries[:] = 0
     if union & DIRTY:
         for _, where in runs(_with(pfns, old, DIRTY, common)):
@@ -228,6 +235,7 @@ def _zap_mixed(
     core: Core,
     mm: AddressSpace,
     vma: VmArea,
+    start: int,
     entries: U64Array,
     keep_guards: bool,
     drop_markers: bool,
@@ -254,15 +262,30 @@ def _zap_mixed(
     elif vma.flags & VmFlag.UFFD_WP:
         entries[gone & ((old & np.uint64(UFFD_WP)) != 0)] = UFFD_MARKER
     # What the entries knew of the pages of the file goes over to them.
-    dirty = cached & ((old & np.uint64(DIRTY)) != 0)
-    frames.flags[pfns[dirty]] = frames.flags[pfns[dirty]] & _NOT_RECLAIM | np.uint64(PageFlag.DIRTY)
+    dirty = core.memory.whole_folios(pfns[cached & ((old & np.uint64(DIRTY)) != 0)])
+    frames.flags[dirty] = frames.flags[dirty] & _NOT_RECLAIM | np.uint64(PageFlag.DIRTY)
     if not vma.flags & core.caps.no_recency:
-        accessed.mark(core, pfns[cached & ((old & np.uint64(YOUNG)) != 0)])
+        accessed.mark(core, pfns[_noted(core, start, old, cached)])
     mapped = pfns[gone & present & ~zero]
     if len(mapped):
         remove_pages(core, mm, vma, mapped)
     if (gone & swap).any():
         core.swap.release(old[gone & swap] & _FIELD)
+
+
+def _noted(core: Core, start: int, old: U64Array, cached: BoolArray) -> BoolArray:
+    """Which entries tell their page that it was accessed: of a run of a large folio one alone, if any was."""
+    noted: BoolArray = cached & ((old & np.uint64(YOUNG)) != 0)
+    if not core.memory.large or not core.caps.zap_batch:
+        return noted
+    runs = large_runs(core, start, np.where(cached, old, np.uint64(0)))
+    if len(runs.first):
+        index = runs.entries()
+        begins = np.cumsum(runs.pages) - runs.pages
+        any_young = np.add.reduceat(noted[index], begins) > 0
+        noted[index] = False
+        noted[runs.first[any_young]] = True
+    return noted
 
 
 def unmap_file(core: Core, inode: Inode, first: int, end: int, *, even_cows: bool) -> None:

@@ -16,6 +16,7 @@ from pmcore.lockstep.generator.mappings import brk, map_anywhere, map_memory, ma
 from pmcore.lockstep.generator.missing import fill, watch
 from pmcore.lockstep.generator.nodes import NODES, move_pages
 from pmcore.lockstep.generator.poison import POISON
+from pmcore.lockstep.generator.shmem import SHMEM
 from pmcore.lockstep.generator.state import HUGE, KEPT, Maker, State, ranged
 from pmcore.lockstep.generator.tracking import (
     arm,
@@ -36,7 +37,7 @@ from pmcore.uapi import Madvise
 __all__ = ["FOCUSES", "random_program", "random_thp"]
 
 #: Subjects that programs may be biased to.
-FOCUSES = ("cgroups", "disk", "ksm", "nodes", "poison")
+FOCUSES = ("cgroups", "disk", "ksm", "nodes", "poison", "shmem")
 
 _EITHER = (False, True)
 #: PROT_GROWSDOWN, PROT_GROWSUP.
@@ -170,6 +171,8 @@ def random_program(
         kinds = (*kinds, *NODES)
     elif focus == "poison":
         kinds = (*kinds, *POISON)
+    elif focus == "shmem":
+        kinds = (*kinds, *SHMEM)
     steps: list[s.Step] = [first, *(ask(draw, first) if merging else ())]
     if first.pages >= HUGE and draw.flip():
         steps.append(s.Advise(area=first.area, pages=first.pages, advice=int(Madvise.HUGEPAGE)))
@@ -208,6 +211,6 @@ def _compared(step: s.Step, state: State) -> bool:
         return True
     if step.area not in state.shared and not state.mixed:
         return True
-    if isinstance(step, s.Lock) or step.advice == Madvise.COLLAPSE:
+    if isinstance(step, s.Lock) or (step.advice == Madvise.COLLAPSE and state.disk):
         return False
     return step.advice != Madvise.GUARD_INSTALL or not state.fds
