@@ -15,10 +15,11 @@ from importlib import import_module
 from typing import Any
 
 from pmcore.errors import BackendUnavailable, Missing, NotPermitted, PmcoreError, syscall_error
+from pmcore.mounted.nearby import SHORT, Words, words_of
 from pmcore.mounted.stepping import StepFile, Stepper
 from pmcore.mounted.syscalls import CallersMemory
 from pmcore.procview import ROOT, CallerMemory, Node, Opener, OpenFile, ProcView
-from pmcore.procview.files import IdleFile, PagemapFile, WordsFile
+from pmcore.procview.files import IdleFile
 
 __all__ = ["KERNEL_PROC", "Tree", "mfusepy", "serve"]
 
@@ -40,8 +41,6 @@ _PASSED = frozenset(
     }
     | {"tty", "sys", "net", "cmdline", "cgroups", "interrupts", "partitions", "modules"}
 )
-#: Bytes up to which a read of words is short, and how many are read around it.
-_SHORT, _NEAR = 64, 4096
 _STEP = "/proc/pmcore/step"
 #: Directories that there are without anything in them, to hide the real machine's.
 _ALWAYS: dict[str, tuple[str, ...]] = {"/sys": ("kernel",), "/sys/kernel": ("mm",), "/sys/kernel/mm": ()}
@@ -83,8 +82,8 @@ class Tree:
         #: What is open, with the node that it was opened by: a directory has no file.
         self._open: dict[int, tuple[Node, OpenFile | None]] = {}
         self._last = 0
-        #: Words around the last short read of a file, by handle: (first byte, bytes, `_changes` then).
-        self._near: dict[int, tuple[int, bytes, int]] = {}
+        #: Files of words among them, for short reads.
+        self._words: dict[int, Words] = {}
         #: How often anything was written to, or asked by an ioctl: only that changes a machine while it is mounted.
         self._changes = 0
         #: When it was mounted: the time of everything in it.
@@ -153,6 +152,9 @@ class Tree:
     def _keep(self, node: Node, file: OpenFile | None) -> int:
         self._last += 1
         self._open[self._last] = node, file
+        words = words_of(file)
+        if words is not None:
+            self._words[self._last] = words
         return self._last
 
     def opened(self, handle: int) -> Node:
@@ -178,17 +180,14 @@ class Tree:
 
     def read(self, handle: int, offset: int, size: int) -> bytes:
         """read(2) at `offset`. A tool that reads a word at a time is answered from what was read around it."""
+        if size <= SHORT and not (offset | size) & 7:
+            words = self._words.get(handle)
+            if words is not None:
+                return words.read(offset, size, self._changes)
         file = self.file(handle)
         if isinstance(file, IdleFile):
             self._changes += 1  # reading moves accessed bits, and takes IDLE off frames
-        if size > _SHORT or not isinstance(file, WordsFile | PagemapFile) or offset % 8 or size % 8:
-            return file.read(offset, size)
-        first, data, changes = self._near.get(handle, (0, b"", -1))
-        if changes != self._changes or not first <= offset <= offset + size <= first + len(data):
-            first, changes = offset & -_NEAR, self._changes
-            data = file.read(first, _NEAR)
-            self._near[handle] = first, data, changes
-        return data[offset - first : offset - first + size]
+        return file.read(offset, size)
 
     def write(self, handle: int, offset: int, data: bytes) -> int:
         """write(2)."""
@@ -202,7 +201,7 @@ class Tree:
 
     def release(self, handle: int) -> None:
         """Close it."""
-        self._near.pop(handle, None)
+        self._words.pop(handle, None)
         _, file = self._open.pop(handle)
         if file is not None:
             file.close()
