@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.tools import build
+
 pytest_plugins = ("tests.counting",)
 
 # How long a busy machine takes says nothing about the code: deadlines are for those who set them.
@@ -33,3 +35,24 @@ def _one_module_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
         lock = held.enter_context(open(Path(tempfile.gettempdir()) / "pmcore-live-tests.lock", "w"))  # noqa: PTH123
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _tool(variable: str) -> str:
+    found = build.find(variable)
+    if found is None:
+        pytest.skip(
+            f"no {build.TOOLS[variable]}: python tests/tools/build.py makes it, or {variable} names it"
+        )
+    return found
+
+
+@pytest.fixture(scope="session")
+def page_types() -> str:
+    """The kernel's page-types, unchanged."""
+    return _tool("PMCORE_PAGE_TYPES")
+
+
+@pytest.fixture(scope="session")
+def thpmaps() -> str:
+    """The kernel's thpmaps, unchanged."""
+    return _tool("PMCORE_THPMAPS")

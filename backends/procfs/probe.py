@@ -194,6 +194,7 @@ def _scan(root: str) -> Iterator[Probe]:
                 capability=capability,
             )
         yield from _empty_pte(words)
+        yield from _scan_of_ended(root)
     finally:
         words.close()
 
@@ -231,6 +232,38 @@ def _empty_pte(words: WordFile) -> Iterator[Probe]:
     finally:
         del cell
         area.close()
+
+
+def _scan_of_ended(root: str) -> Iterator[Probe]:
+    """What a scan says once the process is gone: a child of ours, which waits for its input to end."""
+    reading, writing = os.pipe()
+    try:
+        child = os.posix_spawnp("cat", ["cat"], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)])
+    except OSError:
+        os.close(writing)
+        return
+    finally:
+        os.close(reading)
+    try:
+        words = WordFile(f"{root}/{child}/pagemap", "pagemap")
+    except SyscallError:
+        return
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+    try:
+        result = pagemap_scan(
+            words.fd, ScanRequest(start=0, end=mmap.PAGESIZE, vec_len=1), page_size=mmap.PAGESIZE
+        )
+    finally:
+        words.close()
+    if result.errno in (0, errno.ESRCH):
+        yield Probe(
+            name="scan of an ended process",
+            ok=not result.errno,
+            seen="finds nothing" if not result.errno else "ESRCH",
+            capability="quirk.scan_of_ended",
+        )
 
 
 def _userfaultfd() -> Iterator[Probe]:

@@ -20,11 +20,13 @@ from pmcore.backends.sim.views import pagemap as pagemap_view
 from pmcore.backends.sim.views import status
 from pmcore.backends.sim.views.scan import SimTables
 from pmcore.errors import syscall_error
+from pmcore.geometry import align_up
 from pmcore.protocols import FileResidency, Process
 from pmcore.scan.engine import scan_tables
 from pmcore.scan.over_pagemap import scan_pagemap
 from pmcore.scan.request import ScanRequest
 from pmcore.scan.result import ScanResult
+from pmcore.scan.validate import refusal
 from pmcore.smaps import SmapsEntry, format_smaps
 from pmcore.uapi import ClearRefs, Errno
 from pmcore.vma import Vma, format_maps
@@ -110,7 +112,7 @@ class SimProcess(Process):
     def pagemap_scan_raw(self, request: ScanRequest) -> ScanResult:
         """PAGEMAP_SCAN; on a kernel without it the core's engine over pagemap."""
         if not self._task.alive:
-            return ScanResult(errno=int(Errno.ESRCH))
+            return self._scan_of_ended(request)
         if not self._machine.core.caps.scan:
             return scan_pagemap(self, request)
         if request.flags:
@@ -120,6 +122,17 @@ class SimProcess(Process):
             return scan_tables(request, SimTables(self._machine.core, self._task.mm), self._machine.profile)
         except NoMemory:
             return ScanResult(errno=int(Errno.ENOMEM))
+
+    def _scan_of_ended(self, request: ScanRequest) -> ScanResult:
+        """What a scan finds of a process that is gone (rule FS-010)."""
+        if not self._machine.profile.has("quirk.scan_of_ended"):
+            return ScanResult(errno=int(Errno.ESRCH))
+        refused = refusal(request, self._machine.profile)
+        return (
+            ScanResult(errno=refused)
+            if refused
+            else ScanResult(walk_end=align_up(request.end, self._machine.geometry.page_size))
+        )
 
     def clear_refs(self, what: ClearRefs | int) -> None:
         """Write `what` to clear_refs."""

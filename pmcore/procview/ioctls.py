@@ -52,7 +52,8 @@ def pagemap_scan(process: Process, argument: bytearray, memory: CallerMemory) ->
     )
     refused = refusal(request, process.kernel.profile, vec_address=vec)
     if refused:
-        process.maps()  # a process that is gone is told before any mistake in the argument
+        if not process.kernel.profile.has("quirk.scan_of_ended"):
+            process.maps()  # a process that is gone is told before any mistake in the argument
         raise syscall_error(refused, "ioctl(PAGEMAP_SCAN)")
     result = process.pagemap_scan_raw(request)
     if len(result.regions):

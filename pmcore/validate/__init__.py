@@ -11,7 +11,14 @@ docs/validate.md), and compared page by page with what is true (`truth`). A find
 
 from __future__ import annotations
 
-from pmcore.validate.adapters import ADAPTERS, Adapter, JsonAdapter, PageTypesAdapter, ThpmapsAdapter
+from pmcore.validate.adapters import (
+    ADAPTERS,
+    Adapter,
+    JsonAdapter,
+    PageTypesAdapter,
+    PageTypesSummaryAdapter,
+    ThpmapsAdapter,
+)
 from pmcore.validate.case import Case, Scene, cases
 from pmcore.validate.report import Finding, Report, Result
 from pmcore.validate.run import CommandTool, FunctionTool, Tool, validate
@@ -26,6 +33,7 @@ __all__ = [
     "FunctionTool",
     "JsonAdapter",
     "PageTypesAdapter",
+    "PageTypesSummaryAdapter",
     "Report",
     "Result",
     "Scene",

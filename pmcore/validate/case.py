@@ -22,7 +22,18 @@ _VERSION = 1
 #: Who looks where a case is about somebody without privilege. The task is theirs.
 _SOMEBODY = Opener.user(1000)
 _TEXTS = ("name", "mistake", "wrong", "right", "seen", "opener")
-_FIELDS = {"pmcore_case", *_TEXTS, "rules", "asks", "kernels", "machine", "refusal", "future", "program"}
+_FIELDS = {
+    "pmcore_case",
+    *_TEXTS,
+    "rules",
+    "asks",
+    "kernels",
+    "needs",
+    "machine",
+    "refusal",
+    "future",
+    "program",
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -42,6 +53,8 @@ class Case:
     #: What a tool has to tell to be judged by this case.
     asks: tuple[str, ...]
     kernels: tuple[str, ...]
+    #: Capabilities without which a kernel of these versions cannot show it: its configuration decides.
+    needs: tuple[str, ...]
     machine: Mapping[str, Any]
     #: Whether somebody without privilege looks.
     unprivileged: bool
@@ -100,6 +113,7 @@ def load_case(text: str, *, source: str = "case") -> Case:
             rule_of=dict(data["rules"]),
             asks=tuple(data["asks"]),
             kernels=tuple(data["kernels"]),
+            needs=tuple(data.get("needs", ())),
             machine=data.get("machine", {}),
             unprivileged=data.get("opener", "root") == "user",
             may_refuse=data.get("refusal", False),

@@ -10,10 +10,10 @@ import numpy as np
 from pmcore import spec
 from pmcore.arrays import BoolArray, U64Array
 from pmcore.pagemap import PagemapEntries
-from pmcore.protocols import FrameFile, Kernel, Process
+from pmcore.protocols import IDLE_BITMAP, FrameFile, Kernel, Process
 from pmcore.scan import ScanRequest, scan_all
-from pmcore.uapi import MAX_SWAPFILES, PageCategory
-from pmcore.vma import Vma
+from pmcore.uapi import MAX_SWAPFILES, PageCategory, PageFlag
+from pmcore.vma import Vma, VmaKind
 
 __all__ = ["BOOLEANS", "KEYS", "NUMBERS", "RULES", "Truth", "rule_of_flags"]
 
@@ -27,13 +27,23 @@ RULES: Mapping[str, str] = {
     "uffd_wp": "PM-008",
     "guard": "PM-009",
     "written": "SC-015",
+    "allocated": "SH-005",
+    "in_core": "SH-008",
+    "idle": "ID-008",
     "pfn": "PM-002",
     "flags": "KF-046",
     "mapcount": "KC-001",
+    "cgroup": "KG-001",
 }
-NUMBERS = ("pfn", "flags", "mapcount")
+NUMBERS = ("pfn", "flags", "mapcount", "cgroup")
 BOOLEANS = tuple(key for key in RULES if key not in NUMBERS)
 KEYS = tuple(RULES)
+#: What is asked of frames, and where.
+_FRAME_KEYS = (
+    ("flags", FrameFile.KPAGEFLAGS),
+    ("mapcount", FrameFile.KPAGECOUNT),
+    ("cgroup", FrameFile.KPAGECGROUP),
+)
 #: A page outside all VMAs.
 NO_VMA = "PM-014"
 
@@ -43,7 +53,7 @@ class Truth:
     """A process's pages, one element a page of all its VMAs: by key what is true, and whether it can be known.
 
     What cannot be known: a bit that this kernel does not have, frame numbers that are hidden, whether a page was
-    written where nothing tracks that.
+    written where nothing tracks that, what a file has where it cannot be asked.
     """
 
     addresses: U64Array
@@ -65,12 +75,13 @@ class Truth:
         ranges alone."""
         process, geometry = kernel.process(pid), kernel.geometry
         ranges = [(0, geometry.task_size)] if within is None else within
-        vmas = tuple(
-            attrs.evolve(vma, start=max(vma.start, start), end=min(vma.end, end))
+        parts = [
+            (vma, max(vma.start, start), min(vma.end, end))
             for vma in process.maps()
             for start, end in ranges
             if vma.start < min(end, geometry.task_size) and start < vma.end
-        )
+        ]
+        vmas = tuple(attrs.evolve(vma, start=start, end=end) for vma, start, end in parts)
         pieces = [process.pagemap(vma.start, vma.end) for vma in vmas]
         empty = np.zeros(0, dtype=np.uint64)
         words = np.concatenate([empty, *(piece.values for piece in pieces)])
@@ -95,14 +106,28 @@ class Truth:
         tell("uffd_wp", entries.uffd_wp, has("pagemap.uffd_wp"))
         tell("guard", entries.guard, has("pagemap.guard"))
         tell("written", *_written(process, vmas, addresses, geometry.page_size))
+        known_of_file, data, in_core = _of_files(process, parts, geometry.page_size)
+        empty_page = ~present & ~entries.swapped
+        # A page in a swap area can be in the swap cache, too: nobody is told.
+        tell("allocated", present | real_swap | (empty_page & data), ~empty_page | known_of_file)
+        tell("in_core", present | (empty_page & in_core), present | (empty_page & known_of_file))
         frames = entries.has_pfn
         pfns = entries.pfn
         tell("pfn", np.where(frames, pfns, 0), frames & (not hidden))
-        for key, file in (("flags", FrameFile.KPAGEFLAGS), ("mapcount", FrameFile.KPAGECOUNT)):
+        seen = frames & (not hidden)
+        for key, file in _FRAME_KEYS:
             found = np.zeros(len(words), dtype=np.uint64)
-            if frames.any():
+            there = frames.any() and has(str(file))
+            if there:
                 found[frames] = kernel.frames_at(file, pfns[frames])
-            tell(key, found, frames & (not hidden))
+            tell(key, found, seen & there)
+        idle, told = _idle(kernel, pfns, seen, values["flags"])
+        tell("idle", idle, told)
+        if told.any():
+            # What kpageflags shows of a page that was marked, and accessed since, changes as soon as anybody looks.
+            again = np.zeros(len(words), dtype=np.uint64)
+            again[frames] = kernel.frames_at(FrameFile.KPAGEFLAGS, pfns[frames])
+            known["flags"] &= again == values["flags"]
         return cls(addresses=addresses, page_size=geometry.page_size, vmas=vmas, values=values, known=known)
 
 
@@ -127,6 +152,52 @@ def _written(
             tracked[first:last] = True
             written[first:last] = bool(categories & changed)
     return written, tracked
+
+
+def _of_files(
+    process: Process, parts: Sequence[tuple[Vma, int, int]], page_size: int
+) -> tuple[BoolArray, BoolArray, BoolArray]:
+    """A page each: whether what there is behind its mapping is known, whether that has the page, and has it in memory.
+
+    Anonymous memory has nothing behind it.
+    """
+    found: list[tuple[BoolArray, BoolArray, BoolArray]] = []
+    for vma, start, end in parts:
+        nothing = np.zeros(-(-(end - start) // page_size), dtype=np.bool_)
+        known, data, in_core = ~nothing, nothing, nothing
+        if vma.kind is VmaKind.HUGETLB:
+            known = nothing
+        elif vma.inode or vma.name.startswith("/"):
+            try:
+                told = process.file_residency(vma, start, end)
+            except OSError:
+                known = nothing
+            else:
+                data, in_core = told.data, told.in_core
+        found.append((known, data, in_core))
+    none = np.zeros(0, dtype=np.bool_)
+    known, data, in_core = (np.concatenate([none, *(row[i] for row in found)]) for i in range(3))
+    return known, data, in_core
+
+
+def _idle(kernel: Kernel, pfns: U64Array, seen: BoolArray, flags: U64Array) -> tuple[BoolArray, BoolArray]:
+    """What the idle bitmap says of frames, where any is marked at all: asking takes accessed bits (rule ID-006)."""
+    idle, told = (np.zeros(len(pfns), dtype=np.bool_) for _ in range(2))
+    if not kernel.profile.has("page_idle") or not (flags & np.uint64(PageFlag.IDLE)).any():
+        return idle, told
+    bits = np.unpackbits(
+        np.frombuffer(_bitmap(kernel), dtype=np.uint8), bitorder="little", count=kernel.frame_count()
+    )
+    idle[seen] = bits[pfns[seen].astype(np.int64)] != 0
+    return idle, seen.copy()
+
+
+def _bitmap(kernel: Kernel) -> bytes:
+    """The whole idle bitmap; bits behind its last whole word are 0."""
+    found = b""
+    while piece := kernel.pread(IDLE_BITMAP, len(found), 4096):
+        found += piece
+    return found.ljust(-(-kernel.frame_count() // 8), b"\0")
 
 
 def rule_of_flags(differing: int) -> str:

@@ -81,11 +81,8 @@ def test_survey_adds_up(bench):
 
 
 @pytest.mark.rule("KC-007", "KF-050")
-def test_types_prints_what_page_types_prints(bench):
+def test_types_prints_what_page_types_prints(bench, page_types):
     """With the tool at hand: lists of a task's pages, with map counts, byte for byte."""
-    tool = os.environ.get("PMCORE_PAGE_TYPES")
-    if not tool:
-        pytest.skip("set PMCORE_PAGE_TYPES to the kernel's page-types binary")
     from pmcore.backends.procfs.workbench import drain_lru
 
     task = furnished(bench)
@@ -104,7 +101,7 @@ def test_types_prints_what_page_types_prints(bench):
         # A monitor may mark a page idle between the two looks: some attempt finds the machine still.
         for _ in range(20):
             drain_lru()
-            theirs = subprocess.run([tool, *command], capture_output=True, text=True, check=True).stdout
+            theirs = subprocess.run([page_types, *command], capture_output=True, text=True, check=True).stdout
             ours = subprocess.run(
                 [sys.executable, "-m", "pmcore.cli", "types", "--format", "page-types", *command],
                 capture_output=True,
@@ -117,13 +114,10 @@ def test_types_prints_what_page_types_prints(bench):
         assert len(ours.splitlines()) > 3
 
 
-def test_huge_pages_are_those_of_thpmaps(bench):
-    tool = os.environ.get("PMCORE_THPMAPS")
-    if not tool:
-        pytest.skip("set PMCORE_THPMAPS to the kernel's thpmaps script")
+def test_huge_pages_are_those_of_thpmaps(bench, thpmaps):
     task = furnished(bench)
     done = subprocess.run(
-        [sys.executable, tool, "--pid", str(task.pid), "--rollup", "--inc-empty", "--cont", "64K"],
+        [sys.executable, thpmaps, "--pid", str(task.pid), "--rollup", "--inc-empty", "--cont", "64K"],
         capture_output=True,
         text=True,
         check=True,

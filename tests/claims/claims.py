@@ -193,7 +193,7 @@ def main() -> None:
                 told = [[t.outcome, t.why] for t in try_claim(load(path), bench)]
                 print(json.dumps({"kind": "claim", "claim": path.stem, "told": told}), flush=True)
     except BackendUnavailable as error:
-        print(json.dumps({"kind": "unavailable", "why": str(error)}), flush=True)
+        print(json.dumps({"unavailable": str(error)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ ROOT = HERE.parents[1]
 sys.path.append(str(ROOT))  # at the end: the installed project comes first
 
 from tests.claims.claims import FAILS, NOT_MODELLED, PASSES, load  # noqa: E402
-from tests.kernels.archive import MatrixError, choices, fetch  # noqa: E402
-from tests.kernels.job import package  # noqa: E402
-from tests.kernels.machine import boot  # noqa: E402
+from tests.kernels.archive import MatrixError, choices  # noqa: E402
+from tests.kernels.job import available, lines_of, write_down  # noqa: E402
 
 STATED, RESULTS, TABLE = HERE / "stated", HERE / "results", ROOT / "spec" / "claims.md"
 SIMULATED = ("6.18", "6.12", "6.1")
@@ -53,7 +51,13 @@ def main() -> int:
             asked[".".join(lines[0].get("release", "live").split(".")[:2])] = lines
         for choice in choices():
             if choice.name in (options.kernel or ()):
-                asked[choice.name] = guest(choice, options.cache)
+                asked[choice.name] = lines_of(
+                    choice,
+                    HERE / "claims.py",
+                    {"backend": "procfs", "folder": "/files"},
+                    sorted(STATED.glob("*.json")),
+                    cache=options.cache,
+                )
         if not options.live and not options.kernel:
             asked = {f"sim {version}": here({"backend": "sim", "kernel": version}) for version in SIMULATED}
     except MatrixError as error:
@@ -68,32 +72,11 @@ def here(wish: dict[str, Any]) -> list[dict[str, Any]]:
     """Lines of claims.py in a process of its own."""
     command = [sys.executable, str(HERE / "claims.py"), json.dumps({"folder": str(STATED), **wish})]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def guest(choice: Any, cache: Path) -> list[dict[str, Any]]:
-    """Lines of claims.py inside a guest."""
-    wish = json.dumps({"backend": "procfs", "folder": "/files"})
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-        told = boot(
-            fetch(choice, cache),
-            [["python", "claims.py", wish]],
-            cache=cache,
-            package=package(Path(work)),
-            limit=600,
-            files=[HERE / "claims.py", *sorted(STATED.glob("*.json"))],
-        )
-    if not told.done or told.codes.get(0):
-        raise MatrixError(
-            f"{choice.name}: no end.\n" + "\n".join([*told.lines.get(0, [])[-20:], told.console])
-        )
-    return [json.loads(line) for line in told.lines[0]]
+    return available(wish["backend"], [json.loads(line) for line in done.stdout.splitlines()])
 
 
 def keep(name: str, lines: list[dict[str, Any]]) -> int:
     """Write down what came of a kernel, and say it; the number of expectations that failed."""
-    if lines and lines[0]["kind"] == "unavailable":
-        raise MatrixError(f"{name}: {lines[0]['why']}")
     counts: Counter[str] = Counter()
     told = {}
     for line in lines[1:]:
@@ -102,10 +85,7 @@ def keep(name: str, lines: list[dict[str, Any]]) -> int:
             counts[outcome] += 1
             if outcome == FAILS:
                 print(f"{name}: {line['claim']}, expectation {number}: {why}")
-    RESULTS.mkdir(exist_ok=True)
-    result = {"release": lines[0]["release"], "told": told}
-    text = json.dumps(result, indent=1, sort_keys=True) + "\n"
-    (RESULTS / f"{name.replace(' ', '-')}.json").write_text(text, encoding="utf-8")
+    write_down(RESULTS, name, lines[0]["release"], told)
     print(
         f"{name} ({lines[0]['release']}): " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
 import numpy as np
@@ -163,17 +162,14 @@ def test_symbols_have_one_letter_a_bit(value):
     assert len(pagetypes.display_names(value)) == value.bit_count()
 
 
-def test_symbols_are_those_of_page_types():
+def test_symbols_are_those_of_page_types(page_types):
     """With the tool at hand: it describes each of its bits as we do."""
-    tool = os.environ.get("PMCORE_PAGE_TYPES")
-    if not tool:
-        pytest.skip("set PMCORE_PAGE_TYPES to the kernel's page-types binary")
     for word in (
         0,
         0x586C,
         *(1 << bit for bit in pagetypes.display_table() if bit < 63),
     ):  # it reads signed numbers
-        done = subprocess.run([tool, "-d", hex(word)], capture_output=True, text=True, check=True)
+        done = subprocess.run([page_types, "-d", hex(word)], capture_output=True, text=True, check=True)
         assert done.stdout == f"{word:#018x}\t{pagetypes.symbolic(word)}\t{pagetypes.long_names(word)}\n"
 
 

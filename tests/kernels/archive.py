@@ -56,7 +56,7 @@ def choices() -> tuple[KernelChoice, ...]:
 
 def fetch(choice: KernelChoice, cache: Path) -> KernelTree:
     """The newest package of that meta-package, unpacked below `cache`. Raises MatrixError."""
-    apt = _Apt(cache / "apt")
+    apt = Apt(cache / "apt")
     package = apt.depends_on(choice.meta)
     version = apt.candidate(package)
     place = cache / "trees" / f"{package}_{version}".replace(":", "%3a")
@@ -81,7 +81,7 @@ def fetch(choice: KernelChoice, cache: Path) -> KernelTree:
     )
 
 
-class _Apt:
+class Apt:
     """apt with lists and caches in a directory of ours."""
 
     def __init__(self, place: Path) -> None:

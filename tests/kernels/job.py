@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.kernels.archive import HERE, KernelTree, MatrixError
+from tests.kernels.archive import HERE, KernelChoice, KernelTree, MatrixError, fetch
 from tests.kernels.machine import Told, boot
 
 
@@ -53,6 +53,43 @@ def inside(
     if not told.done or told.codes.get(0):
         raise MatrixError(f"{tree.choice.name}: no end.\n" + "\n".join([*said[-20:], told.console]))
     return told
+
+
+def lines_of(
+    choice: KernelChoice, script: Path, wish: dict[str, Any], files: Iterable[Path] = (), *, cache: Path
+) -> list[dict[str, Any]]:
+    """Boot that kernel, run `script` with `wish` and `files` beside it; the lines of JSON that it writes.
+
+    Raises MatrixError, also where the script says that it cannot be done there (a line with "unavailable").
+    """
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        told = boot(
+            fetch(choice, cache),
+            [["python", script.name, json.dumps(wish)]],
+            cache=cache,
+            package=package(Path(work)),
+            limit=600,
+            files=[script, *files],
+        )
+    said = told.lines.get(0, [])
+    if not told.done or told.codes.get(0):
+        raise MatrixError(f"{choice.name}: no end.\n" + "\n".join([*said[-20:], told.console]))
+    return available(choice.name, [json.loads(line) for line in said])
+
+
+def available(name: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines. Raises MatrixError where one says that it cannot be done."""
+    for line in lines:
+        if "unavailable" in line:
+            raise MatrixError(f"{name}: {line['unavailable']}")
+    return lines
+
+
+def write_down(results: Path, name: str, release: str, told: dict[str, Any]) -> None:
+    """Keep what came of a kernel."""
+    results.mkdir(exist_ok=True)
+    text = json.dumps({"release": release, "told": told}, indent=1, sort_keys=True) + "\n"
+    (results / f"{name.replace(' ', '-')}.json").write_text(text, encoding="utf-8")
 
 
 def package(place: Path) -> Path:

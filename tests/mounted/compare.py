@@ -4,7 +4,7 @@
     python tests/mounted/compare.py --thpmaps PATH --machines 50
     cc -o scanner tests/mounted/scanner.c && python tests/mounted/compare.py --scanner ./scanner --machines 200
 
-The tools are not part of this project: page-types.c and thpmaps are in tools/mm/ of the kernel's source (6.12). Prints
+The tools are not part of this project: `python tests/tools/build.py` makes them from the kernel's source (6.12). Prints
 each difference, and the sums; the exit code says whether there was one.
 """
 
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.append(str(Path(__file__).parents[2]))  # at the end: the installed project comes first
 
 import attrs
 
@@ -179,7 +179,7 @@ def thpmaps(tool: str, machines: int, seed: int) -> int:
         orders = [cont_order(size, machine.profile.geometry) for size in (65536, 262144)]
         commands, wanted = [], []
         for pid in machine.pids():
-            base = ["python3", tool, "--pid", str(pid), "--inc-empty", "--cont", "64K", "--cont", "256K"]
+            base = [sys.executable, tool, "--pid", str(pid), "--inc-empty", "--cont", "64K", "--cont", "256K"]
             stats = list(huge_stats(machine.process(pid), cont=orders))
             commands += [base, [*base, "--rollup"]]
             wanted.append({f"{s.vma.start:x}": s.values for s in stats if s.vma is not None})

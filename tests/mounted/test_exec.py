@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -362,14 +361,11 @@ def test_the_cgroup_tree_is_there(grouped):
     assert lines[-3:] == ["0::/g/h", "4", ""]
 
 
-def test_page_types_walks_a_group(grouped):
+def test_page_types_walks_a_group(grouped, page_types):
     """The kernel's page-types, unchanged, finds a group by its directory."""
-    tool = shutil.which("page-types") or os.environ.get("PMCORE_PAGE_TYPES", "")
-    if not tool:
-        pytest.skip("set PMCORE_PAGE_TYPES to the kernel's page-types binary")
     for group, pages in (("g/h", 20), ("k", 5)):
         done = subprocess.run(
-            [*grouped, tool, "-c", f"/sys/fs/cgroup/{group}", "-b", "anon"],
+            [*grouped, page_types, "-c", f"/sys/fs/cgroup/{group}", "-b", "anon"],
             capture_output=True,
             text=True,
             timeout=60,

@@ -11,6 +11,7 @@ import pytest
 
 import pmcore
 from pmcore.procview import Opener, ProcView
+from pmcore.profile import preset
 from pmcore.protocols import IDLE_BITMAP
 from pmcore.recording import record
 from pmcore.scan import ScanRequest
@@ -319,6 +320,34 @@ def test_procmap_query(machine, view):
     small[:8] = struct.pack("=Q", 40)
     file.ioctl(PROCMAP_QUERY, small, Memory())
     assert struct.unpack_from("=Q", small, 24)[0] == expected[0][0]
+
+
+@pytest.mark.rule("FS-010")
+@pytest.mark.parametrize("quirk", [False, True])
+def test_scanning_a_process_that_has_ended(quirk):
+    """ESRCH before anything is looked at; or, with the quirk, the argument is checked and nothing is found."""
+    profile = preset("6.18").changed(add=["quirk.scan_of_ended"] if quirk else [])
+    machine = pmcore.open("sim", memory="16 MiB", kernel=profile)
+    task = machine.spawn()
+    start = task.mmap(PAGE)
+    task.touch(start, PAGE)
+    file, process = ProcView(machine).open(f"/proc/{task.pid}/pagemap"), task.process
+    task.exit()
+    wrong = bytearray(struct.pack("=12Q", 96, 0, 1, 0, *[0] * 8))
+    right = bytearray(struct.pack("=12Q", 96, 0, start, start + 100, 0, 0, 0, 0, 0, 0, 0, 15))
+    request = ScanRequest(start=start, end=start + 100, vec_len=1, return_mask=15)
+    if not quirk:
+        for argument in (wrong, right):
+            with pytest.raises(ProcessLookupError):
+                file.ioctl(PAGEMAP_SCAN, argument, None)
+        assert process.pagemap_scan_raw(request).errno == errno.ESRCH
+        return
+    with pytest.raises(OSError) as caught:
+        file.ioctl(PAGEMAP_SCAN, wrong, None)
+    assert caught.value.errno == errno.EINVAL
+    assert file.ioctl(PAGEMAP_SCAN, right, None) == 0
+    assert struct.unpack_from("=Q", right, 32) == (start + PAGE,)
+    assert process.pagemap_scan_raw(request).walk_end == start + PAGE
 
 
 def test_a_recording_stands_where_the_machine_stood(machine, tmp_path):

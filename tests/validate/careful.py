@@ -22,21 +22,27 @@ SWAP_AREAS = 23
 
 def maps(pid, areas=None):
     """Start and end of each mapping, or of its part in `areas`."""
-    for start, end in _maps(pid):
+    return [(start, end) for start, end, _ in mappings(pid, areas)]
+
+
+def mappings(pid, areas=None):
+    """The same, and whether there is a file behind it."""
+    for start, end, file in _maps(pid):
         if areas is None:
-            yield start, end
+            yield start, end, file
             continue
         for low, high in areas:
             if start < high and low < end:
-                yield max(start, low), min(end, high)
+                yield max(start, low), min(end, high), file
 
 
 def _maps(pid):
     with open(f"/proc/{pid}/maps") as file:
         for line in file:
-            start, end = (int(number, 16) for number in line.split()[0].split("-"))
+            words = line.split()
+            start, end = (int(number, 16) for number in words[0].split("-"))
             if end <= 1 << 47:
-                yield start, end
+                yield start, end, words[4] != "0"
 
 
 def kernel():
@@ -91,14 +97,26 @@ def has_scan(file):
 
 
 def frames(name, pages):
-    """Put the words of a frame file into the pages that have a frame; leave them unknown where it may not be read."""
+    """The words of a frame file for the pages that have a frame; none where it is not there, or may not be read."""
     try:
         with open(f"/proc/{name}", "rb") as file:
             for page in pages:
                 if page["pfn"]:
                     file.seek(page["pfn"] * 8)
                     yield page, struct.unpack("=Q", file.read(8))[0]
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):
+        return
+
+
+def idle(pages):
+    """Whether pages that were marked idle have been used since: reading the bitmap looks."""
+    try:
+        with open("/sys/kernel/mm/page_idle/bitmap", "rb", buffering=0) as file:
+            for page in pages:
+                if page["pfn"]:
+                    word = os.pread(file.fileno(), 8, page["pfn"] // 64 * 8)
+                    yield page, bool(struct.unpack("=Q", word)[0] >> page["pfn"] % 64 & 1)
+    except (PermissionError, FileNotFoundError):
         return
 
 
@@ -109,20 +127,23 @@ def careful(pid, areas=None):
         scanning = has_scan(file)
         if scanning:
             assert known_categories(file) & 0x7F == 0x7F
-        for start, end in maps(pid, areas):
+        for start, end, behind in mappings(pid, areas):
             file.seek(start // PAGE * 8)
             entries = struct.unpack(f"={(end - start) // PAGE}Q", file.read((end - start) // PAGE * 8))
-            spans = [_page(word, start + i * PAGE, version) for i, word in enumerate(entries)]
+            spans = [_page(word, start + i * PAGE, version, behind) for i, word in enumerate(entries)]
             if scanning:
                 _written(file, start, end, spans)
             pages += spans
-    for key, name in (("flags", "kpageflags"), ("mapcount", "kpagecount")):
+    # The bitmap comes first: what kpageflags shows of idle pages is true after that.
+    for page, bit in idle(pages):
+        page["idle"] = bit
+    for key, name in (("flags", "kpageflags"), ("mapcount", "kpagecount"), ("cgroup", "kpagecgroup")):
         for page, word in frames(name, pages):
             page[key] = word
     return {"pages": pages}
 
 
-def _page(word, address, version):
+def _page(word, address, version, behind):
     present, other = word >> 63 & 1, word >> 62 & 1
     page = {"start": address, "end": address + PAGE, "present": bool(present)}
     shifts = version < (4, 2)
@@ -135,7 +156,11 @@ def _page(word, address, version):
     page["uffd_wp"] = bool(word >> 57 & 1) if version >= (5, 13) else None
     page["guard"] = bool(word >> 58 & 1) if version >= (6, 15) else None
     pfn = word & (1 << 55) - 1 if present else 0
-    page["flags"] = page["mapcount"] = page["written"] = None
+    # What a file has, and other processes have mapped of it, pagemap does not tell; nor what is in the swap cache.
+    empty = not present and not other
+    page["allocated"] = None if (empty and behind) or (other and not page["swapped"]) else not empty
+    page["in_core"] = True if present else False if empty and not behind else None
+    page["flags"] = page["mapcount"] = page["cgroup"] = page["written"] = page["idle"] = None
     page["pfn"] = pfn or None  # 0: hidden
     return page
 

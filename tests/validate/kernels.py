@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(ROOT))  # at the end: the installed project comes first
 
-from tests.kernels.archive import MatrixError, choices, fetch  # noqa: E402
-from tests.kernels.job import package  # noqa: E402
-from tests.kernels.machine import boot  # noqa: E402
+from tests.kernels.archive import MatrixError, choices  # noqa: E402
+from tests.kernels.job import available, lines_of, write_down  # noqa: E402
 from tests.validate.mistakes import NOT_HERE, RIGHT, SHOWN  # noqa: E402
 
 RESULTS, DOCUMENT = HERE / "results", ROOT / "docs" / "mistakes.md"
+SCRIPT, READERS = HERE / "mistakes.py", (HERE / "careful.py", HERE / "misuses.py")
 _HEAD = "\n## On real kernels\n"
 
 
@@ -49,7 +48,8 @@ def main() -> int:
             failed += keep(".".join(lines[0]["release"].split(".")[:2]), lines)
         for choice in choices():
             if choice.name in (options.kernel or ()):
-                failed += keep(choice.name, guest(choice, options.cache))
+                wish = {"folder": "/files", "swap": "/dev/dm-0", "poison": True}  # a guest is gone afterwards
+                failed += keep(choice.name, lines_of(choice, SCRIPT, wish, READERS, cache=options.cache))
     except MatrixError as error:
         print(f"mistakes: {error}", file=sys.stderr)
         return 2
@@ -61,41 +61,18 @@ def main() -> int:
 def here() -> list[dict[str, Any]]:
     """Lines of mistakes.py in a process of its own."""
     wish = json.dumps({"folder": str(HERE), "swap": "64 MiB"})
-    command = [sys.executable, str(HERE / "mistakes.py"), wish]
+    command = [sys.executable, str(SCRIPT), wish]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def guest(choice: Any, cache: Path) -> list[dict[str, Any]]:
-    """Lines of mistakes.py inside a guest."""
-    wish = json.dumps({"folder": "/files", "swap": "/dev/dm-0"})
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-        told = boot(
-            fetch(choice, cache),
-            [["python", "mistakes.py", wish]],
-            cache=cache,
-            package=package(Path(work)),
-            limit=600,
-            files=[HERE / name for name in ("mistakes.py", "careful.py", "misuses.py")],
-        )
-    if not told.done or told.codes.get(0):
-        last = told.lines.get(0, [])[-20:]
-        raise MatrixError(f"{choice.name}: no end.\n" + "\n".join([*last, told.console]))
-    return [json.loads(line) for line in told.lines[0]]
+    return available("the running kernel", [json.loads(line) for line in done.stdout.splitlines()])
 
 
 def keep(name: str, lines: list[dict[str, Any]]) -> int:
     """Write down what came of a kernel, and say it; how many cases are not as they should be."""
-    for line in lines:
-        if "unavailable" in line:
-            raise MatrixError(f"{name}: {line['unavailable']}")
     told = {line["case"]: line["outcome"] for line in lines[1:]}
     wrong = {case: said for case, said in told.items() if not said.startswith((SHOWN, RIGHT, NOT_HERE))}
     for case, said in wrong.items():
         print(f"{name}: {case}: {said}")
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"release": lines[0]["release"], "told": told}, indent=1, sort_keys=True) + "\n"
-    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    write_down(RESULTS, name, lines[0]["release"], told)
     print(
         f"{name} ({lines[0]['release']}): {sum(said == SHOWN for said in told.values())} shown, {len(wrong)} not"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -22,11 +23,14 @@ import attrs
 from pmcore import registry
 from pmcore.errors import BackendUnavailable
 from pmcore.program import run
+from pmcore.program.steps import OpenFile
 from pmcore.validate import FunctionTool, Truth, cases, validate
 from pmcore.validate.case import Case
 from pmcore.validate.says import compare, read_says
 
 SHOWN, RIGHT, NOT_HERE = "shown", "no mistake on this kernel", "not here"
+NOT_CONFIGURED, NO_SETTING = "not configured", "no such setting"
+_DISK = 32 << 20
 _HUGE = "/sys/kernel/mm/transparent_hugepage"
 
 
@@ -38,13 +42,14 @@ def readers(folder: str) -> tuple[Any, Any]:
     return importlib.import_module("readers.careful"), importlib.import_module("readers.misuses")
 
 
-def needed(case: Case) -> tuple[dict[str, str], Mapping[Any, Any]]:
-    """What the case's machine has set: knobs, and hugetlb pages."""
+def needed(case: Case) -> tuple[dict[str, str], Mapping[Any, Any], int]:
+    """What the case's machine has set: knobs, hugetlb pages, and the bytes of a disk for its files."""
     policy = case.machine.get("policy", {})
     knobs = {f"{_HUGE}/enabled": policy["pmd"]} if "pmd" in policy else {}
     for size, setting in policy.get("thp_sizes", {}).items():
         knobs[f"{_HUGE}/hugepages-{size}/enabled"] = setting
-    return knobs, case.machine.get("hugepages", {})
+    disk = _DISK if any(isinstance(step, OpenFile) for step in case.program.steps) else 0
+    return knobs, case.machine.get("hugepages", {}), disk
 
 
 def why_not(case: Case, version: str) -> str:
@@ -68,8 +73,8 @@ def judge(case: Case, bench: Any, careful: Any, misuses: Any, version: str) -> s
         if found:
             return f"the right reader: {found[0]}"
         wrong = misuses.WRONG.get(case.name)
-        if wrong is None and case.name == "not-in-core-is-not-gone":
-            wrong = misuses.in_core(state)
+        if wrong is None and case.name in misuses.WRONG_OF_RUN:
+            wrong = misuses.WRONG_OF_RUN[case.name](state)
         if wrong is None:
             return SHOWN  # a mistake of sums, not of pages: the right reader is all that there is
         try:
@@ -86,7 +91,7 @@ def judge(case: Case, bench: Any, careful: Any, misuses: Any, version: str) -> s
             task.exit()
 
 
-def outcomes(version: str, swap: str, folder: str) -> Iterator[tuple[str, str]]:
+def outcomes(version: str, swap: str, folder: str, poison: bool) -> Iterator[tuple[str, str]]:
     """Each case, and what came of it."""
     careful, misuses = readers(folder)
     waiting: dict[str, list[Case]] = {}
@@ -97,13 +102,22 @@ def outcomes(version: str, swap: str, folder: str) -> Iterator[tuple[str, str]]:
         else:
             waiting.setdefault(json.dumps(needed(case)), []).append(case)
     for wish, some in waiting.items():
-        knobs, pools = json.loads(wish)
-        if not all(Path(path).exists() for path in knobs):
-            yield from ((case.name, f"{NOT_HERE}: no such setting") for case in some)
+        knobs, pools, disk = json.loads(wish)
+        settings = {"swap": swap, "knobs": knobs, "hugepages": pools, "disk": disk, "poison": poison}
+        if not all(Path(path).exists() for path in knobs) or (disk and not shutil.which("mkfs.ext4")):
+            yield from ((case.name, f"{NOT_HERE}: {NO_SETTING}") for case in some)
             continue
-        with registry.open_workbench("procfs", still=True, swap=swap, knobs=knobs, hugepages=pools) as bench:
+        with registry.open_workbench("procfs", still=True, **settings) as bench:
             for case in some:
-                yield case.name, judge(case, bench, careful, misuses, version)
+                if not all(bench.kernel.profile.has(name) for name in case.needs):
+                    yield case.name, f"{NOT_HERE}: {NOT_CONFIGURED}"
+                    continue
+                try:
+                    yield case.name, judge(case, bench, careful, misuses, version)
+                except BackendUnavailable:
+                    if not case.needs:
+                        raise
+                    yield case.name, f"{NOT_HERE}: {NOT_CONFIGURED}"
 
 
 def main() -> None:
@@ -112,7 +126,8 @@ def main() -> None:
     release = os.uname().release
     print(json.dumps({"release": release}), flush=True)
     try:
-        for name, outcome in outcomes(".".join(release.split(".")[:2]), wish["swap"], wish["folder"]):
+        version, poison = ".".join(release.split(".")[:2]), wish.get("poison", False)
+        for name, outcome in outcomes(version, wish["swap"], wish["folder"], poison):
             print(json.dumps({"case": name, "outcome": outcome}), flush=True)
     except BackendUnavailable as error:
         print(json.dumps({"unavailable": str(error)}), flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import os
 import re
 import struct
 
@@ -114,6 +115,88 @@ def in_core(state, area="a"):
     return reader
 
 
+def going_on(pid, areas=None):
+    """The first frame of a mapping, and those behind it."""
+    pages, expected = [], {}
+    for at, word in entries(pid, areas):
+        if word >> 63:
+            frame = expected.get(at, word & FRAME)
+            pages.append({"start": at, "end": at + PAGE, "pfn": frame})
+            expected[at + PAGE] = frame + 1
+    return {"pages": pages, "keys": ["pfn"]}
+
+
+def by_rss(pid, areas=None):
+    """No Rss, no pages."""
+    return _by_smaps(pid, areas, "Rss:", lambda line: {"present": line.split()[1] != "0"})
+
+
+def by_vm_flags(pid, areas=None):
+    """The mapping's flag for its pages'."""
+    return _by_smaps(pid, areas, "VmFlags:", lambda line: {"soft_dirty": "sd" in line.split()})
+
+
+def _by_smaps(pid, areas, wanted, told):
+    pages = []
+    with open(f"/proc/{pid}/smaps") as file:
+        for line in file:
+            if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                start, end = (int(number, 16) for number in found.groups())
+            if line.startswith(wanted):
+                pages += [{"start": a, "end": b, **told(line)} for a, b in _cut(start, end, areas)]
+    return {"pages": pages}
+
+
+def one_read(pid, areas=None):
+    """smaps is what one read gives."""
+    fd = os.open(f"/proc/{pid}/smaps", os.O_RDONLY)
+    text = os.read(fd, 1 << 20).decode()
+    os.close(fd)
+    seen = [
+        (int(low, 16), int(high, 16))
+        for low, high in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", text, re.MULTILINE)
+        if int(high, 16) <= 1 << 47
+    ]
+    told = by_page(lambda word: {"present": present(word)})
+    parts = [part for low, high in seen for part in _cut(low, high, areas)]
+    return told(pid, parts) if parts else {"pages": [], "keys": ["present"]}
+
+
+def idle_by_flags(pid, areas=None):
+    """What kpageflags shows, without a look at the bitmap."""
+    pages = []
+    with open("/proc/kpageflags", "rb") as file:
+        for at, word in entries(pid, areas):
+            if word >> 63:
+                file.seek((word & FRAME) * 8)
+                [flags] = struct.unpack("=Q", file.read(8))
+                pages.append({"start": at, "end": at + PAGE, "idle": bool(flags >> 25 & 1)})
+    return {"pages": pages}
+
+
+def by_own_group(pid, areas=None):
+    """The process's group for its pages'."""
+    with open(f"/proc/{pid}/cgroup") as file:
+        lines = [line.rstrip("\n").split(":", 2) for line in file]
+    [(_, name, path)] = [line for line in lines if line[1] in ("", "memory")]
+    inode = os.stat(f"/sys/fs/cgroup{'/' + name if name else ''}{path}").st_ino
+    return by_page(lambda word: {"cgroup": inode if present(word) else None})(pid, areas)
+
+
+def two_mib(pid, areas=None):
+    """THP in kpageflags: 2 MiB around it."""
+    huge, pages = set(), []
+    with open("/proc/kpageflags", "rb") as file:
+        for at, word in entries(pid, areas):
+            if word >> 63:
+                file.seek((word & FRAME) * 8)
+                if struct.unpack("=Q", file.read(8))[0] >> 22 & 1:
+                    huge.add(at >> 21)
+    for at, word in entries(pid, areas):
+        pages.append({"start": at, "end": at + PAGE, "present": present(word) or at >> 21 in huge})
+    return {"pages": pages}
+
+
 def named(pid, areas=None):
     """What maps gives a name is the file's."""
     with open(f"/proc/{pid}/maps") as file:
@@ -175,8 +258,22 @@ def told_by_default(pid, areas=None):
     return {"pages": [], "keys": ["swapped"]}
 
 
-#: By case. in_core is made from the program's run.
+#: By case: made from the program's run.
+WRONG_OF_RUN = {"not-in-core-is-not-gone": in_core}
+#: By case.
 WRONG = {
+    "swapped-out-shared-memory": by_page(lambda w: {"allocated": w != 0}),
+    "not-mapped-here-is-not-absent": by_page(lambda w: {"in_core": present(w), "allocated": w != 0}),
+    "hugetlb-is-no-rss": by_rss,
+    "poisoned-pages-are-not-swapped": by_page(lambda w: {"swapped": bool(w >> 62 & 1)}),
+    "answered-with-poison": by_page(lambda w: {"swapped": bool(w >> 62 & 1)}),
+    "idle-until-somebody-looks": idle_by_flags,
+    "charged-to-who-touched-first": by_own_group,
+    "what-was-read-is-in-memory": by_page(lambda w: {"in_core": present(w)}),
+    "the-mapping-and-its-pages": by_vm_flags,
+    "a-huge-page-need-not-be-2-mib": two_mib,
+    "one-read-is-not-all": one_read,
+    "frames-do-not-go-on": going_on,
     "walk-end-is-not-the-end": one_call,
     "dirty-and-swapped": written_and_present,
     "categories-come-with-kernels": every_category,
