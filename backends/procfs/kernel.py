@@ -31,12 +31,13 @@ __all__ = ["ProcfsKernel"]
 
 _WORD_FILES = frozenset(FrameFile)
 _TEXTS = ("version", "meminfo", "vmstat", "buddyinfo", "swaps")
-#: Below /sys/kernel/mm: what was set, and the pools of hugetlb.
+#: Below /sys/kernel/mm: what was set, the pools of hugetlb, and KSM.
 _SETTINGS = (
     "transparent_hugepage/*",
     "transparent_hugepage/khugepaged/*",
     "transparent_hugepage/hugepages-*/*",
     "hugepages/hugepages-*/*hugepages",
+    "ksm/*",
 )
 
 

@@ -44,6 +44,7 @@ from pmcore.backends.sim.services.readahead import DISKS
 from pmcore.backends.sim.services.shrink import Reclaimed
 from pmcore.backends.sim.services.swap import SwapArea, SwapSpace
 from pmcore.backends.sim.task import SimTask
+from pmcore.backends.sim.views import blocks as block_files
 from pmcore.backends.sim.views import cgroups, texts
 from pmcore.backends.sim.views import frames as frame_view
 from pmcore.backends.sim.virtual.space import AddressSpace
@@ -328,10 +329,13 @@ class SimMachine(Grouping, Movement, Kernel):
     def pwrite(self, name: str, offset: int, data: bytes) -> int:
         """Write to page_idle/bitmap: frames whose bits are set become idle; the bytes taken (ID-001 to ID-004).
 
-        Or to cgroup.procs or the limit of a memory cgroup (CG-017).
+        Or to cgroup.procs or the limit of a memory cgroup (CG-017), or to the state of a memory block (FS-017).
         """
         if name.startswith("/sys/fs/"):
             return self._write_group(name, data)
+        block = block_files.state_of(name)
+        if block is not None:
+            return self._write_block(block, name, data)
         if name != IDLE_BITMAP:
             return super().pwrite(name, offset, data)
         self._may_look(name)

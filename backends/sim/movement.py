@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pmcore.arrays import U64Array
+from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical import memory_blocks as blocks
 from pmcore.backends.sim.services import compaction, hotplug, memory_failure, migrating
-from pmcore.errors import ArgumentError
+from pmcore.errors import ArgumentError, NotModelled
 from pmcore.profile import KernelProfile
 from pmcore.protocols import Task, Workbench
+from pmcore.uapi import Errno
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -56,6 +58,19 @@ class Movement(Workbench):
         """Write "online" to it: all its frames are free. Refused with ENOENT, or EINVAL for one that is online."""
         migrating.still(self.core, "online_block")
         hotplug.online(self.core, number_of("online_block", number))
+
+    def _write_block(self, number: int, name: str, data: bytes) -> int:
+        """What was written to a block's state: "online" or "offline", a line's end behind it or not (rule FS-017)."""
+        word = data.partition(b"\0")[0].removesuffix(b"\n")
+        if word == b"offline":
+            self.offline_block(number)
+        elif word == b"online":
+            self.online_block(number)
+        elif word in (b"online_kernel", b"online_movable"):
+            raise NotModelled(f"{word.decode()}: zones of movable memory")
+        else:
+            refuse(Errno.EINVAL, f"write({name}, {data[:40]!r})", '"online" or "offline"')
+        return len(data)
 
     def compact(self) -> int:
         """Write 1 to compact_memory: pages move to the ends of their zones (rule MG-010); how many."""

@@ -165,7 +165,7 @@ def _mount(channel: socket.socket) -> None:
     channel.sendmsg([_GO], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [device]))])
     os.close(device)
     sc.mount("/proc", f"{place}/proc/{KERNEL_PROC}", flags=sc.MS_BIND | sc.MS_REC)
-    for name in ("/sys/kernel/mm", "/sys/fs/cgroup"):
+    for name in ("/sys/kernel/mm", "/sys/devices/system/memory", "/sys/fs/cgroup"):
         if os.path.isdir(f"{place}{name}") and os.path.isdir(name):  # noqa: PTH112
             sc.mount(f"{place}{name}", name, flags=sc.MS_BIND | sc.MS_REC)
     sc.mount(f"{place}/proc", "/proc", flags=sc.MS_BIND | sc.MS_REC)

@@ -43,7 +43,14 @@ _PASSED = frozenset(
 )
 _STEP = "/proc/pmcore/step"
 #: Directories that there are without anything in them, to hide the real machine's.
-_ALWAYS: dict[str, tuple[str, ...]] = {"/sys": ("kernel",), "/sys/kernel": ("mm",), "/sys/kernel/mm": ()}
+_ALWAYS: dict[str, tuple[str, ...]] = {
+    "/sys": ("devices", "kernel"),
+    "/sys/kernel": ("mm",),
+    "/sys/kernel/mm": (),
+    "/sys/devices": ("system",),
+    "/sys/devices/system": ("memory",),
+    "/sys/devices/system/memory": (),
+}
 
 
 def mfusepy() -> Any:

@@ -18,13 +18,13 @@ from pmcore.uapi import PAGEMAP_SCAN, PM_PFRAME_MASK, PROCMAP_QUERY
 
 __all__ = [
     "ClearRefsFile",
-    "GroupFile",
     "IdleFile",
     "MapsFile",
     "OpenFile",
     "PagemapFile",
     "TextFile",
     "WordsFile",
+    "WrittenFile",
 ]
 
 _FLAGS = np.uint64(~PM_PFRAME_MASK & (1 << 64) - 1)
@@ -144,8 +144,8 @@ class TextFile(OpenFile):
         return self._reader.read(offset, size)
 
 
-class GroupFile(TextFile):
-    """A file of a cgroup's directory, which may take a number (rule CG-017)."""
+class WrittenFile(TextFile):
+    """A text that takes something: of a cgroup's directory (rule CG-017), the state of a memory block (FS-017)."""
 
     _source: Kernel
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Sequence
 
@@ -12,13 +13,13 @@ import attrs
 from pmcore.errors import Missing, ProcessGone, syscall_error
 from pmcore.procview.files import (
     ClearRefsFile,
-    GroupFile,
     IdleFile,
     MapsFile,
     OpenFile,
     PagemapFile,
     TextFile,
     WordsFile,
+    WrittenFile,
 )
 from pmcore.procview.opener import ROOT, Capability, Opener
 from pmcore.protocols import IDLE_BITMAP, FrameFile, Kernel, Process
@@ -36,6 +37,8 @@ _MODES = {
 #: What may only be opened by who may inspect the process.
 _PTRACE = frozenset({"pagemap", "maps", "smaps", "smaps_rollup"})
 _SYSFS_SIZE = 4096
+#: What takes whether a memory block is online.
+_BLOCK_STATE = re.compile(r"/sys/devices/system/memory/memory\d+/state")
 #: Where groups come and go.
 _CGROUPS = "/sys/fs/cgroup"
 #: Files of a cgroup that take something.
@@ -108,8 +111,8 @@ class ProcView:
         self.kernel = kernel
         self.owner = owner
         self.self_pid = self_pid
-        #: Directories of sysfs, and the files in them by directory.
-        self._sys: dict[str, list[str]] = {}
+        #: Directories of sysfs, and the names in them, in their order.
+        self._sys: dict[str, dict[str, None]] = {}
         self._proc: list[str] = []
         self._files: tuple[str, ...] = ()
         self._renew()
@@ -129,10 +132,10 @@ class ProcView:
     def _grow(self, path: str) -> None:
         while path != "/sys":
             parent, _, name = path.rpartition("/")
-            known = self._sys.setdefault(parent, [])
+            known = self._sys.setdefault(parent, {})
             if name in known:
                 return
-            known.append(name)
+            known[name] = None
             path = parent
 
     def inode(self, path: str) -> int:
@@ -228,12 +231,20 @@ class ProcView:
         kernel, buffer = self.kernel, self.kernel.geometry.page_size
         if path == IDLE_BITMAP:
             return _file(path, 0o600, 0, lambda _o, _r: IdleFile(path, kernel))
+        if _BLOCK_STATE.fullmatch(path):
+            return _file(
+                path,
+                0o644,
+                0,
+                lambda _o, reading: WrittenFile(path, kernel, path, buffer=buffer, writable=not reading),
+                size=_SYSFS_SIZE,
+            )
         if path.startswith(_CGROUPS):
             node = _file(
                 path,
                 0o644 if name in _TAKES else 0o444,
                 0,
-                lambda _o, reading: GroupFile(path, kernel, path, buffer=buffer, writable=not reading),
+                lambda _o, reading: WrittenFile(path, kernel, path, buffer=buffer, writable=not reading),
             )
             return attrs.evolve(node, inode=self.inode(path))
         return _file(

@@ -407,3 +407,39 @@ def test_memory_that_may_only_be_executed(bench, task):
     assert failed.value.signal == "SIGSEGV"
     task.mprotect(start, PAGE, Prot.READ | Prot.EXEC)
     assert task.read(start, 4) == b"code"
+
+
+@pytest.mark.rule("FS-017")
+def test_memory_blocks(bench, opened, status):
+    """The size in hexadecimal, the state of each block, its number; what is no state is refused."""
+    directory = Path("/sys/devices/system/memory")
+    if bench.kernel.name == "procfs" and not (directory / "block_size_bytes").exists():
+        pytest.skip("this kernel has no memory blocks")
+    size = opened(f"{directory}/block_size_bytes").read(0, 100)
+    assert int(size, 16) == bench.block_size if bench.kernel.name == "sim" else int(size, 16) >= 1 << 20
+    assert size == b"%x\n" % int(size, 16)
+    assert status(f"{directory}/block_size_bytes") == (stat.S_IFREG | 0o444, 4096)
+    assert status(f"{directory}/memory0/state") == (stat.S_IFREG | 0o644, 4096)
+    assert opened(f"{directory}/memory0/state").read(0, 100) == b"online\n"
+    assert opened(f"{directory}/memory0/phys_index").read(0, 100) == b"00000000\n"
+    for word in (b"of", b"offlinex", b"1", b"offline\n\n", b""):
+        file = opened(f"{directory}/memory0/state", os.O_WRONLY)
+        if word:
+            assert refused(file.write, 0, word) == errno.EINVAL, word
+    assert refused(opened, f"{directory}/memory0/phys_index", os.O_WRONLY) == errno.EACCES
+    assert refused(opened, f"{directory}/memory99999999/state") == errno.ENOENT
+
+
+@pytest.mark.rule("FS-018")
+def test_files_of_ksm(bench, opened, status, needs):
+    """What the simulated machine has of them, the kernel has: a number each."""
+    needs("mm.ksm")
+    from pmcore.registry import open_workbench
+
+    simulated = ProcView(open_workbench("sim", memory="16 MiB", kernel=bench.kernel.profile))
+    names = simulated.node("/sys/kernel/mm/ksm").names()
+    assert {"run", "pages_shared", "pages_sharing", "full_scans"} <= set(names)
+    for name in names:
+        text = opened(f"/sys/kernel/mm/ksm/{name}").read(0, 100)
+        assert text == b"%d\n" % int(text), name
+        assert status(f"/sys/kernel/mm/ksm/{name}")[1] == 4096

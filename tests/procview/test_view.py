@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pmcore
+from pmcore.errors import NotModelled
 from pmcore.procview import Opener, ProcView
 from pmcore.profile import preset
 from pmcore.protocols import IDLE_BITMAP
@@ -86,7 +87,7 @@ def test_what_is_not_there(machine, view):
         "/proc/1/maps/x",
         "/proc/nothing",
         "/etc/passwd",
-        "/sys/kernel/mm/ksm/run",
+        "/sys/kernel/mm/lru_gen/enabled",
     ):
         assert refused(view.node, path) == errno.ENOENT
     assert refused(ProcView(machine).node, "/proc/self") == errno.ENOENT
@@ -320,6 +321,50 @@ def test_procmap_query(machine, view):
     small[:8] = struct.pack("=Q", 40)
     file.ioctl(PROCMAP_QUERY, small, Memory())
     assert struct.unpack_from("=Q", small, 24)[0] == expected[0][0]
+
+
+@pytest.mark.rule("FS-017", "FS-014")
+def test_a_block_goes_offline_by_a_write():
+    machine = pmcore.open("sim", memory="64 MiB", block_size="16 MiB")
+    view = ProcView(machine)
+    place = "/sys/devices/system/memory"
+    assert view.node(place).names() == ["block_size_bytes", *(f"memory{n}" for n in range(4))]
+    state = view.open(f"{place}/memory2/state", os.O_RDWR)
+    assert state.write(0, b"offline\n") == 8
+    assert state.read(0, 100) == b"offline\n"
+    assert [block.state for block in machine.memory_blocks()] == ["online", "online", "offline", "online"]
+    assert set(machine.kpageflags(8192, 4096).values.tolist()) == {1 << 20}
+    for word, number in ((b"offline", errno.EINVAL), (b"nowhere", errno.EINVAL)):
+        assert refused(state.write, 0, word) == number
+    assert state.write(0, b"online") == 6
+    with pytest.raises(NotModelled):
+        state.write(0, b"online_movable")
+    assert refused(view.open, f"{place}/memory2/phys_index", os.O_WRONLY) == errno.EACCES
+    assert refused(view.node, f"{place}/memory4/state") == errno.ENOENT
+
+
+@pytest.mark.rule("FS-018")
+def test_ksm_counts_are_shown():
+    machine = pmcore.open("sim", memory="16 MiB", kernel="6.12")
+    task = machine.spawn()
+    start = task.mmap(8 * PAGE)
+    task.madvise(start, 8 * PAGE, 12)
+    for page in range(6):
+        task.write(start + page * PAGE, b"same" if page < 4 else b"other")
+    machine.ksm_scan(3)
+    view = ProcView(machine)
+
+    def number(name):
+        return int(view.open(f"/sys/kernel/mm/ksm/{name}").read(0, 100))
+
+    assert (number("pages_shared"), number("pages_sharing"), number("full_scans")) == (2, 4, 3)
+    assert number("pages_unshared") == machine.ksm.pages_unshared
+    assert refused(view.open, "/sys/kernel/mm/ksm/run", os.O_WRONLY) == errno.EACCES
+    old = ProcView(pmcore.open("sim", memory="16 MiB", kernel="2.6.32")).node("/sys/kernel/mm/ksm").names()
+    assert "max_page_sharing" not in old
+    assert "run" in old
+    without = ProcView(pmcore.open("sim", memory="16 MiB", config=["!CONFIG_KSM"]))
+    assert refused(without.node, "/sys/kernel/mm/ksm/run") == errno.ENOENT
 
 
 @pytest.mark.rule("FS-010")

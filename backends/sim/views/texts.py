@@ -11,6 +11,7 @@ import numpy as np
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Zone
 from pmcore.backends.sim.policy import MIN_ORDER, SETTINGS
 from pmcore.backends.sim.views import amounts
+from pmcore.backends.sim.views import blocks as block_files
 
 if TYPE_CHECKING:
     from pmcore.backends.sim.machine import Core
@@ -28,6 +29,17 @@ _KHUGEPAGED = [
     "full_scans",
     "pages_collapsed",
 ]
+
+_SAME = "/sys/kernel/mm/ksm"
+_KSM = ("pages_to_scan", "full_scans", "pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
+#: Files that came later.
+_KSM_SINCE = {
+    "merge_across_nodes": "ksm.merge_across_nodes",
+    "use_zero_pages": "ksm.use_zero_pages",
+    "max_page_sharing": "ksm.max_page_sharing",
+    "ksm_zero_pages": "ksm.counts_more",
+    "pages_scanned": "ksm.counts_more",
+}
 
 _POOL = ("nr_hugepages", "free_hugepages", "resv_hugepages", "surplus_hugepages", "nr_overcommit_hugepages")
 
@@ -133,6 +145,17 @@ def _pools(core: Core) -> dict[str, Callable[[Core], str]]:
     }
 
 
+def _ksm(name: str, core: Core) -> str:
+    return f"{int(getattr(core.ksm, name))}\n"
+
+
+def _merging(core: Core) -> dict[str, Callable[[Core], str]]:
+    """ksmd's knobs and counters; it does nothing by itself: run is 0 (rule FS-018)."""
+    names = [*_KSM, *(name for name, capability in _KSM_SINCE.items() if core.profile.has(capability))]
+    found: dict[str, Callable[[Core], str]] = {f"{_SAME}/{name}": partial(_ksm, name) for name in names}
+    return found | {f"{_SAME}/run": lambda core: "0\n"}
+
+
 def _texts(core: Core) -> dict[str, Callable[[Core], str]]:
     found: dict[str, Callable[[Core], str]] = {
         "meminfo": amounts.meminfo,
@@ -146,15 +169,20 @@ def _texts(core: Core) -> dict[str, Callable[[Core], str]]:
         found |= _thp(core)
     if core.caps.hugetlb:
         found |= _pools(core)
+    if core.profile.has("mm.ksm"):
+        found |= _merging(core)
     return found
 
 
 def names(core: Core) -> tuple[str, ...]:
     """Names of the texts that this machine's kernel has; those of sysfs by their whole paths."""
-    return tuple(_texts(core))
+    return (*_texts(core), *block_files.names(core))
 
 
 def text(core: Core, name: str) -> bytes | None:
     """The text of that name; None where there is none."""
+    if name.startswith(block_files.DIRECTORY):
+        shown = block_files.text(core, name)
+        return None if shown is None else shown.encode()
     make = _texts(core).get(name)
     return None if make is None else make(core).encode()
