@@ -125,7 +125,7 @@ def test_texts_of_the_machine_agree_with_its_frames(machine, task):
 
 @pytest.mark.rule("FS-001", "FS-008")
 def test_files_of_sysfs(machine):
-    """Settings of huge pages and pools; 4096 bytes long as all of sysfs, not writable; nothing else."""
+    """Settings of huge pages, pools and KSM; 4096 bytes long as all of sysfs, not writable; nothing else."""
     view = ProcView(machine)
     where = "/sys/kernel/mm/transparent_hugepage"
 
@@ -139,9 +139,14 @@ def test_files_of_sysfs(machine):
     assert read(f"{where}/khugepaged/max_ptes_none") == "511\n"
     assert read("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages") == "4\n"
     assert view.node(f"{where}/enabled").size == 4096
-    assert sorted(view.node("/sys/kernel/mm").names()) == ["hugepages", "page_idle", "transparent_hugepage"]
+    assert sorted(view.node("/sys/kernel/mm").names()) == [
+        "hugepages",
+        "ksm",
+        "page_idle",
+        "transparent_hugepage",
+    ]
     assert view.node("/sys/kernel").is_dir
-    for path in (f"{where}/defrag", f"{where}/hugepages-8kB", "/sys/kernel/mm/ksm", "/sys/x"):
+    for path in (f"{where}/defrag", f"{where}/hugepages-8kB", "/sys/kernel/mm/lru_gen", "/sys/x"):
         with pytest.raises(Missing):
             view.node(path)
     with pytest.raises(OSError) as caught:
