@@ -67,7 +67,9 @@ class Movement(Workbench):
         elif word == b"online":
             self.online_block(number)
         elif word in (b"online_kernel", b"online_movable"):
-            raise NotModelled(f"{word.decode()}: zones of movable memory")
+            raise NotModelled(
+                "a block of memory that goes online in a zone of its own choice (online_movable)"
+            )
         else:
             refuse(Errno.EINVAL, f"write({name}, {data[:40]!r})", '"online" or "offline"')
         return len(data)

@@ -307,25 +307,6 @@ def test_termination_ends_everything(started, program):
     wait_for(lambda: all(ended(pid) for pid in family))
 
 
-def test_as_another_user(program):
-    """Without root: it works where the system lets users mount in namespaces of their own, else one clear line."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to be somebody else")
-    command = [*PMCORE, "exec", "--", "cat", "/proc/kpagecount"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, user=65534, group=65534, extra_groups=[], check=False, cwd="/"
-        )
-    except PermissionError:
-        pytest.skip("the interpreter is not for everybody")
-    if os.stat("/dev/fuse").st_mode & 0o6 == 0o6:  # noqa: PTH116
-        assert done.returncode in (0, 4)
-    else:
-        assert done.returncode == 4
-        assert b"/dev/fuse cannot be opened" in done.stderr
-    assert b"Traceback" not in done.stderr
-
-
 @pytest.fixture
 def grouped(tmp_path):
     """A program with two groups, and a task in each."""
