@@ -1,7 +1,7 @@
-"""A tool that asks maps by PROCMAP_QUERY: `python asking.py FILE` reads questions, and prints what came. Knows no pmcore.
+"""A tool that asks maps by PROCMAP_QUERY: `python asking.py FILE` reads questions, and prints what came.
 
-A question is [process, size, flags, address, room for the name, room for the build id]; an answer is the structure and the
-name as they are after the call, in hexadecimal, or the errno.
+It knows no pmcore. A question is [process, size, flags, address, room for the name, room for the build id]; an answer
+is the structure and the name as they are after the call, in hexadecimal, or the errno.
 """
 
 from __future__ import annotations

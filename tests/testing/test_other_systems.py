@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-#: Read by Windows' rules: `os`, `ntpath` and a `pathlib` of Windows paths; the real files are found by their names here.
+#: By Windows' rules: `ntpath`, and a `pathlib` of Windows paths; the real files are found by their names here.
 WINDOWS = """
 import builtins, ctypes, importlib.resources, io, ntpath, os, posixpath, subprocess, sys, tempfile, zipfile
 import attr, attrs, numpy, tomllib
@@ -29,8 +29,9 @@ for name in ("open", "stat", "lstat", "listdir", "scandir", "mkdir", "unlink", "
     setattr(os, name, here(getattr(os, name)))
 io.open = builtins.open = here(open)
 hidden = ["fcntl", "resource", "termios", "pwd", "grp"]
-lost = "pread preadv readv writev pwrite sysconf sysconf_names getuid geteuid getgid fork mkfifo mknod chown lchown chroot"
-lost += " statvfs getxattr setxattr listxattr sendfile copy_file_range splice posix_spawn O_CLOEXEC O_NOFOLLOW O_DIRECTORY"
+lost = "pread preadv readv writev pwrite sysconf sysconf_names getuid geteuid getgid fork mkfifo mknod chown lchown"
+lost += " chroot statvfs getxattr setxattr listxattr sendfile copy_file_range splice posix_spawn"
+lost += " O_CLOEXEC O_NOFOLLOW O_DIRECTORY"
 os.O_BINARY = 0x8000
 os.name, os.sep, os.altsep, os.path = "nt", "\\\\", "/", ntpath
 sys.modules["os.path"] = ntpath
@@ -52,7 +53,8 @@ EMSCRIPTEN = """
 import ctypes, os, subprocess, sys, tempfile
 import attr, attrs, numpy
 hidden = ["fcntl", "resource", "termios"]
-lost = "fork posix_spawn pread preadv readv writev pwrite sendfile copy_file_range splice chroot getxattr setxattr listxattr"
+lost = "fork posix_spawn pread preadv readv writev pwrite sendfile copy_file_range splice chroot"
+lost += " getxattr setxattr listxattr"
 sys.platform = "emscripten"
 """
 HIDE = """
@@ -89,7 +91,8 @@ def look():
         file.seek(start // 4096 * 8)
         assert numpy.array_equal(numpy.frombuffer(file.read(128), dtype=numpy.uint64), words)
     assert sum(word >> 63 for word in words) == 10
-    fd = os.open(os.path.join("/proc", str(os.getpid()), "pagemap"), os.O_RDONLY | getattr(os, "O_BINARY", 0) | os.O_CLOEXEC)
+    wanted = os.O_RDONLY | getattr(os, "O_BINARY", 0) | os.O_CLOEXEC
+    fd = os.open(os.path.join("/proc", str(os.getpid()), "pagemap"), wanted)
     assert struct.unpack("16Q", os.pread(fd, 128, start // 4096 * 8)) == words
     buffer = bytearray(128)
     assert os.preadv(fd, [buffer], start // 4096 * 8) == 128 and struct.unpack("16Q", buffer) == words
@@ -104,7 +107,8 @@ def look():
             assert error.errno == 22
     import ctypes
     vec = (ctypes.c_uint64 * 24)()
-    argument = bytearray(struct.pack("=12Q", 96, 0, start, start + 16 * 4096, 0, ctypes.addressof(vec), 8, 0, 0, 8, 0, 8))
+    asked = (96, 0, start, start + 16 * 4096, 0, ctypes.addressof(vec), 8, 0, 0, 8, 0, 8)
+    argument = bytearray(struct.pack("=12Q", *asked))
     assert fcntl.ioctl(fd, 0xC0606610, argument) == 1
     assert list(vec[:3]) == [start, start + 10 * 4096, 8]
     query = bytearray(struct.pack("=9Q4L2Q", 104, 16, 0, *[0] * 8, 0, 0, 0, 0))
@@ -141,7 +145,8 @@ for _ in range(2):
             assert not os.path.exists("/proc/self")
 for name, names in before.items():
     now = vars(sys.modules[name])
-    assert {{key for key in names if names[key] is not now.get(key)}} | now.keys() - names.keys() <= {{"__warningregistry__"}}, name
+    changed = {{key for key in names if names[key] is not now.get(key)}} | now.keys() - names.keys()
+    assert changed <= {{"__warningregistry__"}}, (name, changed)
 assert all(sys.modules.get(name) is None for name in hidden)
 """
 #: The reader of tests/validate, over cases that a tool is held against.
