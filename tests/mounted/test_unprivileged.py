@@ -73,7 +73,8 @@ def as_nobody(tmp_path):
 def test_a_command_runs_without_root(as_nobody, program):
     """Inside, nobody is root of a namespace, with no power outside; the machine's files are as root sees them."""
     before = mounts()
-    script = "id -u; cat /proc/1/maps; head -c 16 /proc/kpageflags | wc -c; echo 4 > /proc/1/clear_refs && echo cleared"
+    script = "id -u; cat /proc/1/maps; head -c 16 /proc/kpageflags | wc -c; "
+    script += "echo 4 > /proc/1/clear_refs && echo cleared; touch /etc/pmcore-test; exit 7"
     done = as_nobody(*PMCORE, "exec", "--machine", program, "--", "sh", "-c", script)
     assert done.returncode == 7, done.stderr
     lines = done.stdout.splitlines()
