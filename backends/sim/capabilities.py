@@ -149,6 +149,10 @@ class Capabilities:
     uffd_unregister_own: bool
     #: Whether machine checks are told of as such (BUS_MCEERR_AR).
     memory_failure: bool
+    memory_failure_of_merged: bool
+    memory_failure_keeps_shmem: bool
+    memory_failure_keeps_hugetlb: bool
+    poisoned_blocks_stay_offline: bool
     uffd_minor: bool
     uffd_continue_wp: bool
     uffd_poison: bool
@@ -288,6 +292,10 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         hugetlb_promises_while_shared=has("quirk.hugetlb_promises_while_shared"),
         uffd_unregister_own=has("mm.mremap_checks_early"),
         memory_failure=has("mm.memory_failure"),
+        memory_failure_of_merged=has("mm.memory_failure_of_merged"),
+        memory_failure_keeps_shmem=has("mm.memory_failure_keeps_shmem"),
+        memory_failure_keeps_hugetlb=has("mm.memory_failure_keeps_hugetlb"),
+        poisoned_blocks_stay_offline=has("mm.poisoned_blocks_stay_offline"),
         uffd_minor=has("uffd.minor"),
         uffd_continue_wp=has("uffd.wp_unpopulated"),
         uffd_poison=has("uffd.poison"),

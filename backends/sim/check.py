@@ -12,14 +12,14 @@ import numpy as np
 from pmcore.backends.sim.check_disk import Finding, disk_findings
 from pmcore.backends.sim.check_disk import some as _some
 from pmcore.backends.sim.check_groups import group_findings
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED, MOVED_YOUNG
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED, MOVED_YOUNG, RAW_HWPOISON
 from pmcore.backends.sim.physical.memory import COMPOUND, HEAD, TAIL
 from pmcore.backends.sim.services import blocks, ksm_state
 from pmcore.backends.sim.services.hugetlb import HugeFile
 from pmcore.backends.sim.services.pagecache import OpenFile
 from pmcore.backends.sim.services.userfaultfd import Userfaultfd
 from pmcore.backends.sim.virtual import hugetlb
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SPECIAL, TABLE, UFFD_WP, WRITE, is_hwpoison
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.errors import PmcoreError
@@ -196,7 +196,7 @@ class _Mappings:
             entry = core.pool.at[slot] if slot >= 0 else 0
             found += bool(entry) and pool.level == 1
             if not entry & PRESENT:
-                if entry not in (0, hugetlb.HUGE_MARKER, hugetlb.HUGE_POISON):
+                if entry not in (0, hugetlb.HUGE_MARKER, hugetlb.HUGE_POISON) and not is_hwpoison(entry):
                     self.bad.append(Finding("an empty hugetlb entry is none or a marker", f"{addr:#x}"))
                 continue
             head = entry & FIELD
@@ -245,7 +245,10 @@ def _compound(core: Core, maps: _Mappings) -> Iterator[Finding]:
         flags = frames.flags[head : head + pages] & np.uint64(COMPOUND)
         if flags[0] != HEAD or (flags[1:] != TAIL).any():
             yield Finding("a compound page is one head and tails", f"{head:#x}")
-        rest = frames.flags[head : head + pages] & np.uint64(~(COMPOUND | ANON_EXCLUSIVE) & (1 << 64) - 1)
+        own = COMPOUND | ANON_EXCLUSIVE | RAW_HWPOISON
+        if frames.flags_at[head] & int(PageFlag.ZERO_PAGE):
+            own |= int(PageFlag.HWPOISON)
+        rest = frames.flags[head : head + pages] & np.uint64(~own & (1 << 64) - 1)
         if (rest != rest[0]).any():
             yield Finding("the pages of a folio show the same flags", f"{head:#x}")
     wrong = np.flatnonzero(frames.behind != expected)
@@ -311,8 +314,11 @@ def _free(core: Core) -> Iterator[Finding]:
 def _out_of_use(core: Core) -> Iterator[Finding]:
     frames = core.memory.frames
     pfns = np.flatnonzero((frames.flags & np.uint64(PageFlag.HWPOISON)) != 0)
+    pfns = pfns[(frames.flags[pfns] & np.uint64(PageFlag.ZERO_PAGE)) == 0]  # which stay what they are
     has = (frames.flags[pfns] & np.uint64(_LRU | _BUDDY)) != 0
-    has |= (frames.mapcount[pfns] != 0) | (frames.content[pfns] != 0) | (frames.lru[pfns] != 0)
+    has |= (frames.mapcount[pfns] != 0) | (frames.lru[pfns] != 0)
+    small = (frames.flags[pfns] & np.uint64(PageFlag.HUGE)) == 0  # the rest of a file's huge page can be read
+    has |= small & (frames.content[pfns] != 0)
     if has.any():
         yield Finding(
             "a poisoned frame is not mapped, free or on a list, and holds nothing", _some(pfns[has])
@@ -330,7 +336,8 @@ def _offline(core: Core) -> Iterator[Finding]:
         if end > frames.count or any(low < end and first < high for low, high in zones):
             yield Finding("a block that is offline belongs to no zone", f"block {number}")
         for name in ("flags", "mapcount", "content", "free_order", "swap"):
-            used = np.flatnonzero(getattr(frames, name)[first:end])
+            lost = (frames.flags[first:end] & np.uint64(PageFlag.HWPOISON)) != 0  # what is poisoned stays so
+            used = np.flatnonzero((getattr(frames, name)[first:end] != 0) & ~lost)
             if len(used):
                 yield Finding("frames that are offline hold nothing", f"{name} of {_some(used + first)}")
     flags = frames.flags
@@ -384,7 +391,8 @@ def _pools(core: Core, spaces: list[AddressSpace], maps: _Mappings) -> Iterator[
             yield Finding("free huge pages are the pool's", f"{pool.free}")
         for head in heads:
             flags = frames.flags_at[head]
-            used = bool(maps.counts[head]) or head in held
+            # A poisoned one that its file has lost is nobody's, for good.
+            used = bool(maps.counts[head]) or head in held or bool(flags & int(PageFlag.HWPOISON))
             if used == (head in free) or not flags & int(PageFlag.HUGE):
                 yield Finding("a huge page is free, or somebody's", f"{head:#x}")
     if len(set(held)) != len(held):
@@ -490,7 +498,8 @@ def _idle(core: Core) -> Iterator[Finding]:
     """What idle page tracking marks: folios on LRU lists, whole ones, and none before anybody has marked any."""
     frames = core.memory.frames
     marks = frames.flags & np.uint64(int(PageFlag.IDLE) | MOVED_YOUNG)
-    wrong = (marks != 0) & ((frames.flags & np.uint64(_LRU)) == 0)
+    # What a page is marked with when it is poisoned stays on its frame.
+    wrong = (marks != 0) & ((frames.flags & np.uint64(_LRU | int(PageFlag.HWPOISON))) == 0)
     if "page_idle" not in core.numbers:
         wrong |= marks != 0
     wrong |= marks != marks[np.arange(frames.rows) - frames.behind]

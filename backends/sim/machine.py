@@ -222,7 +222,6 @@ class SimMachine(Grouping, Movement, Kernel):
 
     def spawn(self) -> SimTask:
         """A fresh task with an empty address space."""
-        migrating.still(self.core, "spawn")
         self.core.memory.charging = 0
         return self.adopt(AddressSpace(self.core, self.core.number("space")))
 

@@ -81,8 +81,9 @@ class Movement(Workbench):
     def start_migration(self, task: Task, start: int, length: int) -> int:
         """Begin to move all pages that a range of the task's maps, whoever maps them; how many (rules MG-006, MG-007).
 
-        The machine stays in the middle of it until `finish_migration`: migration entries stand for the pages, and
-        nothing but looking is modelled. Raises ArgumentError where there is nothing to be moved.
+        The machine stays in the middle of it until `finish_migration`: migration entries stand for the pages. Mappings
+        change meanwhile, processes fork and end, what stays is accessed (MG-011 to MG-013); an access to a page that is
+        on its way is an AddressSpaceFault, SIGSTOP. Raises ArgumentError where there is nothing to be moved.
         """
         if self._tasks.get(task.pid) is not task:
             raise ArgumentError(f"{task!r} is no living task of this machine")

@@ -20,6 +20,7 @@ from pmcore.backends.sim.services import migrating, mincore
 from pmcore.backends.sim.virtual import copying, fault, touch
 from pmcore.backends.sim.virtual import fork as forking
 from pmcore.backends.sim.virtual.space import AddressSpace
+from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.errors import ArgumentError, syscall_error
 from pmcore.protocols import MADE_PAGES, Task
 from pmcore.uapi import Errno, Madvise, MapFlag, MremapFlag, Prot, UffdFeature
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.machine import SimMachine
 
 __all__ = ["SimTask"]
+
+
+#: Calls that change nothing but mappings, and so go on while a migration is under way.
+_BESIDE = frozenset({"brk", "madvise", "memfd_create", "mmap", "mprotect", "mremap", "munmap"})
 
 
 class SimTask(Task):
@@ -55,22 +60,39 @@ class SimTask(Task):
     def _ready(self, call: str) -> None:
         if not self.alive:
             raise syscall_error(int(Errno.ESRCH), call, remedy="the task is gone")
-        if self._core.migration is not None and call != "mincore":
-            migrating.still(self._core, call)
         if self._core.memory.grouped:
             self._core.memory.charging = self.mm.group
             self._core.memory.charges.full = None
 
     def _call(self, what: Any, *arguments: Any, **named: Any) -> Any:
         core, mm = self._core, self.mm
-        if not self.alive or core.memory.grouped or core.migration is not None:
+        if not self.alive or core.memory.grouped:
             self._ready(what.__name__)
+        if core.migration is not None:
+            return self._beside(what, *arguments, **named)
         if core.memory.short:
             core.relieve(1)
         try:
             return what(core, mm, *arguments, **named)
         except NoMemory:
             raise self._out_of_memory(what.__name__) from None
+
+    def _beside(self, what: Any, *arguments: Any, **named: Any) -> Any:
+        """A call while a migration is under way (MG-011 to MG-013). Raises NotModelled for those that may wait."""
+        core, name = self._core, what.__name__
+        if name == "mincore":
+            return what(core, self.mm, *arguments, **named)
+        filled = int(MapFlag.POPULATE | MapFlag.LOCKED)
+        waits = name not in _BESIDE or bool(self.mm.def_flags & VmFlag.LOCKED)
+        waits |= name == "mmap" and bool(arguments[3] & filled)
+        waits |= name == "madvise" and arguments[2] not in migrating.ADVICE
+        if waits:
+            migrating.still(core, name)
+        try:
+            with migrating.beside(core):
+                return what(core, self.mm, *arguments, **named)
+        except NoMemory:
+            raise self._out_of_memory(name) from None
 
     def _out_of_memory(self, what: str) -> Exception:
         full = self._core.memory.charges.full
@@ -82,8 +104,9 @@ class SimTask(Task):
         return syscall_error(int(Errno.ENOMEM), what, remedy=remedy)
 
     def _access_to(self, what: str, start: int, length: int) -> None:
-        if self.alive and self._core.migration is not None:
-            migrating.wait(self._core, self.mm, start, start + length)
+        core = self._core
+        if core.migration is not None and core.memory.spare < (length >> core.geometry.page_shift) + 64:
+            migrating.still(core, "an access that may have memory reclaimed")
         self._ready(what)
 
     # -- memory ----------------------------------------------------------------------------------------
@@ -162,8 +185,10 @@ class SimTask(Task):
         self, pages: Sequence[int], nodes: Sequence[int] | None, *, flags: int = 2, pid: int = 0
     ) -> tuple[int, list[int | None]]:
         """move_pages(2)."""
-        _words(*pages)
+        if not isinstance(pages, range) or not pages or not 0 <= min(pages) <= max(pages) < 1 << 64:
+            _words(*pages)
         self._ready("move_pages")
+        migrating.still(self._core, "move_pages")
         named = [self] if not pid else [task for task in self._machine.tasks() if task.pid == pid]
         if not named:
             raise syscall_error(int(Errno.ESRCH), f"move_pages({pid})", remedy="the task is gone")
@@ -174,12 +199,19 @@ class SimTask(Task):
     def read(self, start: int, length: int) -> bytes:
         """The bytes at `start`."""
         self._access_to("read", start, length)
+        end = migrating.wait(self._core, self.mm, start, start + length)
+        if end < start + length:
+            copying.read(self._core, self.mm, start, end - start, self._access)
+            raise migrating.waits(end)
         return copying.read(self._core, self.mm, start, length, self._access)
 
     def write(self, start: int, data: bytes) -> None:
         """Write bytes."""
         self._access_to("write", start, len(data))
-        copying.write(self._core, self.mm, start, data, self._access)
+        end = migrating.wait(self._core, self.mm, start, start + len(data))
+        copying.write(self._core, self.mm, start, data[: end - start], self._access)
+        if end < start + len(data):
+            raise migrating.waits(end)
 
     def _access(self, addr: int, write: bool) -> int:
         try:
@@ -196,12 +228,17 @@ class SimTask(Task):
             raise ArgumentError(f"touch every {stride} of {length} bytes")
         if stride != size:
             for addr in range(start, start + length, stride):
+                if migrating.wait(self._core, self.mm, addr, addr + 1) == addr:
+                    raise migrating.waits(addr)
                 self._access(addr, write)
             return
+        end = migrating.wait(self._core, self.mm, start, start + length)
         try:
-            touch.touch(self._core, self.mm, start, start + length, write=write)
+            touch.touch(self._core, self.mm, start, end, write=write)
         except NoMemory:
             raise self._out_of_memory(f"touch from {start:#x}") from None
+        if end < start + length:
+            raise migrating.waits(end)
 
     # -- files -----------------------------------------------------------------------------------------
 
@@ -317,10 +354,15 @@ class SimTask(Task):
             child.files = dict(self.mm.files)
             child.group = self.mm.group
             try:
-                watching = forking.fork(self._core, self.mm, child)
+                with migrating.beside(self._core):
+                    try:
+                        watching = forking.fork(self._core, self.mm, child)
+                    except NoMemory:
+                        child.tear_down()
+                        raise
+                    migrating.forked(self._core, self.mm, child)
                 break
             except NoMemory:
-                child.tear_down()
                 # Each attempt has to begin with more free memory than the one before.
                 if memory.free_total <= free or not self._core.relieve(1):
                     raise self._out_of_memory("fork") from None
@@ -336,12 +378,12 @@ class SimTask(Task):
         """End the task; everything that it alone had is free."""
         if not self.alive:
             return
-        migrating.still(self._core, "exit")
         self.alive = False
         self._machine.forget(self)
-        for fd in list(self.mm.files):
-            file_calls.close(self._core, self.mm, fd, self._machine.tasks())
-        self.mm.tear_down()
+        with migrating.beside(self._core):
+            for fd in list(self.mm.files):
+                file_calls.close(self._core, self.mm, fd, self._machine.tasks())
+            self.mm.tear_down()
 
 
 def _words(*values: int) -> None:

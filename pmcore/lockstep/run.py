@@ -6,15 +6,17 @@ from collections import Counter
 from typing import Any
 
 import attrs
+import numpy as np
 
+from pmcore.errors import NotModelled
 from pmcore.geometry import align_up
 from pmcore.lockstep.compare import Comparer, Difference
 from pmcore.lockstep.look import Look, take
 from pmcore.lockstep.reached import Reached
 from pmcore.program import Outcome, Program, Run
-from pmcore.program.steps import Compact, Map, Scan, Step
+from pmcore.program.steps import Advise, Compact, Map, Scan, Step
 from pmcore.protocols import Workbench
-from pmcore.uapi import MapFlag
+from pmcore.uapi import Madvise, MapFlag, PageFlag
 
 __all__ = ["Result", "lockstep", "renewed"]
 
@@ -42,17 +44,20 @@ class Result:
 def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
     """Run `program` on both, and compare outcomes and looks after each step; ends at the first that differs.
 
-    The tasks are ended; the workbenches stay open. Raises ArgumentError for a program that names what it has not made.
+    The tasks are ended; the workbenches stay open. Raises ArgumentError for a program that names what it has not made,
+    NotModelled before the right side poisons its zero page: all programs after this one would meet it.
     """
     runs = Run(program, left), Run(program, right)
     comparer, reached = Comparer(watched=left.watched or right.watched), Reached()
     scans = 0
     try:
         for number, step in enumerate(program.steps):
-            outcomes = runs[0].advance(step), runs[1].advance(step)
+            first = runs[0].advance(step), take(runs[0])
+            _spare(step, first[1])
+            outcomes = first[0], runs[1].advance(step)
             scans += isinstance(step, Scan)
             reached.step(step, outcomes[0])
-            looks = take(runs[0]), take(runs[1])
+            looks = first[1], take(runs[1])
             found = [*_outcomes(step, *outcomes), *comparer.compare(*looks, renewed(runs[0], step))]
             if found:
                 return Result(
@@ -76,6 +81,16 @@ def lockstep(program: Program, left: Workbench, right: Workbench) -> Result:
     finally:
         for run in runs:
             run.end()
+
+
+def _spare(step: Step, left: Look) -> None:
+    """Raise NotModelled if the step has poisoned the zero page."""
+    if isinstance(step, Advise) and step.advice == Madvise.HWPOISON:
+        lost = np.uint64(PageFlag.HWPOISON | PageFlag.ZERO_PAGE)
+        if ((left.kpageflags & lost) == lost).any():
+            raise NotModelled(
+                "poisoning the zero page of a kernel that goes on running: it stays so for good"
+            )
 
 
 def renewed(run: Run, step: Step) -> tuple[int, int]:

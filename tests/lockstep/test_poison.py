@@ -19,16 +19,24 @@ from pmcore.uapi import Madvise
 
 HERE = Path(__file__).parent
 KEPT = sorted((HERE / "kept" / "poison").glob("*.json"))
+#: As wherever programs are compared: hugetlb pages set aside, and surplus ones.
+POOL = {"2 MiB": (8, 2)}
 ANSWERS = sorted((HERE / "answers").glob("*/poison/*.json"))
 
 
-@pytest.mark.rule("HW-001", "HW-002", "HW-003", "HW-004", "HW-005", "HW-006", "HW-007")
+@pytest.mark.rule("HW-001", "HW-002", "HW-003", "HW-004", "HW-005", "HW-006", "HW-007", "HW-008", "HW-009")
+@pytest.mark.rule("HW-010", "HW-011", "HW-012", "HW-013", "HW-015")
 @pytest.mark.parametrize("path", ANSWERS, ids=lambda path: f"{path.parents[1].name}-{path.stem}")
 def test_the_simulator_answers_as_the_kernel_did(path):
     answers = answers_from_json(path.read_text(encoding="utf-8"), source=str(path))
     assert answers.program == load_program(HERE / "kept" / "poison" / path.name), "record the answers again"
     machine = open_workbench(
-        "sim", memory="256 MiB", swap="256 MiB", kernel=answers.profile, swap_kind=answers.swap_kind
+        "sim",
+        memory="256 MiB",
+        swap="256 MiB",
+        kernel=answers.profile,
+        swap_kind=answers.swap_kind,
+        hugepages=POOL,
     )
     result = replay(answers, machine)
     assert result.agrees, "\n".join(map(str, result.differences))

@@ -244,7 +244,9 @@ def test_what_is_not_modelled_says_so(machine):
     task = machine.spawn()
     for call in (
         lambda: task.lseek(task.memfd_create("x"), 0, 1),
-        lambda: task.madvise(task.mmap(PAGE), PAGE, Madvise.HWPOISON),
+        lambda: task.madvise(
+            task.mmap(PAGE, flags=1, fd=task.open_file("f", pages=1)), PAGE, Madvise.HWPOISON
+        ),
     ):
         with pytest.raises(NotModelled, match="not modelled"):
             call()

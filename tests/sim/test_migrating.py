@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from pmcore.program import Run
 from pmcore.protocols import FrameFile
 from pmcore.registry import open_workbench
 from pmcore.scan.request import ScanRequest
-from pmcore.uapi import PM_PFRAME_MASK, Madvise, PageCategory, PageFlag, UffdFeature
+from pmcore.uapi import PM_PFRAME_MASK, Madvise, MapFlag, PageCategory, PageFlag, UffdFeature
 
 PAGE, PMD = 4096, 2 << 20
 READ, EXCLUSIVE, WRITE = 28, 29, 30
@@ -134,11 +136,11 @@ def test_frames_and_waiting(prepared):
             assert (caught.value.signal, caught.value.address) == ("SIGSTOP", start + PAGE)
     digest = machine.digest()
     for act in (
-        lambda: task.touch(start + 4 * PAGE, PAGE),
-        lambda: task.munmap(start, PAGE),
-        task.fork,
-        task.exit,
-        machine.spawn,
+        lambda: task.madvise(start, PAGE, Madvise.PAGEOUT),
+        lambda: task.mmap(PAGE, flags=0x22 | MapFlag.POPULATE),
+        lambda: task.mlock(start, PAGE),
+        lambda: task.userfaultfd(0),
+        lambda: task.move_pages([start], None),
         lambda: machine.reclaim(1),
         lambda: machine.khugepaged.step(),
         lambda: machine.ksm_scan(),
@@ -151,6 +153,171 @@ def test_frames_and_waiting(prepared):
             act()
     assert machine.digest() == digest
     machine.check()
+
+
+@pytest.mark.rule("MG-007")
+def test_what_is_not_on_its_way_is_accessed(prepared):
+    machine, task, child, start, _ = prepared
+    machine.start_migration(task, start + PAGE, PAGE)
+    fresh = task.mmap(4 * PAGE)
+    task.touch(fresh, 4 * PAGE)
+    task.write(start, b"x" * PAGE)
+    for access in (
+        lambda: task.touch(start, 4 * PAGE),
+        lambda: task.read(start, 4 * PAGE),
+        lambda: task.write(start + PAGE - 3, b"abcdef"),
+        lambda: task.touch(start + 5, 4 * PAGE, step=PAGE // 2),
+    ):
+        with pytest.raises(AddressSpaceFault) as caught:
+            access()
+        assert caught.value.signal == "SIGSTOP"
+        assert start + PAGE <= caught.value.address < start + PAGE + 8
+    assert task.read(start + PAGE - 3, 3) == b"abc"
+    assert machine.spawn().read(machine.spawn().mmap(PAGE), 0) == b""
+    machine.check()
+    machine.finish_migration()
+    machine.check()
+    assert child.read(start + PAGE, 1) == b"\0"
+
+
+@pytest.mark.rule("MG-007")
+def test_who_comes_to_a_page_of_a_file_on_its_way_waits():
+    machine = sim()
+    task = machine.spawn()
+    fd = task.memfd_create("m")
+    task.ftruncate(fd, 4 * PAGE)
+    start = task.mmap(4 * PAGE, flags=1, fd=fd)
+    task.touch(start, 4 * PAGE)
+    machine.start_migration(task, start + PAGE, PAGE)
+    child = task.fork()
+    child.touch(start, PAGE, write=False)  # and what lies around, but for that page
+    assert [PagemapEntry(int(word)).present for word in words(child, start, 4)] == [True, False, True, True]
+    with pytest.raises(AddressSpaceFault) as caught:
+        child.touch(start + PAGE, PAGE)
+    assert (caught.value.signal, caught.value.address) == ("SIGSTOP", start + PAGE)
+    machine.check()
+    task.munmap(start, 4 * PAGE)  # the file has the page still
+    machine.check()
+    machine.finish_migration()
+    child.touch(start + PAGE, PAGE)
+    machine.check()
+
+
+@pytest.mark.rule("MG-011")
+def test_fork_beside_a_migration(prepared):
+    machine, task, _, start, _ = prepared
+    machine.start_migration(task, start, 6 * PAGE)
+    before = words(task, start, 6)
+    again = task.fork()
+    assert [kind for kind, _ in fields(words(task, start, 6))] == [READ] * 6
+    assert [kind for kind, _ in fields(words(again, start, 6))] == [READ] * 6
+    assert [pfn for _, pfn in fields(words(again, start, 6))] == [pfn for _, pfn in fields(before)]
+    machine.check()
+    machine.finish_migration()
+    _, counts = frames(machine, words(task, start, 6))
+    assert counts.tolist() == [2, 3, 3, 3, 2, 2]
+    again.write(start, b"mine")
+    assert (task.read(start, 4), again.read(start, 4)) == (b"here", b"mine")
+    machine.check()
+
+
+@pytest.mark.rule("MG-012")
+def test_protection_beside_a_migration(prepared):
+    machine, task, _, start, shared = prepared
+    machine.start_migration(task, start, PAGE)
+    task.mprotect(start, PAGE, 1)
+    assert [kind for kind, _ in fields(words(task, start, 1))] == [EXCLUSIVE]
+    task.mprotect(start, PAGE, 3)
+    assert [kind for kind, _ in fields(words(task, start, 1))] == [EXCLUSIVE]
+    moved = task.mremap(start, PAGE, PAGE, flags=3, new_addr=start + (1 << 30))
+    assert [kind for kind, _ in fields(words(task, moved, 1))] == [EXCLUSIVE]
+    machine.check()
+    machine.finish_migration()
+    task.write(moved, b"more")
+    assert task.read(moved, 4) == b"more"
+    machine.start_migration(task, shared, PAGE)
+    assert [kind for kind, _ in fields(words(task, shared, 1))] == [WRITE]
+    task.mprotect(shared, PAGE, 1)
+    assert [kind for kind, _ in fields(words(task, shared, 1))] == [READ]
+    machine.check()
+
+
+@pytest.mark.rule("MG-013")
+def test_unmapping_beside_a_migration(prepared):
+    machine, task, child, start, _ = prepared
+    machine.start_migration(task, start, 6 * PAGE)
+    task.madvise(start, 2 * PAGE, Madvise.DONTNEED)
+    assert not (words(task, start, 2) & np.uint64(1 << 62)).any()
+    assert [kind for kind, _ in fields(words(child, start + PAGE, 1))] == [READ]
+    machine.check()
+    task.munmap(start + 2 * PAGE, PAGE)
+    child.exit()
+    machine.check()
+    task.touch(start, PAGE)
+    machine.finish_migration()
+    machine.check()
+    task.touch(start, 2 * PAGE)
+    machine.start_migration(task, start, PAGE)
+    task.exit()
+    machine.check()
+    machine.finish_migration()
+    machine.check()
+    assert not machine.core.memory.frames.mapcount.any()
+
+
+@pytest.mark.rule("MG-009", "MG-011", "MG-012", "MG-013")
+def test_huge_pages_beside_a_migration():
+    machine = sim()
+    task = machine.spawn()
+    start = (task.mmap(2 * PMD) + PMD - 1) & -PMD
+    task.madvise(start, PMD, Madvise.HUGEPAGE)
+    task.write(start + 7 * PAGE, b"huge")
+    machine.start_migration(task, start, PMD)
+    child = task.fork()
+    assert {kind for who in (task, child) for kind, _ in fields(words(who, start, 512))} == {READ}
+    assert set(categories(child, start, 512)) == {SCAN | PageCategory.HUGE}
+    machine.check()
+    child.munmap(start + 256 * PAGE, 256 * PAGE)
+    assert set(categories(child, start, 256)) == {SCAN}
+    assert set(categories(task, start, 256)) == {SCAN | PageCategory.HUGE}
+    machine.check()
+    task.mprotect(start, 8 * PAGE, 1)
+    machine.check()
+    machine.finish_migration()
+    machine.check()
+    assert (task.read(start + 7 * PAGE, 4), child.read(start + 7 * PAGE, 4)) == (b"huge", b"huge")
+
+
+@pytest.mark.rule("MG-007", "MG-011", "MG-012", "MG-013")
+@pytest.mark.parametrize("focus", ["", "disk", "poison"])
+def test_programs_go_on_beside_a_migration(focus):
+    """Whatever may be done meanwhile, all is well after each step, and at the end."""
+    done = 0
+    for number in range(12):
+        program = random_program(
+            Seeded(f"beside:{number}"), preset("6.12"), max_steps=30, focus=focus, hugetlb=False
+        )
+        machine = sim(memory="96 MiB", swap="16 MiB")
+        run = Run(program, machine)
+        for place, step in enumerate(program.steps):
+            if machine.core.migration is None and place % 3 == 2:
+                for task in list(run.tasks.values()):
+                    for vma in list(task.mm.vmas)[:2]:
+                        with contextlib.suppress(ArgumentError, NotModelled):
+                            machine.start_migration(task, vma.start, min(vma.length, 64 * PAGE))
+            try:
+                run.advance(step)
+            except NotModelled:
+                if machine.core.migration is None:
+                    break
+                machine.finish_migration()
+                machine.check()
+                continue
+            done += machine.core.migration is not None
+            machine.check()
+        machine.close()
+        machine.check()
+    assert done > 10
 
 
 @pytest.mark.rule("MG-008")

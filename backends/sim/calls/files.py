@@ -138,7 +138,10 @@ def pread(core: Core, mm: AddressSpace, fd: int, length: int, offset: int) -> by
         return hugefiles.pread(core, file, length, offset)
     if file is not None and not isinstance(file, OpenFile):
         raise NotModelled("reading a userfaultfd")
-    return filesystem.pread(core, opened(mm, fd, call, Errno.EINVAL), length, offset)
+    found = filesystem.pread(core, opened(mm, fd, call, Errno.EINVAL), length, offset)
+    if found is None:
+        refuse(Errno.EIO, call, "the page is poisoned")
+    return found
 
 
 def pwrite(core: Core, mm: AddressSpace, fd: int, data: bytes, offset: int) -> int:
@@ -153,8 +156,10 @@ def pwrite(core: Core, mm: AddressSpace, fd: int, data: bytes, offset: int) -> i
         if offset >= diskfile.MAX_SIZE:
             refuse(Errno.EFBIG, call)
         data = data[: diskfile.MAX_SIZE - offset]
-    filesystem.pwrite(core, inode, data, offset)
-    return len(data)
+    done = filesystem.pwrite(core, inode, data, offset)
+    if data and not done:
+        refuse(Errno.EIO, call, "the page is poisoned")
+    return done
 
 
 def lseek(core: Core, mm: AddressSpace, fd: int, offset: int, whence: int) -> int:

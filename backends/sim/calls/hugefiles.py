@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pmcore.backends.sim.calls import hugetlb as hugetlb_call
 from pmcore.backends.sim.calls.refuse import refuse
+from pmcore.backends.sim.physical.frames import RAW_HWPOISON
 from pmcore.backends.sim.services.hugetlb import HugeFile
 from pmcore.backends.sim.virtual import hugetlb
 from pmcore.errors import NotModelled
@@ -83,7 +84,7 @@ def fallocate(
 
 
 def pread(core: Core, file: HugeFile, length: int, offset: int) -> bytes:
-    """pread(2): bytes of the file; holes read as zeros, and stay holes."""
+    """pread(2): bytes of the file up to a poisoned small page; holes read as zeros, and stay holes."""
     small, size, frames = core.geometry.page_size, file.pool.size, core.memory.frames
     end, pieces, position = min(offset + length, file.length), [], offset
     while position < end:
@@ -91,6 +92,10 @@ def pread(core: Core, file: HugeFile, length: int, offset: int) -> bytes:
         head = file.pages.get(position // size)
         if head is None:
             pieces.append(bytes(stop - position))
+        elif frames.flags_at[head + position % size // small] & RAW_HWPOISON:
+            if not pieces:
+                refuse(Errno.EIO, f"pread({length}, {offset})", "the page is poisoned")
+            break
         else:
             row = frames.content_at[head + position % size // small]
             pieces.append(core.memory.contents.read(row, position & small - 1, stop - position))

@@ -434,6 +434,8 @@ def _continue_one(core: Core, mm: AddressSpace, vma: VmArea, addr: int, mode: in
     if not vma.file.index.get(page):
         return 0, Errno.EFAULT
     pfn = shmem.get_page(core, vma.file, page)
+    if core.memory.frames.flags_at[pfn] & int(PageFlag.HWPOISON):
+        return 0, Errno.EIO
     slot = mm.tables.pte_slot(addr)
     entry = core.pool.at[slot]
     if entry and not is_marker(entry):

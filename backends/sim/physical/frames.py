@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from pmcore.arrays import U64Array
 
-__all__ = ["ANON_EXCLUSIVE", "CACHED", "MOVED_YOUNG", "SHOWN", "Frames"]
+__all__ = ["ANON_EXCLUSIVE", "CACHED", "MOVED_YOUNG", "RAW_HWPOISON", "SHOWN", "Frames"]
 
+#: Of a poisoned page of hugetlb, all of which show HWPOISON: the small page that was poisoned.
+RAW_HWPOISON = 1 << 59
 #: The page belongs to one process alone, and may be written without copying (PG_anon_exclusive). Per page; shown where
 #: OWNER_2 is, by kernels whose tail pages report their folio's flags for the head alone.
 ANON_EXCLUSIVE = 1 << 60

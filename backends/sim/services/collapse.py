@@ -23,11 +23,12 @@ from pmcore.backends.sim.virtual.pte import (
     UFFD_WP,
     WRITE,
     YOUNG,
+    is_hwpoison,
     poisoned,
 )
 from pmcore.backends.sim.virtual.vma import VmFlag
 from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
-from pmcore.errors import NotModelled
+from pmcore.errors import AddressSpaceFault
 from pmcore.uapi import Errno, PageFlag
 
 if TYPE_CHECKING:
@@ -65,11 +66,6 @@ def collapse_range(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: i
     return failed
 
 
-def _no_poison(entries: U64Array) -> None:
-    if hwpoison_entries(entries).any():
-        raise NotModelled("collapsing a block with poisoned pages")
-
-
 def _one(
     core: Core, mm: AddressSpace, vma: VmArea, addr: int, waiting: list[int]
 ) -> tuple[Errno | None, bool]:
@@ -83,7 +79,6 @@ def _one(
     pages, size = core.geometry.pmd_pages, core.geometry.page_size
     first = mm.tables.pte_slot(addr)
     entries = core.pool.flat[first : first + pages]
-    _no_poison(entries)
     present = (entries & _PRESENT) != 0
     normal = present & ((entries & _FIELD) != np.uint64(core.zero_pfn))
     # The first entry that stands in the way decides: an empty one that a userfaultfd waits for, or a protected one.
@@ -104,7 +99,7 @@ def _one(
     except NoMemory:
         return Errno.ENOMEM, True
     core.count("thp_collapse_alloc")
-    guard = ((entries & np.uint64(GUARD)) != 0) | _poisoned(entries)
+    guard = ((entries & np.uint64(GUARD)) != 0) | _poisoned(entries) | hwpoison_entries(entries)
     for index in np.flatnonzero(guard | swap_entries(entries)).tolist():
         if guard[index]:  # what came before it has been read back
             core.memory.free_folio(folio)
@@ -123,6 +118,9 @@ def _one(
         except NoMemory:
             core.memory.free_folio(folio)
             raise
+        except AddressSpaceFault:  # a poisoned page of the swap cache
+            core.memory.free_folio(folio)
+            return Errno.EINVAL, True
     if _met_twice(core, entries, waiting):
         core.memory.free_folio(folio)
         return Errno.EAGAIN, False
@@ -153,7 +151,6 @@ def scan_block(
     pages, frames, size = core.geometry.pmd_pages, core.memory.frames, core.geometry.page_size
     first = mm.tables.pte_slot(addr)
     entries = core.pool.flat[first : first + pages]
-    _no_poison(entries)
     present = (entries & _PRESENT) != 0
     swapped = np.flatnonzero(~present & (entries != 0))  # markers among them
     normal = present & ((entries & _FIELD) != np.uint64(core.zero_pfn))
@@ -188,13 +185,13 @@ def scan_block(
     try:
         for index in swapped.tolist():
             entry = int(entries[index])
-            if entry & GUARD or poisoned(entry):
+            if entry & GUARD or poisoned(entry) or is_hwpoison(entry):
                 core.memory.free_folio(folio)
                 return "fail"
             swapping.swap_in(
                 core, mm, vma, first + index, entry, write=False, addr=addr + index * size, whole=False
             )
-    except NoMemory:
+    except (NoMemory, AddressSpaceFault):
         core.memory.free_folio(folio)
         return "fail"
     if _met_twice(core, entries, waiting):

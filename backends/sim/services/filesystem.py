@@ -76,13 +76,16 @@ def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: 
     (diskfile if inode.on_disk else shmem).fallocate(core, inode, offset, length, keep_size=keep_size)
 
 
-def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
-    """Write bytes through the cache. Raises NoMemory."""
-    (diskfile if inode.on_disk else shmem).pwrite(core, inode, data, offset)
+def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> int:
+    """Write bytes through the cache; how many: fewer than all before a poisoned page. Raises NoMemory."""
+    if inode.on_disk:
+        diskfile.pwrite(core, inode, data, offset)
+        return len(data)
+    return shmem.pwrite(core, inode, data, offset)
 
 
-def pread(core: Core, file: OpenFile, length: int, offset: int) -> bytes:
-    """Bytes of the file. Raises NoMemory."""
+def pread(core: Core, file: OpenFile, length: int, offset: int) -> bytes | None:
+    """Bytes of the file up to a poisoned page; None for one at once. Raises NoMemory."""
     if file.inode.on_disk:
         return diskfile.pread(core, file, length, offset, readahead.for_read)
     return shmem.pread(core, file.inode, length, offset)

@@ -13,6 +13,7 @@ import numpy as np
 from pmcore.backends.sim.calls.refuse import refuse
 from pmcore.backends.sim.physical import memory_blocks as blocks
 from pmcore.backends.sim.physical.buddy import MAX_ORDER, Pfns
+from pmcore.backends.sim.physical.frames import CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, min_watermark
 from pmcore.backends.sim.services import migrate, thp
 from pmcore.backends.sim.services.hugetlb import Pool
@@ -28,7 +29,9 @@ __all__ = ["deflate", "inflate", "offline", "online"]
 _BUDDY, _OFFLINE = int(PageFlag.BUDDY), int(PageFlag.OFFLINE)
 #: What no migration moves: what the kernel itself uses.
 _UNMOVABLE = int(PageFlag.RESERVED | PageFlag.SLAB | PageFlag.PGTABLE | PageFlag.ZERO_PAGE)
-_STRANGE = int(PageFlag.HWPOISON)
+_HWPOISON = int(PageFlag.HWPOISON)
+#: What a poisoned page is that somebody has still.
+_KEPT = int(PageFlag.SWAPCACHE | PageFlag.HUGE) | CACHED
 _ENDLESS = "pages of a memory block that fit nowhere else: the kernel tries again without end"
 
 
@@ -80,6 +83,12 @@ def online(core: Core, number: int) -> None:
         refuse(Errno.ENOENT, call, "no memory there")
     if block.state == "online":
         refuse(Errno.EINVAL, call, "it is online")
+    first = number * core.memory.block_pages
+    flags = core.memory.frames.flags[first : first + core.memory.block_pages]
+    if (flags & np.uint64(_HWPOISON)).any():
+        if not core.caps.poisoned_blocks_stay_offline:
+            raise NotModelled("a block with poisoned pages online again on kernels that let it")
+        refuse(Errno.EHWPOISON, call, "some of it is poisoned")
     blocks.give_back(core.memory, number)
     _watermark(core)
     core.count("online_block")
@@ -100,8 +109,10 @@ def _plan(core: Core, call: str, first: int, end: int) -> _Plan:
     flags = frames.flags[used]
     if (flags & np.uint64(_UNMOVABLE)).any():
         refuse(Errno.EBUSY, call, "the kernel uses some of it")
-    if (flags & np.uint64(_STRANGE)).any():
-        raise NotModelled("migrating poisoned pages")
+    poisoned = (flags & np.uint64(_HWPOISON)) != 0  # those stay where they are (rule HW-014)
+    if (flags[poisoned] & np.uint64(_KEPT)).any():
+        raise NotModelled("offlining a block with poisoned pages that a file or the swap cache has")
+    used = used[~poisoned]
     heads = used[frames.behind[used] == 0]
     if len(used) and frames.behind[used[0]] and used[0] == first:
         raise NotModelled("offlining a part of a gigantic page")
@@ -205,13 +216,7 @@ def _move_huge(core: Core, plan: _Plan) -> None:
             target = core.memory.block(pool.order, kernel=True)
         pages = np.arange(pool.pages, dtype=np.int64)
         migrate.move(core, head + pages, target + pages)
-        del hugetlb.folios[head]
-        hugetlb.folios[target] = pool
-        for mm in core.spaces.values():
-            for vma in mm.vmas:
-                if vma.huge is not None:
-                    file = vma.huge.file
-                    file.pages.update({index: target for index, page in file.pages.items() if page == head})
+        hugetlb.moved(head, target)
     for pool, head in plan.free:
         pool.free.remove(head)
         pool.total -= 1
@@ -225,6 +230,7 @@ def _move_rest(core: Core, first: int, end: int) -> None:
     memory, frames = core.memory, core.memory.frames
     rows = min(end, frames.rows)
     used = np.flatnonzero(frames.flags[first:rows] != 0) + first
+    used = used[(frames.flags[used] & np.uint64(_HWPOISON)) == 0]
     heads = used[frames.behind[used] == 0]
     orders = np.zeros(len(heads), dtype=np.int64)
     compound = np.flatnonzero((frames.flags[heads] & np.uint64(COMPOUND)) != 0)

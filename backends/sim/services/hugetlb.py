@@ -29,7 +29,8 @@ __all__ = ["HugeFile", "HugeMap", "Hugetlb", "Pool", "Promise"]
 
 _ALL = (1 << 64) - 1
 #: What stays on a page of a pool, whoever had it.
-_KEPT = int(PageFlag.HUGE | PageFlag.UPTODATE | PageFlag.DIRTY) | HEAD | TAIL
+_KEPT = int(PageFlag.HUGE | PageFlag.UPTODATE | PageFlag.DIRTY | PageFlag.REFERENCED) | HEAD | TAIL
+_HWPOISON = int(PageFlag.HWPOISON)
 
 
 @attrs.define(slots=True)
@@ -169,6 +170,27 @@ class Hugetlb:
         self.folios[head] = pool
         pool.total += 1
         return head
+
+    def dissolve(self, head: int) -> None:
+        """Give a page that is on no list of free ones any more back to the buddy allocator."""
+        self._dissolve(self.folios[head], head)
+
+    def _files(self) -> Iterator[HugeFile]:
+        """All files, some of them more than once."""
+        for mm in self._core.spaces.values():
+            yield from (vma.huge.file for vma in mm.vmas if vma.huge is not None)
+            yield from (file for file in mm.files.values() if isinstance(file, HugeFile))
+
+    def of_a_file(self, pfn: int) -> bool:
+        """Whether a file has the huge page of which this is a small one."""
+        head = self._core.memory.frames.head(pfn)
+        return any(head in file.pages.values() for file in self._files())
+
+    def moved(self, head: int, target: int) -> None:
+        """A page in use has another frame: it is the pool's, and the file's, by that."""
+        self.folios[target] = self.folios.pop(head)
+        for file in self._files():
+            file.pages.update({index: target for index, page in file.pages.items() if page == head})
 
     def _dissolve(self, pool: Pool, head: int) -> None:
         """Give a page that nobody has back to the buddy allocator."""
@@ -317,7 +339,12 @@ class Hugetlb:
             self._core.memory.frames.clear_bits(
                 head, file.pool.pages, int(PageFlag.DIRTY | PageFlag.UPTODATE)
             )
-            self.give(head)
+            if not self._core.memory.frames.flags_at[head] & _HWPOISON:
+                self.give(head)
+                continue
+            part = slice(head, head + file.pool.pages)  # nobody's, for good
+            self._core.memory.contents.give_back(self._core.memory.frames.content[part])
+            self._core.memory.frames.content[part] = 0
         return len(gone)
 
     def put(self, file: HugeFile) -> None:

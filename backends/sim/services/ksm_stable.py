@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmcore.arrays import U64Array
+from pmcore.errors import NotModelled
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STABLE", "UNSTABLE", "Node", "Slot", "StableTree"]
 
-_KSM = int(PageFlag.KSM)
+_KSM, _HWPOISON = int(PageFlag.KSM), int(PageFlag.HWPOISON)
 #: States of an item, beside 0: of no tree.
 UNSTABLE, STABLE = 1, 2
 
@@ -87,6 +88,10 @@ class StableTree:
         for number in chain:
             node = self.nodes[number]
             room = 0 < node.items < self._sharing
+            if room and self._core.memory.frames.flags_at[node.pfn] & _HWPOISON:
+                raise NotModelled(
+                    "merging with a poisoned page, as the kernel does until a scan has come past its old places"
+                )
             if (
                 room
                 and self._bytes(node.pfn) == content

@@ -102,7 +102,12 @@ def findings(core: Core, spaces: list[AddressSpace]) -> Iterator[tuple[str, str]
     if ksm.by_pfn != {node.pfn: number for number, node in ksm.nodes.items()}:
         yield "a frame has one node", f"{ksm.by_pfn}"
     for number, node in ksm.nodes.items():
-        if merged[node.pfn] and core.memory.contents.hashes(frames.content[[node.pfn]])[0] != node.key[1]:
+        lost = frames.flags_at[node.pfn] & int(PageFlag.HWPOISON)
+        if (
+            merged[node.pfn]
+            and not lost
+            and core.memory.contents.hashes(frames.content[[node.pfn]])[0] != node.key[1]
+        ):
             yield "a merged page holds what it held when it was merged", f"node {number}"
     for area in core.swap.there:
         unused = [n for n in area.merged if not area.counts[n] and not area.cached[n]]

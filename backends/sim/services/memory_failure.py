@@ -1,7 +1,7 @@
 """Memory failure: frames that are taken out of use because what they hold is, or soon may be, corrupted.
 
-Modelled for private anonymous memory, and for free frames; the entries that mapped a poisoned page are hwpoison entries
-from then on, and whoever accesses one is sent SIGBUS.
+What maps a poisoned page are hwpoison entries from then on, and whoever accesses one is sent SIGBUS. What becomes of
+a page by what it is lies in `poisoned_pages`.
 """
 
 from __future__ import annotations
@@ -11,192 +11,242 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.calls.refuse import Call, refuse
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
-from pmcore.backends.sim.physical.memory import COMPOUND, LargeFolio
-from pmcore.backends.sim.services import migrate, thp
-from pmcore.backends.sim.virtual import rmap
-from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, LEAF, PRESENT, SPECIAL, SWAP, is_hwpoison
+from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
+from pmcore.backends.sim.services import poisoned_huge
+from pmcore.backends.sim.services import poisoned_pages as pages
+from pmcore.backends.sim.virtual import accessed, fault, hugetlb
+from pmcore.backends.sim.virtual.pte import FIELD, LEAF, PRESENT, SPECIAL, SWAP
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.errors import AddressSpaceFault, NotModelled, SyscallError
+from pmcore.errors import AddressSpaceFault, NotModelled
 from pmcore.uapi import Errno, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.arrays import U64Array
     from pmcore.backends.sim.machine import Core
+    from pmcore.backends.sim.physical.buddy import Pfns
     from pmcore.backends.sim.virtual.space import AddressSpace
+    from pmcore.backends.sim.virtual.vma import VmArea
 
 __all__ = ["hwpoison", "inject", "unpoison"]
 
-_BUDDY, _HWPOISON, _DIRTY = int(PageFlag.BUDDY), int(PageFlag.HWPOISON), int(PageFlag.DIRTY)
-_REFERENCED = int(PageFlag.REFERENCED)
-#: What a page loses that is taken off its LRU list.
-_LISTED = int(PageFlag.LRU | PageFlag.ACTIVE | PageFlag.UNEVICTABLE | PageFlag.MLOCKED)
-_OTHER = int(PageFlag.SWAPCACHE | PageFlag.KSM | PageFlag.HUGE)
+_BUDDY, _HWPOISON = int(PageFlag.BUDDY), int(PageFlag.HWPOISON)
+_REFERENCED, _LRU = int(PageFlag.REFERENCED), int(PageFlag.LRU)
+_KSM, _SWAPCACHE, _HUGE = int(PageFlag.KSM), int(PageFlag.SWAPCACHE), int(PageFlag.HUGE)
 _KERNEL = int(PageFlag.RESERVED | PageFlag.SLAB | PageFlag.PGTABLE | PageFlag.ZERO_PAGE | PageFlag.OFFLINE)
+#: What makes a page other than one of anonymous or of shared memory, single and mapped by PTEs.
+_ODD = int(
+    PageFlag.SWAPCACHE
+    | PageFlag.KSM
+    | PageFlag.HUGE
+    | PageFlag.COMPOUND_HEAD
+    | PageFlag.COMPOUND_TAIL
+    | PageFlag.HWPOISON
+)
 
 
 def inject(core: Core, mm: AddressSpace, call: Call, start: int, end: int, *, soft: bool) -> None:
-    """MADV_HWPOISON, or MADV_SOFT_OFFLINE, of each page of the range, until one is refused (rules HW-001 to HW-006).
+    """MADV_HWPOISON, or MADV_SOFT_OFFLINE, of the pages of the range, until one is refused (rules HW-001 to HW-013).
 
-    Raises AddressSpaceFault, all being done, where whoever asks had a dirty page poisoned.
+    Of a large folio the first page that is met stands for all that follow in as many bytes as the folio has (HW-004).
+    Raises AddressSpaceFault, all being done, where whoever asks had a dirty page poisoned. Raises NotModelled, in its
+    turn, at a page of a disk's file, and where a page is to be moved away and there is no room.
     """
     if not core.privileged:
         refuse(Errno.EPERM, call, "memory is poisoned by the administrator only")
-    _check(core, mm, call, start, end, soft=soft)
+    size = core.geometry.page_size
     signal: AddressSpaceFault | None = None
     try:
-        for addr in range(start, end, core.geometry.page_size):
-            pfn = _page(core, mm, call, addr)
-            _refer(core, pfn)
-            if soft:
-                _soft_offline(core, pfn)
-            elif _poison(core, pfn, mm) and signal is None:
-                signal = AddressSpaceFault(
-                    "SIGBUS", addr, "its page has been poisoned", lsb=core.geometry.page_shift
-                )
+        while start < end:
+            run = _run(core, mm, start, end)
+            if len(run) > 1:
+                told, step = _many(core, mm, start, run, soft=soft), size
+                start += (len(run) - 1) * size
+            else:
+                told, step = _one(core, mm, call, start, soft=soft)
+            start += step
+            if signal is None and told >= 0:
+                huge = (vma := mm.vmas.at(told)) is not None and vma.flags & VmFlag.HUGETLB
+                signal = _signal(told, step if huge else size)
+    except _Told as already:
+        if signal is None and already.address >= 0:
+            signal = _signal(already.address, size)
+        if signal is None:
+            refuse(Errno.EHWPOISON, call, "the page was poisoned before")
     finally:
         if signal is not None:
             raise signal
 
 
-def _page(core: Core, mm: AddressSpace, call: Call, addr: int) -> int:
-    """The frame of the page at the address. Raises NotModelled for all but anonymous pages."""
+class _Told(Exception):
+    """A page that was poisoned before: who asks is told of it at this address, -1 for nobody; and refused."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+
+def _signal(address: int, size: int) -> AddressSpaceFault:
+    lsb = size.bit_length() - 1
+    return AddressSpaceFault("SIGBUS", address, "its page has been poisoned", lsb=lsb)
+
+
+def _run(core: Core, mm: AddressSpace, start: int, end: int) -> Pfns:
+    """Frames of the pages from `start` on, as far as they are present and plain: those that go in one piece."""
+    none = np.zeros(0, dtype=np.int64)
+    vma = mm.vmas.at(start)
+    if vma is None or not vma.flags & VmFlag.ACCESS or vma.flags & VmFlag.HUGETLB:
+        return none
+    if vma.file is not None and (vma.file.on_disk or not core.caps.memory_failure_keeps_shmem):
+        return none
+    found: list[Pfns] = []
+    for extent in mm.tables.extents(start, min(vma.end, end)):
+        if extent.huge or extent.start > start:
+            break
+        entries = extent.entries
+        pfns = (entries & np.uint64(FIELD)).view(np.int64)
+        plain = (entries & np.uint64(PRESENT | SPECIAL)) == np.uint64(PRESENT)
+        plain[plain] = (core.memory.frames.flags[pfns[plain]] & np.uint64(_ODD | _LRU)) == np.uint64(_LRU)
+        count = len(plain) if plain.all() else int(np.argmin(plain))
+        found.append(pfns[:count])
+        start += count << core.geometry.page_shift
+        if count < len(plain):
+            break
+    return np.concatenate(found) if found else none
+
+
+def _many(core: Core, mm: AddressSpace, start: int, run: Pfns, *, soft: bool) -> int:
+    """Poison, or move away, plain pages; the address that `mm` is told of, -1 for none."""
+    core.memory.frames.flags[run] |= np.uint64(_REFERENCED)
+    if soft:
+        _check_room(core, len(run))
+        pages.soft_offline_many(core, run)
+        return -1
+    dirty = pages.poison_many(core, run)
+    if not dirty.any():
+        return -1
+    first = int(np.argmax(dirty))
+    if core.memory.frames.flags_at[int(run[first])] & CACHED:
+        return pages.first_mapping(core, mm, int(run[first]))
+    return start + (first << core.geometry.page_shift)
+
+
+def _check_room(core: Core, count: int) -> None:
+    if core.memory.spare < count:
+        raise NotModelled("soft-offlining pages of a machine that has no others")
+
+
+def _one(core: Core, mm: AddressSpace, call: Call, addr: int, *, soft: bool) -> tuple[int, int]:
+    """The same for one page, whatever it is: the address told, and how many bytes the folio has. May be refused."""
+    pfn = _get(core, mm, call, addr)
+    frames, small = core.memory.frames, core.geometry.page_size
+    flags = frames.flags_at[pfn]
+    if flags & _HUGE:
+        size = core.hugetlb.folios[frames.head(pfn)].size
+        if not soft:
+            return poisoned_huge.poison(core, pfn, mm), size
+        poisoned_huge.soft_offline(core, call, pfn)
+        return -1, size
+    folio = pages.folio_of(core, pfn)
+    size = small if not flags & COMPOUND else core.geometry.pmd_size if folio is None else folio.pages * small
+    if soft:
+        if flags & _HWPOISON:
+            return -1, size
+        if flags & _KERNEL:
+            refuse(Errno.EIO, call, "the zero page is none that can be moved")
+        _check_room(core, 1)
+        pages.soft_offline(core, pfn)
+        return -1, size
+    if flags & _HWPOISON:
+        raise _Told(pages.first_mapping(core, mm, pfn))
+    if flags & _KERNEL:  # the zero page, or one of the huge one: it stays what it was
+        frames.flags_at[pfn] |= _HWPOISON
+        core.count("memory_failure")
+        refuse(Errno.EHWPOISON if flags & COMPOUND else Errno.EBUSY, call, "the zero page")
+    if flags & _KSM and not core.caps.memory_failure_of_merged:
+        raise NotModelled("poisoning merged pages on kernels that leave them mapped")
+    return pages.poison(core, pfn, mm), size
+
+
+def _get(core: Core, mm: AddressSpace, call: Call, addr: int) -> int:
+    """The frame of the page at the address, faulted in for reading if need be, and marked as accessed."""
     vma = mm.vmas.at(addr)
     if vma is None or not vma.flags & VmFlag.ACCESS:
         refuse(Errno.EFAULT, call, f"no page can be had at {addr:#x}")
     if vma.flags & VmFlag.HUGETLB:
-        raise NotModelled("poisoning hugetlb pages")
+        return _get_huge(core, mm, call, vma, addr)
+    pfn = _present(core, mm, addr)
+    if pfn >= 0:
+        _may(core, pfn)
+        folio = pages.folio_of(core, pfn)
+        if folio is not None:
+            core.memory.frames.set_bits(folio.head, folio.pages, _REFERENCED)
+        elif core.memory.frames.flags_at[pfn] & COMPOUND:  # the huge zero page
+            head = core.memory.frames.head(pfn)
+            core.memory.frames.set_bits(head, core.geometry.pmd_pages, _REFERENCED)
+        else:
+            core.memory.frames.flags_at[pfn] |= _REFERENCED
+        return pfn
+    pfn = _fault_in(core, mm, call, vma, addr)
+    _may(core, pfn)
     slot = mm.tables.pmd_slot(addr)
-    pmd = core.pool.at[slot] if slot >= 0 else 0
-    entry, within = pmd, addr >> core.geometry.page_shift & core.geometry.pmd_pages - 1
-    if not pmd & LEAF:
-        slot, within = mm.tables.leaf_slot(addr, 0), 0
-        entry = core.pool.at[slot] if slot >= 0 else 0
-    if is_hwpoison(entry):
-        refuse(Errno.EFAULT, call, f"the page at {addr:#x} is poisoned")
-    if not entry & PRESENT or entry & SPECIAL:
-        raise NotModelled("poisoning what has to be faulted in, or the zero page")
-    pfn = (entry & FIELD) + within
-    _anonymous(core, pfn)
+    if slot >= 0 and core.pool.at[slot] & LEAF:
+        return pfn
+    if core.memory.frames.flags_at[pfn] & _LRU:
+        accessed.mark_one(core, pfn)
+    else:  # the zero page is on no list that it could be active on
+        core.memory.frames.flags_at[pfn] ^= _REFERENCED
     return pfn
 
 
-def _check(core: Core, mm: AddressSpace, call: Call, start: int, end: int, *, soft: bool) -> None:
-    """Raise NotModelled if any page of the range, up to the first that is refused, is such: nothing is done then."""
-    memory, pages, taken = core.memory, 0, set()
-    for addr in range(start, end, core.geometry.page_size):
-        try:
-            pfn = _page(core, mm, call, addr)
-        except SyscallError:
-            break
-        pages += 1
-        folio = _folio(core, pfn)
-        if folio is None:
-            continue
-        if folio.head in taken and memory.contents.zero(memory.frames.content[pfn : pfn + 1]).all():
-            raise NotModelled(
-                "poisoning the zero page, which takes the place of a huge page's page meanwhile"
-            )
-        taken.add(folio.head)
-    if soft and memory.spare < pages:
-        raise NotModelled("soft-offlining pages of a machine that has no others")
+def _get_huge(core: Core, mm: AddressSpace, call: Call, vma: VmArea, addr: int) -> int:
+    """The same in a mapping of hugetlb."""
+    start = addr & -hugetlb.page_size(vma)
+    [(_, slot)] = hugetlb.entries(mm, vma, start, start + 1)
+    entry = core.pool.at[slot] if slot >= 0 else 0
+    if not entry & PRESENT:
+        return _fault_in(core, mm, call, vma, addr)
+    head = entry & FIELD
+    core.memory.frames.set_bits(head, core.hugetlb.folios[head].pages, _REFERENCED)
+    return head + (addr - start >> core.geometry.page_shift)
 
 
-def _refer(core: Core, pfn: int) -> None:
-    """Whoever gets hold of a page marks it as referenced."""
-    folio = _folio(core, pfn)
-    first, pages = (pfn, 1) if folio is None else (folio.head, folio.pages)
-    core.memory.frames.set_bits(first, pages, _REFERENCED)
+def _fault_in(core: Core, mm: AddressSpace, call: Call, vma: VmArea, addr: int) -> int:
+    """The frame that a read of the address reaches. Refused with EFAULT where it would be sent a signal."""
+    if not vma.flags & VmFlag.READ:
+        refuse(Errno.EFAULT, call, f"no page can be had at {addr:#x}")
+    try:
+        return fault.access(core, mm, addr, write=False, vma=vma)
+    except AddressSpaceFault as error:
+        if error.signal == "SIGSTOP":
+            raise  # who is to answer does not
+        refuse(Errno.EFAULT, call, f"no page can be had at {addr:#x}")
+    except NoMemory:
+        refuse(Errno.ENOMEM, call)
 
 
-def _folio(core: Core, pfn: int) -> LargeFolio | None:
+def _may(core: Core, pfn: int) -> None:
+    """Raise NotModelled for a page of a disk's file, and of one in memory that this kernel would take from it."""
     frames = core.memory.frames
-    return core.memory.large[pfn - frames.behind_at[pfn]] if frames.flags_at[pfn] & COMPOUND else None
-
-
-def _anonymous(core: Core, pfn: int) -> None:
-    """Raise NotModelled for any other page, or one that is known elsewhere."""
-    flags = core.memory.frames.flags_at[pfn]
-    if flags & _OTHER or not flags & int(PageFlag.ANON):
-        raise NotModelled("poisoning pages of files, of the swap cache, and merged ones")
-
-
-def _mappings(core: Core, pfns: range) -> rmap.Mappings:
-    chosen = np.zeros(core.memory.frames.rows, dtype=np.bool_)
-    chosen[pfns.start : pfns.stop] = True
-    return rmap.find(core, core.spaces.values(), chosen)
-
-
-def _apart(core: Core, pfn: int, *, keep: bool) -> None:
-    """Take the folio of the page apart (rule HW-004). `keep`: the page stays, though it may hold nothing but zeros."""
-    folio = _folio(core, pfn)
-    if folio is None:
+    if not frames.flags_at[pfn] & CACHED:
         return
-    maps = _mappings(core, range(folio.head, folio.head + folio.pages))
-    for place in np.flatnonzero(maps.huge).tolist():
-        mm, addr = maps.mms[int(maps.owners[place])], int(maps.addresses[place])
-        vma = mm.vmas.at(addr)
-        assert vma is not None
-        thp.split_pmd(core, mm, vma, addr, migrating=True)
-    memory = core.memory
-    if keep:  # what it holds is lost in any case
-        memory.frames.content_at[pfn] = memory.contents.write(memory.frames.content_at[pfn], 0, b"\1")
-    first, *others = (core.spaces[number] for number in sorted(folio.by_mm))
-    thp.split_folio(core, first, folio, 0, others=others)
+    if core.inodes[frames.owner_at[pfn]].on_disk:
+        raise NotModelled("poisoning pages of a disk's files")
+    if frames.flags_at[pfn] & COMPOUND:
+        raise NotModelled("poisoning huge pages of shared memory")
+    if not core.caps.memory_failure_keeps_shmem:
+        raise NotModelled("poisoning shared memory on kernels that drop the page from its file")
 
 
-def _poison(core: Core, pfn: int, mm: AddressSpace | None) -> bool:
-    """Poison an anonymous page; whether `mm` is sent a signal at once (rule HW-002)."""
-    frames, flat = core.memory.frames, core.pool.flat
-    folio = _folio(core, pfn)
-    by_pmd = folio is None
-    if folio is not None:
-        maps = _mappings(core, range(folio.head, folio.head + 1))
-        by_pmd = any(maps.huge[i] and maps.mms[int(maps.owners[i])] is mm for i in range(len(maps.huge)))
-        if not maps.huge.any():  # unmapped on the way already, as if it were to be moved
-            frames.flags_at[pfn] &= ~ANON_EXCLUSIVE
-        _apart(core, pfn, keep=True)
-        flat = core.pool.flat
-    maps = _mappings(core, range(pfn, pfn + 1))
-    if (flat[maps.slots] & np.uint64(DIRTY)).any():
-        frames.flags_at[pfn] |= _DIRTY
-    flat[maps.slots] = np.uint64(SWAP | core.caps.hwpoison_type | pfn << 5)
-    frames.mapcount_at[pfn] = 0
-    dirty = bool(frames.flags_at[pfn] & _DIRTY)
-    _out_of_use(core, pfn)
-    core.count("memory_failure")
-    return dirty and by_pmd and mm is not None
-
-
-def _out_of_use(core: Core, pfn: int) -> None:
-    """The frame is nobody's any more, and stays what it was but for that."""
-    memory, frames = core.memory, core.memory.frames
-    frames.flags_at[pfn] = frames.flags_at[pfn] & ~_LISTED | _HWPOISON
-    core.mlocks.pop(pfn, None)
-    if frames.content_at[pfn]:
-        memory.contents.give_back(frames.content[pfn : pfn + 1])
-        frames.content_at[pfn] = 0
-    frames.lru_at[pfn] = 0
-    if memory.grouped:
-        memory.charges.drop_one(pfn)
-
-
-def _soft_offline(core: Core, pfn: int) -> None:
-    """Move the page elsewhere, and take its frame out of use (rule HW-005)."""
-    memory, frames = core.memory, core.memory.frames
-    _apart(core, pfn, keep=False)
-    if not frames.flags_at[pfn] & _BUDDY:
-        old = np.array([pfn], dtype=np.int64)
-        flags = frames.flags_at[pfn] & ~ANON_EXCLUSIVE
-        if (core.pool.flat[_mappings(core, range(pfn, pfn + 1)).slots] & np.uint64(DIRTY)).any():
-            flags |= _DIRTY
-        migrate.move(core, *migrate.take(core, memory.zones, old, np.zeros(1, dtype=np.int64)))
-    else:  # it held nothing but zeros, and the zero page is mapped instead
-        memory.zone_of(pfn).take_off(pfn)
-        flags = 0
-    frames.flags_at[pfn] = flags
-    _out_of_use(core, pfn)
-    core.count("soft_offline")
+def _present(core: Core, mm: AddressSpace, addr: int) -> int:
+    """The frame that is mapped at the address, without asking for a fault; -1 for none, or the zero page."""
+    slot = mm.tables.pmd_slot(addr)
+    pmd = core.pool.at[slot] if slot >= 0 else 0
+    if pmd & LEAF:
+        within = addr >> core.geometry.page_shift & core.geometry.pmd_pages - 1
+        return (pmd & FIELD) + within
+    slot = mm.tables.leaf_slot(addr, 0)
+    entry = core.pool.at[slot] if slot >= 0 else 0
+    return entry & FIELD if entry & (PRESENT | SPECIAL) == PRESENT else -1
 
 
 def hwpoison(core: Core, pfns: U64Array) -> None:
@@ -216,12 +266,17 @@ def hwpoison(core: Core, pfns: U64Array) -> None:
             continue
         if flags & _KERNEL:
             raise NotModelled("poisoning what the kernel itself uses")
-        _anonymous(core, pfn)
-        _poison(core, pfn, None)
+        if flags & int(PageFlag.HUGE) or not flags & _LRU:
+            raise NotModelled("poisoning pages of hugetlb pools by their numbers")
+        if flags & _KSM and not core.caps.memory_failure_of_merged:
+            raise NotModelled("poisoning merged pages on kernels that leave them mapped")
+        _may(core, pfn)
+        pages.poison(core, pfn, None)
 
 
 def unpoison(core: Core, pfns: U64Array) -> None:
-    """Write frame numbers to hwpoison/unpoison-pfn: they are free. Refused with EBUSY for one that is not poisoned.
+    """Write frame numbers to hwpoison/unpoison-pfn: they are free (rule HW-012). Refused with EBUSY where they are not
+    poisoned, in use as the zero page is, or kept by a cache.
 
     Raises NotModelled while there are hwpoison entries of it: they would stay.
     """
@@ -230,6 +285,13 @@ def unpoison(core: Core, pfns: U64Array) -> None:
         call = f"unpoison({pfn:#x})"
         if not 0 <= pfn < frames.rows or not frames.flags_at[pfn] & _HWPOISON:
             refuse(Errno.EBUSY, call, "it is not poisoned")
+        flags = frames.flags_at[pfn]
+        if flags & COMPOUND and flags & _KERNEL:
+            refuse(Errno.EOPNOTSUPP, call, "the huge zero page")
+        if flags & (_KERNEL | CACHED | _SWAPCACHE) or (flags & _HUGE and core.hugetlb.of_a_file(pfn)):
+            refuse(Errno.EBUSY, call, "somebody has it")
+        if flags & _HUGE:
+            raise NotModelled("unpoisoning a huge page that its file has lost")
         word = np.uint64(SWAP | core.caps.hwpoison_type | pfn << 5)
         mask = np.uint64(PRESENT | SWAP | FIELD)
         for mm in core.spaces.values():

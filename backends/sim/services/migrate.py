@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.services import lru
 from pmcore.backends.sim.virtual import rmap
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT
@@ -116,12 +117,11 @@ def move(core: Core, old: Pfns, new: Pfns) -> None:
     place[old] = new
     _entries(core, place)
     _caches(core, place, new)
-    for head in heads.tolist():
-        target = int(place[head])
-        core.memory.large.move(head, target)
-        if head in core.mlocks:
-            core.mlocks[target] = core.mlocks.pop(head)
     moved = place[heads]
+    for head in heads[(frames.flags[moved] & np.uint64(COMPOUND)) != 0].tolist():
+        core.memory.large.move(head, int(place[head]))
+    for head in [head for head in core.mlocks if place[head] >= 0]:
+        core.mlocks[int(place[head])] = core.mlocks.pop(head)
     listed = moved[(frames.flags[moved] & np.uint64(_LRU)) != 0]
     lru.to_head(core, listed)
     core.count("migrate", len(old))
@@ -136,9 +136,9 @@ def _mark_dirty(core: Core, pfns: Pfns) -> None:
     dirty = (flat[maps.slots] & np.uint64(DIRTY)) != 0
     if core.caps.migration_makes_soft_dirty:
         flat[maps.slots[dirty]] |= np.uint64(core.soft_dirty)
-    found = np.unique(maps.pfns[dirty] - frames.behind[maps.pfns[dirty]])
-    inside = np.isin(pfns - frames.behind[pfns], found)
-    frames.flags[pfns[inside]] |= np.uint64(_DIRTY)
+    written = np.zeros(frames.rows, dtype=np.bool_)
+    written[maps.pfns[dirty] - frames.behind[maps.pfns[dirty]]] = True
+    frames.flags[pfns[written[pfns - frames.behind[pfns]]]] |= np.uint64(_DIRTY)
 
 
 def _entries(core: Core, place: Pfns) -> None:

@@ -1,7 +1,7 @@
 """A machine in the middle of a migration: pages unmapped already, and not yet mapped where they go (MG-006 to MG-008).
 
-Between `start` and `finish` nothing but looking is done: whatever else would wait, or may meet
-pages that are on the way.
+Between `start` and `finish` mappings change, processes fork and end, and what is not on its way is accessed: an access
+to what is waits. Whatever else the machine does waits for the end, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.services import migrate
 from pmcore.backends.sim.virtual import rmap
@@ -29,10 +29,12 @@ from pmcore.backends.sim.virtual.pte import (
     SWAP,
     UFFD_WP,
     WRITE,
+    YOUNG,
 )
 from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.backends.sim.virtual.zap import hwpoison_entries
 from pmcore.errors import AddressSpaceFault, ArgumentError, NotModelled
-from pmcore.uapi import PageFlag
+from pmcore.uapi import Madvise, PageFlag
 
 if TYPE_CHECKING:
     from pmcore.arrays import U64Array
@@ -40,10 +42,43 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.physical.buddy import Pfns
     from pmcore.backends.sim.virtual.space import AddressSpace
 
-__all__ = ["Migration", "as_before", "finish", "put_back", "put_on", "start", "still", "wait"]
+__all__ = [
+    "ADVICE",
+    "Migration",
+    "as_before",
+    "beside",
+    "finish",
+    "forked",
+    "may_write",
+    "put_back",
+    "put_on",
+    "start",
+    "still",
+    "wait",
+    "waits",
+]
 
 _ALL = (1 << 64) - 1
 _LOCKED, _LRU = int(PageFlag.LOCKED), int(PageFlag.LRU)
+#: Advice that may be given meanwhile: what it does to mappings, or to entries whatever they are.
+ADVICE = frozenset(
+    int(advice)
+    for advice in (
+        Madvise.NORMAL,
+        Madvise.RANDOM,
+        Madvise.SEQUENTIAL,
+        Madvise.DONTNEED,
+        Madvise.DONTNEED_LOCKED,
+        Madvise.DONTFORK,
+        Madvise.DOFORK,
+        Madvise.HUGEPAGE,
+        Madvise.NOHUGEPAGE,
+        Madvise.DONTDUMP,
+        Madvise.DODUMP,
+        Madvise.WIPEONFORK,
+        Madvise.KEEPONFORK,
+    )
+)
 
 
 @attrs.define(eq=False)
@@ -89,6 +124,14 @@ def start(core: Core, mm: AddressSpace, first: int, end: int) -> int:
         raise NotModelled("a migration under way of a folio of which a part is mapped")
     migrate.check_room(core, core.memory.zones, orders)
     pfns = _pages(heads, orders)
+    _unmap(core, pfns)
+    core.count("migration_start")
+    return len(pfns)
+
+
+def _unmap(core: Core, pfns: Pfns) -> None:
+    """Have the pages on their way, whoever maps them now."""
+    frames = core.memory.frames
     inside = np.zeros(frames.rows, dtype=np.bool_)
     inside[pfns] = True
     maps = rmap.find(core, core.spaces.values(), inside)
@@ -96,8 +139,6 @@ def start(core: Core, mm: AddressSpace, first: int, end: int) -> int:
         maps.slots, core.pool.flat[maps.slots], pfns, frames.flags[pfns], frames.mapcount[pfns]
     )
     put_on(core)
-    core.count("migration_start")
-    return len(pfns)
 
 
 def finish(core: Core) -> None:
@@ -156,29 +197,86 @@ def as_before(core: Core) -> Iterator[None]:
         put_on(core)
 
 
+@contextlib.contextmanager
+def beside(core: Core) -> Iterator[None]:
+    """Change mappings while a migration is under way: what maps pages on their way goes along (MG-011 to MG-013).
+
+    As long as this lasts all look as before. A page that nobody maps any more, and no file has, is free then.
+    """
+    moving = core.migration
+    if moving is None:
+        yield
+        return
+    put_back(core)
+    frames, flat = core.memory.frames, core.pool.flat
+    cached = (frames.flags[moving.pfns] & np.uint64(CACHED)) != 0
+    heads = moving.pfns - frames.behind[moving.pfns]
+    # Emptied ones do not tell their files of accesses, as those that map pages do.
+    owned = (frames.flags[(moving.entries & np.uint64(FIELD)).view(np.int64)] & np.uint64(CACHED)) != 0
+    young = moving.slots[owned & ((moving.entries & np.uint64(YOUNG)) != 0)]
+    flat[young] &= np.uint64(~YOUNG & _ALL)
+    try:
+        yield
+    finally:
+        there = moving.pfns[cached & ((frames.flags[moving.pfns] & np.uint64(CACHED)) != 0)]
+        mapped = np.zeros(frames.rows, dtype=np.bool_)
+        mapped[heads[frames.mapcount[moving.pfns] > 0]] = True
+        left = np.union1d(there, moving.pfns[mapped[heads]])
+        core.pool.flat[young] |= np.where(
+            (core.pool.flat[young] & np.uint64(PRESENT)) != 0, np.uint64(YOUNG), np.uint64(0)
+        )
+        _unmap(core, left)
+
+
+def forked(core: Core, parent: AddressSpace, child: AddressSpace) -> None:
+    """A child has been made beside a migration: entries of pages on their way are inherited as they are."""
+    moving = core.migration
+    if moving is None:
+        return
+    chosen = np.zeros(core.memory.frames.rows, dtype=np.bool_)
+    chosen[moving.pfns] = True
+    maps = rmap.find(core, (child,), chosen)
+    mine = rmap.find(core, (parent,), chosen)
+    place = np.searchsorted(mine.addresses, maps.addresses)
+    core.pool.flat[maps.slots] |= core.pool.flat[mine.slots[place]] & np.uint64(YOUNG)
+
+
+def may_write(core: Core, entries: U64Array) -> None:
+    """Entries whose protection is changed beside a migration: those of pages on their way allow no writes (MG-012)."""
+    if core.migration is None:
+        return
+    chosen = np.zeros(core.memory.frames.rows, dtype=np.bool_)
+    chosen[core.migration.pfns] = True
+    present = np.flatnonzero((entries & np.uint64(PRESENT)) != 0)
+    hit = present[chosen[(entries[present] & np.uint64(FIELD)).view(np.int64)]]
+    entries[hit] &= np.uint64(~WRITE & _ALL)
+
+
 def still(core: Core, call: str) -> None:
     """Refuse a call while a migration is under way. Raises NotModelled."""
     if core.migration is not None:
         raise NotModelled(f"{call} while a migration is under way", remedy="finish it first")
 
 
-def wait(core: Core, mm: AddressSpace, first: int, end: int) -> None:
-    """Refuse an access while a migration is under way. Raises AddressSpaceFault at a page that is on its way.
-
-    Raises NotModelled elsewhere.
-    """
-    if core.migration is None:
-        return
+def wait(core: Core, mm: AddressSpace, first: int, end: int) -> int:
+    """Where an access to the range has to wait for the end of a migration: the first address; `end` for nowhere."""
+    moving = core.migration
+    if moving is None or not len(moving.slots):
+        return end
     size = core.geometry.page_size
-    for addr in range(first & -size, max(end, first + 1), size):
-        slot = mm.tables.pmd_slot(addr)
-        if slot < 0 or not core.pool.at[slot] & LEAF:
-            slot = mm.tables.leaf_slot(addr, 0)
-        if slot >= 0 and (core.migration.slots == slot).any():
-            raise AddressSpaceFault(
-                "SIGSTOP", max(addr, first), "the access waits for the end of a migration"
-            )
-    still(core, "an access")
+    for extent in mm.tables.extents(first & -size, end + size - 1 & -size):
+        entries = extent.entries
+        there = hwpoison_entries(entries) & (
+            (entries & np.uint64(0x1F)) != np.uint64(core.caps.hwpoison_type)
+        )
+        if there.any():
+            return min(max(extent.start + int(np.argmax(there)) * extent.size, first), end)
+    return end
+
+
+def waits(address: int) -> AddressSpaceFault:
+    """An access that waits for the end of a migration, which no step of one program can."""
+    return AddressSpaceFault("SIGSTOP", address, "the access waits for the end of a migration")
 
 
 def _orders(core: Core, heads: Pfns) -> NDArray[np.int64]:

@@ -52,7 +52,7 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
         if pte & PRESENT or is_hwpoison(pte):
             found[index] = True
         elif pte & SWAP and not is_marker(pte):
-            found[index] = core.swap.cached(pte & FIELD) >= 0  # whatever the file has there
+            found[index] = _cached(core, pte & FIELD)  # whatever the file has there
     for extent in mm.tables.extents(start, end) if few is None else ():
         low, high = max(extent.start, start), min(extent.end, end)
         part = found[low - start >> shift : high - start >> shift]
@@ -65,12 +65,18 @@ def mincore(core: Core, mm: AddressSpace, start: int, length: int) -> BoolArray:
         swap = swap_entries(extent.entries)
         if swap.any():
             fields = extent.entries[swap] & np.uint64(FIELD)
-            part[swap] = [core.swap.cached(field) >= 0 for field in fields.tolist()]
+            part[swap] = [_cached(core, field) for field in fields.tolist()]
     if core.hugetlb.used:
         for vma in hugetlb.flagged(mm, start, end):
             low, high = max(vma.start, start), min(vma.end, end)
             hugetlb.in_core(core, mm, vma, low, high, found[low - start >> shift : high - start >> shift])
     return found
+
+
+def _cached(core: Core, field: int) -> bool:
+    """Whether the swap cache has the slot's page, up to date (a poisoned one is not)."""
+    pfn = core.swap.cached(field)
+    return pfn >= 0 and bool(core.memory.frames.flags_at[pfn] & int(PageFlag.UPTODATE))
 
 
 def in_core(core: Core, inode: Inode, first: int, count: int) -> BoolArray:

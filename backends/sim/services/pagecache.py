@@ -49,6 +49,7 @@ _PIECE = 1 << _SHIFT
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 #: From so many whole pages on, system calls take them at once; at most so many.
 MANY, PIECE = 8, 1 << 13
+_HWPOISON = int(PageFlag.HWPOISON)
 #: What a page of shmem shows when a fault has made it.
 NEW_SHMEM = int(PageFlag.UPTODATE | PageFlag.LRU | PageFlag.SWAPBACKED) | CACHED
 
@@ -271,7 +272,10 @@ def remove(core: Core, inode: Inode, first: int, end: int) -> None:
     pfns = (present & _FIELD).view(np.int64)
     if len(pfns):
         uncache(core, pfns)
-        core.memory.free_any(pfns)
+        poisoned = (core.memory.frames.flags[pfns] & np.uint64(_HWPOISON)) != 0
+        if poisoned.any():  # out of use for good
+            core.memory.frames.flags[pfns[poisoned]] &= ~np.uint64(PageFlag.DIRTY)
+        core.memory.free_any(pfns[~poisoned] if poisoned.any() else pfns)
     if len(pfns) < len(words):
         core.swap.release(words[(words & _PRESENT) == 0] & _FIELD)
 
@@ -282,6 +286,9 @@ def _remove_one(core: Core, word: int) -> None:
         pfn, frames = word & FIELD, core.memory.frames
         frames.owner_at[pfn] = frames.index_at[pfn] = 0
         frames.flags_at[pfn] &= ~CACHED
-        core.memory.free(pfn)
+        if frames.flags_at[pfn] & _HWPOISON:  # out of use for good
+            frames.flags_at[pfn] &= ~int(PageFlag.DIRTY)
+        else:
+            core.memory.free(pfn)
     else:
         core.swap.release(np.array([word & FIELD], dtype=np.uint64))

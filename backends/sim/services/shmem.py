@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["fallocate", "fill_holes", "get_page", "insert", "pread", "punch_hole", "pwrite", "truncate"]
 
 _DIRTY, _UPTODATE = int(PageFlag.DIRTY), int(PageFlag.UPTODATE)
-_REFERENCED = int(PageFlag.REFERENCED)
+_REFERENCED, _HWPOISON = int(PageFlag.REFERENCED), int(PageFlag.HWPOISON)
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 
 
@@ -122,8 +122,11 @@ def fill_holes(core: Core, inode: Inode, pages: Pfns) -> Pfns:
 # -- system calls ----------------------------------------------------------------------------------------
 
 
-def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
-    """Write bytes through the cache; the file grows as far as they reach. Raises NoMemory with part of it done."""
+def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> int:
+    """Write bytes through the cache; the file grows as far as they reach. Raises NoMemory with part of it done.
+
+    How many were written: fewer than all before a poisoned page (rule HW-008).
+    """
     size, frames, contents = core.geometry.page_size, core.memory.frames, core.memory.contents
     position, end = offset, offset + len(data)
     while position < end:
@@ -136,6 +139,10 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
         stop = min(end, (position & -size) + size)
         there = inode.index.get(page)
         pfn = get_page(core, inode, page, pagecache.NEW_SHMEM | _REFERENCED)
+        if frames.flags_at[pfn] & _HWPOISON:
+            # Found, and so accessed, but on no list that it could be active on.
+            frames.flags_at[pfn] = (frames.flags_at[pfn] ^ _REFERENCED) & ~int(PageFlag.IDLE)
+            return position - offset
         if there:
             accessed.mark_one(core, pfn)
         row = frames.content_at[pfn]
@@ -144,12 +151,13 @@ def pwrite(core: Core, inode: Inode, data: bytes, offset: int) -> None:
         _set(core, pfn, _DIRTY)
         inode.size = max(inode.size, stop)
         position = stop
+    return len(data)
 
 
 def _write_many(core: Core, inode: Inode, page: int, data: memoryview) -> int:
     """Write whole pages, as many as are of one sort from that one on. Raises NoMemory.
 
-    0 where they lie in swap, or large folios are among them.
+    0 where they lie in swap, are poisoned, or large folios are among them.
     """
     size, frames = core.geometry.page_size, core.memory.frames
     words = inode.index.load(page, min(len(data) // size, PIECE))
@@ -162,6 +170,8 @@ def _write_many(core: Core, inode: Inode, page: int, data: memoryview) -> int:
         core.memory.on_lru_pages(pfns)
         pagecache.add_at(core, inode, np.arange(page, page + len(pfns), dtype=np.int64), pfns)
     elif words[0] & _PRESENT:
+        pfns = _sound(core, pfns)
+        count = len(pfns)
         frames.flags[pfns] |= np.uint64(_UPTODATE)
         accessed.mark(core, pfns)
     else:
@@ -176,11 +186,18 @@ def _write_many(core: Core, inode: Inode, page: int, data: memoryview) -> int:
     return count
 
 
-def pread(core: Core, inode: Inode, length: int, offset: int) -> bytes:
-    """Bytes of the file; holes read as zeros and stay holes."""
+def _sound(core: Core, pfns: Pfns) -> Pfns:
+    """Those before the first that is poisoned."""
+    lost = (core.memory.frames.flags[pfns] & np.uint64(_HWPOISON)) != 0
+    return pfns[: int(np.argmax(lost))] if lost.any() else pfns
+
+
+def pread(core: Core, inode: Inode, length: int, offset: int) -> bytes | None:
+    """Bytes of the file up to a poisoned page, None where there is one at once; holes read as zeros and stay holes."""
     size, frames = core.geometry.page_size, core.memory.frames
     end = min(offset + length, inode.size)
-    pieces, position = [], offset
+    pieces: list[bytes] = []
+    position = offset
     while position < end:
         if not position & size - 1 and end - position >= MANY * size:
             words = inode.index.load(position // size, min((end - position) // size, PIECE))
@@ -189,16 +206,20 @@ def pread(core: Core, inode: Inode, length: int, offset: int) -> bytes:
                 pieces.append(bytes(len(words) * size))
                 position += len(words) * size
                 continue
-            if words[0] & _PRESENT and not _any_large(core, words):
-                pfns = (words & _FIELD).view(np.int64)
+            pfns = (words & _FIELD).view(np.int64)
+            whole = words[0] & _PRESENT and not _any_large(core, words)
+            pfns = _sound(core, pfns) if whole else pfns[:0]
+            if len(pfns):
                 frames.flags[pfns] |= np.uint64(_UPTODATE)
                 accessed.mark(core, pfns)
                 pieces.append(pagecache.held(core, pfns))
-                position += len(words) * size
+                position += len(pfns) * size
                 continue
         stop = min(end, (position & -size) + size)
         if inode.index.get(position // size):
             pfn = get_page(core, inode, position // size)
+            if frames.flags_at[pfn] & _HWPOISON:
+                return b"".join(pieces) if pieces else None
             behind = frames.behind_at[pfn] if core.caps.shmem_reads_folios else 0
             if not position & size - 1 and not behind:  # read from the beginning of the folio on
                 accessed.mark_one(core, pfn)

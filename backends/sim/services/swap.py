@@ -18,6 +18,7 @@ __all__ = ["SwapArea", "SwapSpace", "field_of", "offset_of", "type_of"]
 
 #: In the swap cache; the kernel's bit for that is the one shown as OWNER_PRIVATE, too.
 _SWAPCACHE, _DIRTY = int(PageFlag.SWAPCACHE | PageFlag.OWNER_PRIVATE), int(PageFlag.DIRTY)
+_HWPOISON = int(PageFlag.HWPOISON)
 
 
 def field_of(kind: int, offset: int) -> int:
@@ -274,6 +275,8 @@ class SwapSpace:
         if folio.mapped if folio else memory.frames.mapcount_at[pfn]:
             return
         if self.uncache(head, folio.order if folio else 0):
+            if memory.frames.flags_at[head] & _HWPOISON:
+                return  # out of use for good
             if folio:
                 memory.free_folio(folio)
             else:

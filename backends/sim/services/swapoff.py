@@ -13,7 +13,7 @@ from pmcore.backends.sim.services import ksm_swap, lru, pagecache, shrink
 from pmcore.backends.sim.services.memcg import ROOT
 from pmcore.backends.sim.services.swap import SwapArea
 from pmcore.backends.sim.virtual import mapping
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, SWAP_EXCLUSIVE, UFFD_WP
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, SWAP, SWAP_EXCLUSIVE, UFFD_WP
 from pmcore.backends.sim.virtual.zap import swap_entries
 from pmcore.errors import ArgumentError, syscall_error
 from pmcore.uapi import MAX_SWAPFILES, Errno, PageFlag
@@ -140,6 +140,12 @@ def _replace(core: Core, area: SwapArea, back: NDArray[np.int64]) -> None:
                 continue
             old = entries[index]
             pfns = area.cached[(old & np.uint64(FIELD)).view(np.int64) >> 5] - 1
+            lost = (frames.flags[pfns] & np.uint64(PageFlag.HWPOISON)) != 0
+            if lost.any():  # poisoned while it was in the swap cache, and dirty
+                entries[index[lost]] = pfns[lost].view(np.uint64) << np.uint64(5) | np.uint64(
+                    SWAP | core.caps.hwpoison_type
+                )
+                index, old, pfns = index[~lost], old[~lost], pfns[~lost]
             exclusive = (old & np.uint64(SWAP_EXCLUSIVE)) != 0
             frames.flags[pfns[exclusive]] |= np.uint64(ANON_EXCLUSIVE)
             frames.flags[pfns] |= np.uint64(PageFlag.ANON)

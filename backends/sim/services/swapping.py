@@ -22,6 +22,7 @@ from pmcore.backends.sim.virtual.pte import (
     YOUNG,
 )
 from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.errors import AddressSpaceFault
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ __all__ = ["bring_in", "simple", "swap_in", "swap_in_many"]
 
 _ANON, _ACTIVE, _MLOCKED = int(PageFlag.ANON), int(PageFlag.ACTIVE), int(PageFlag.MLOCKED)
 _SWAPCACHE, _DIRTY = int(PageFlag.SWAPCACHE), int(PageFlag.DIRTY)
-_KSM = int(PageFlag.KSM)
+_KSM, _HWPOISON, _LOCKED = int(PageFlag.KSM), int(PageFlag.HWPOISON), int(PageFlag.LOCKED)
 
 
 def bring_in(core: Core, field: int) -> int:
@@ -86,6 +87,10 @@ def swap_in(
     field = pte & FIELD
     fresh_read = not write and core.swap.cached(field) < 0
     pfn = bring_in(core, field)
+    if core.memory.frames.flags_at[pfn] & _LOCKED:
+        raise AddressSpaceFault("SIGSTOP", addr, "the access waits for the end of a migration")
+    if core.memory.frames.flags_at[pfn] & _HWPOISON:
+        raise AddressSpaceFault("SIGBUS", addr, "the page is poisoned", lsb=core.geometry.page_shift)
     if core.memory.frames.flags_at[pfn] & COMPOUND:
         _large_in(core, mm, vma, slot, pte, pfn, write=write, addr=addr if whole else -1)
         return

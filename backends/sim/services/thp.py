@@ -264,7 +264,11 @@ def split_folio(
     for index in np.flatnonzero(frames.mapcount[head : head + pages] == 0).tolist():
         core.memory.free(head + index)
     if core.caps.split_maps_zero and not mlocked:
-        _map_zeros(core, core.pool.flat, slots[~locked])
+        # One after the other: once a locked mapping has a page again, it is locked for all that come after.
+        within, turn = (old & np.uint64(FIELD)).view(np.int64) - head, np.arange(len(slots))
+        first = np.full(pages, len(slots))
+        np.minimum.at(first, within[locked], turn[locked])
+        _map_zeros(core, core.pool.flat, slots[turn < first[within]])
     # Mapped anew, as small pages: those of a locked mapping are locked now.
     for pfn in (old[locked] & np.uint64(FIELD)).tolist():
         mapping.mlock(core, pfn, 1)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.physical.frames import CACHED, RAW_HWPOISON
 from pmcore.backends.sim.views import hugetlb as huge_view
 from pmcore.uapi import Madvise, PageFlag
 
@@ -115,7 +115,9 @@ def meminfo(core: Core) -> str:
         "PageTables": pages["nr_page_table_pages"],
     }
     if core.knows_advice(int(Madvise.HWPOISON)):
-        poisoned = core.memory.frames.flags & np.uint64(PageFlag.HWPOISON)
+        flags = core.memory.frames.flags  # of a huge page of a pool all pages show it
+        mask = np.uint64(PageFlag.HWPOISON | PageFlag.HUGE)
+        poisoned = ((flags & mask) == np.uint64(PageFlag.HWPOISON)) | ((flags & np.uint64(RAW_HWPOISON)) != 0)
         rows["HardwareCorrupted"] = int(np.count_nonzero(poisoned))
     if core.caps.thp:
         shmem, mapped, anon = _huge(core)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pmcore.arrays import U64Array
 from pmcore.backends.sim.virtual.hugetlb import entries, page_size
-from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, UFFD_WP
+from pmcore.backends.sim.virtual.pte import FIELD, PRESENT, SOFT_DIRTY, UFFD_WP, is_hwpoison
 from pmcore.scan.tables import LeafBatch, LeafKind
 from pmcore.uapi import PM_FILE, PM_MMAP_EXCLUSIVE, PM_UFFD_WP, PageCategory, PageFlag
 
@@ -53,7 +53,9 @@ def counters(core: Core, mm: AddressSpace, vma: VmArea) -> dict[str, int]:
     size = page_size(vma)
     found = {"KernelPageSize": size, "MMUPageSize": size, "Shared_Hugetlb": 0, "Private_Hugetlb": 0}
     for _, slot in entries(mm, vma, vma.start, vma.end):
-        if slot >= 0 and core.pool.at[slot] & PRESENT:
+        if slot >= 0 and is_hwpoison(core.pool.at[slot]):
+            found["Shared_Hugetlb"] += size
+        elif slot >= 0 and core.pool.at[slot] & PRESENT:
             once = core.memory.frames.mapcount_at[core.pool.at[slot] & FIELD] == 1
             found["Private_Hugetlb" if once else "Shared_Hugetlb"] += size
     return found

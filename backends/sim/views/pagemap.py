@@ -115,7 +115,7 @@ def _mark_files(
             continue
         first = (extent.start >> shift) - start_vpn
         target = out[first : first + len(extent.entries)]
-        if shared and core.migration is None:  # there are no private copies
+        if shared and not core.names_frames:  # there are no private copies
             for position in range(0, len(target), _PIECE):
                 part = slice(position, position + _PIECE)
                 target[part] |= (extent.entries[part] & _PRESENT) >> _TO_FILE
@@ -124,7 +124,7 @@ def _mark_files(
         anon = frames.flags.take(pfns, mode="clip") & np.uint64(PageFlag.ANON)
         mapped = (extent.entries & np.uint64(PRESENT | SPECIAL)) == _PRESENT
         target[mapped & (anon == 0)] |= np.uint64(_FILE)
-        if core.migration is not None:
+        if core.names_frames:
             named = np.flatnonzero(hwpoison_entries(extent.entries))
             anon = frames.flags[pfns[named] >> MAX_SWAPFILES_SHIFT] & np.uint64(PageFlag.ANON)
             target[named[anon == 0]] |= np.uint64(_FILE)

@@ -44,8 +44,11 @@ __all__ = [
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 #: RECLAIM and the mark of readahead are one bit: fault-around leaves such pages alone.
 _UPTODATE, _READAHEAD = np.uint64(PageFlag.UPTODATE), np.uint64(PageFlag.RECLAIM)
-_IS_UPTODATE = int(PageFlag.UPTODATE)
-_READY = int(PageFlag.UPTODATE | PageFlag.RECLAIM)
+_IS_UPTODATE, _HWPOISON = int(PageFlag.UPTODATE), int(PageFlag.HWPOISON)
+#: With UPTODATE alone of these a page of the cache is mapped around a fault.
+_READY = int(PageFlag.UPTODATE | PageFlag.RECLAIM | PageFlag.HWPOISON | PageFlag.LOCKED)
+#: Of a page that is on its way.
+_LOCKED = int(PageFlag.LOCKED)
 #: fault_around_bytes.
 _AROUND = 1 << 16
 #: Where nothing is mapped around a fault: who watches accesses is told of each.
@@ -108,6 +111,10 @@ def fault(
         word = inode.index.get(page)
         retried = not (word & PRESENT and frames.flags_at[word & FIELD] & _UPTODATE)
     pfn = filesystem.get_page(core, inode, page)
+    if frames.flags_at[pfn] & _LOCKED:
+        raise AddressSpaceFault("SIGSTOP", addr, "the access waits for the end of a migration")
+    if frames.flags_at[pfn] & _HWPOISON:
+        raise AddressSpaceFault("SIGBUS", addr, "the file's page is poisoned", lsb=core.geometry.page_shift)
     if (
         retried
     ):  # who waits for a disk begins again: the page that has come makes a page table for those around it
@@ -424,7 +431,7 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
 def _ready(core: Core, words: U64Array, *, ahead: bool) -> int:
     """How many pages of a file, from the first on, are up to date or (unless reading goes `ahead`) holes."""
     flags = core.memory.frames.flags
-    wanted = _UPTODATE | _READAHEAD if ahead else _UPTODATE
+    wanted = (_UPTODATE | _READAHEAD if ahead else _UPTODATE) | np.uint64(_HWPOISON | _LOCKED)
     large = np.uint64(COMPOUND if core.memory.large else 0)  # those are mapped at one fault
     present = (words & _PRESENT) != 0
     if present.all():
@@ -464,8 +471,8 @@ def cached_only(core: Core, entries: U64Array) -> BoolArray:
     found: BoolArray = (entries & _PRESENT) != 0
     pfns = (entries[found] & _FIELD).view(np.int64)
     found[found] = (core.memory.frames.flags[pfns] & np.uint64(CACHED)) != 0
-    if core.migration is not None:  # a page that is on its way
+    if core.names_frames:  # a poisoned page, or one that is on its way
         named = np.flatnonzero(hwpoison_entries(entries))
         pfns = (entries[named] & _FIELD).view(np.int64) >> MAX_SWAPFILES_SHIFT
-        found[named] = (core.memory.frames.flags[pfns] & np.uint64(CACHED)) != 0
+        found[named] = (core.memory.frames.flags[pfns] & np.uint64(PageFlag.ANON)) == 0
     return found

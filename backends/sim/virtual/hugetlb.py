@@ -21,6 +21,7 @@ from pmcore.backends.sim.virtual.pte import (
     UFFD_WP,
     WRITE,
     YOUNG,
+    is_hwpoison,
     poisoned,
 )
 from pmcore.backends.sim.virtual.vma import AnonVma, VmFlag
@@ -110,6 +111,8 @@ def access(core: Core, mm: AddressSpace, vma: VmArea, addr: int, *, write: bool)
         if not entry & PRESENT:
             if entry and poisoned(entry):
                 raise userfaultfd.poisoned_access(core, addr, pool.order + core.geometry.page_shift)
+            if is_hwpoison(entry):
+                raise _lost(core, vma, addr)
             _no_page(core, mm, vma, addr, start, slot, entry)
         else:
             _write_protected(core, mm, vma, addr, start, slot, entry)
@@ -121,6 +124,8 @@ def _no_page(core: Core, mm: AddressSpace, vma: VmArea, addr: int, start: int, s
     if vma.flags & VmFlag.HUGE_TAKEN:
         raise _bus_error(addr, "its page was taken for the mapping's first owner, the pool being exhausted")
     head = file.pages.get(index, -1)
+    if head >= 0 and core.memory.frames.flags_at[head] & int(PageFlag.HWPOISON):
+        raise _lost(core, vma, addr)
     anonymous = head < 0 and not vma.shared
     if head < 0:
         if index >= file.length // file.pool.size:
@@ -211,6 +216,11 @@ def prepare(core: Core, vma: VmArea) -> None:
     """Have an anon_vma."""
     if vma.anon_vma is None:
         vma.anon_vma, vma.chain = AnonVma(core.number("anon_vma")), 1
+
+
+def _lost(core: Core, vma: VmArea, addr: int) -> AddressSpaceFault:
+    lsb = _file(vma).pool.order + core.geometry.page_shift
+    return AddressSpaceFault("SIGBUS", addr, "the page is poisoned", lsb=lsb)
 
 
 def _bus_error(addr: int, cause: str) -> AddressSpaceFault:
@@ -313,7 +323,7 @@ def copy_entries(core: Core, parent: AddressSpace, child: AddressSpace, vma: VmA
         mine = child.tables.leaf_slot(addr, level, make=True)
         entry = core.pool.at[slot]
         if not entry & PRESENT:
-            if copy.flags & VmFlag.UFFD_WP or poisoned(entry):
+            if copy.flags & VmFlag.UFFD_WP or poisoned(entry) or is_hwpoison(entry):
                 core.pool.at[mine] = entry
             continue
         head = entry & FIELD
@@ -362,7 +372,7 @@ def uffd_wp(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, 
             continue
         entry = core.pool.at[slot]
         if not entry & PRESENT:
-            if not poisoned(entry):
+            if not poisoned(entry) and not is_hwpoison(entry):
                 core.pool.at[slot] = HUGE_MARKER if protect else 0
         elif protect:
             core.pool.at[slot] = (entry | UFFD_WP) & ~WRITE
@@ -385,7 +395,8 @@ def move_entries(
         entry = core.pool.at[slot]
         core.pool.at[slot] = 0
         if drop_uffd:
-            entry = entry & ~UFFD_WP if entry & PRESENT or poisoned(entry) else 0
+            kept = entry & PRESENT or poisoned(entry) or is_hwpoison(entry)
+            entry = entry & ~UFFD_WP if kept else 0
         core.pool.at[mm.tables.leaf_slot(new_start + addr - start, level)] = entry
 
 
@@ -396,7 +407,7 @@ def in_core(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, out
         low, high = max(addr, start), min(addr + size, end)
         part = out[low - start >> shift : high - start >> shift]
         if slot >= 0:
-            part[:] = bool(core.pool.at[slot] & PRESENT)
+            part[:] = bool(core.pool.at[slot] & PRESENT) or is_hwpoison(core.pool.at[slot])
         elif core.caps.hugetlb_small_indices:
             part[:] = index_of(vma, addr) in file.pages
         else:  # counted on by small pages from the index of the huge one

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
-from pmcore.backends.sim.services import thp
+from pmcore.backends.sim.services import migrating, thp
 from pmcore.backends.sim.services.batches import large_runs
 from pmcore.backends.sim.virtual import filepmd, hugetlb
 from pmcore.backends.sim.virtual.pte import (
@@ -96,7 +96,7 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
     thp.split_at(core, mm, vma, start)
     thp.split_at(core, mm, vma, end)
     writable = bool(vma.flags & VmFlag.WRITE)
-    few = mm.tables.few(start, end) if not core.memory.large else None
+    few = mm.tables.few(start, end) if not core.memory.large and core.migration is None else None
     if few is not None:
         for slot in few:
             _change_one(core, vma, slot, writable=writable)
@@ -120,6 +120,7 @@ def change_protection(core: Core, mm: AddressSpace, vma: VmArea, start: int, end
             entries[index[may]] |= np.uint64(WRITE)
         else:
             entries[present] &= np.uint64(~WRITE & _ALL)
+        migrating.may_write(core, entries)
 
 
 def _share_marks(core: Core, start: int, entries: U64Array) -> None:
