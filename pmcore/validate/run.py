@@ -98,11 +98,11 @@ class CommandTool:
     def ask(self, scene: Scene) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
         """Run it, and read its output."""
         argv = self._adapter.command(self._command, scene.pid)
-        script = self._script()
-        if self._runner == "python" and script is None:
+        place = self._script()
+        if self._runner == "python" and place is None:
             raise ArgumentError(f"{self._command[0]} is no Python script", remedy="--runner mount")
-        if script is not None and (self._runner == "python" or (self._runner == "auto" and not _can_mount())):
-            code, out, err = _in_process(scene, [str(script), *argv[argv.index(str(script)) + 1 :]])
+        if place is not None and (self._runner == "python" or (self._runner == "auto" and not _can_mount())):
+            code, out, err = _in_process(scene, argv[place:])
         else:
             code, out, err = self._mounted(scene, argv)
         if code:
@@ -113,18 +113,17 @@ class CommandTool:
         except FormatError as error:
             raise _Failed(str(error)) from error
 
-    def _script(self) -> Path | None:
-        """The Python script that the command is: its first word, or the one after an interpreter's name."""
+    def _script(self) -> int | None:
+        """Which word is the Python script that the command is: the first, or the one after an interpreter's name."""
         words = self._command
-        if Path(words[0]).name.startswith("python") and len(words) > 1:
-            words = words[1:]
-        path = Path(words[0])
+        place = int(Path(words[0]).name.startswith("python") and len(words) > 1)
+        path = Path(words[place])
         try:
             with path.open("rb") as file:
                 head = file.readline(200)
         except OSError:
             return None
-        return path if path.suffix == ".py" or (head.startswith(b"#!") and b"python" in head) else None
+        return place if path.suffix == ".py" or (head.startswith(b"#!") and b"python" in head) else None
 
     def _mounted(self, scene: Scene, argv: list[str]) -> tuple[int, str, str]:
         command = [sys.executable, "-m", "pmcore.validate.inside", scene.case.name, scene.kernel, "--", *argv]

@@ -192,6 +192,18 @@ def test_a_script_in_this_process(tmp_path):
         CommandTool(["x"], adapter="no-such")
 
 
+def test_a_script_by_any_path(tmp_path, monkeypatch):
+    """As it is written in a shell: ./reader, after an interpreter's name or not, also with a name that comes twice."""
+    monkeypatch.chdir(tmp_path)
+    Path("reader.py").write_text("import json, sys\nprint(json.dumps({'pages': [], 'keys': sys.argv[1:]}))")
+    for command in (["./reader.py", "present"], ["python3", "./reader.py", "present"], [".//reader.py"]):
+        [result] = validate(
+            CommandTool(command, adapter="json", runner="python"), [CASES["the-zero-page"]], kernels=["6.12"]
+        ).results
+        assert result.verdict in ("wrong", "silent"), result.note
+        assert ("present" in result.told) == ("present" in command)
+
+
 def test_page_types_lines():
     """A row of letters is read by place; flags that page-types moved are put back."""
     from pmcore.pagetypes import display_table
