@@ -68,6 +68,16 @@ class Capabilities:
     folio_split: bool
     #: Whether read(2) of shared memory notes one access to a large folio, if it begins with it, not one to each page.
     shmem_reads_folios: bool
+    #: Whether collapsing shared memory frees the page tables of all who map it, not of who asked alone.
+    collapse_retracts_all: bool
+    #: Whether holes that a userfaultfd is told of refuse to be collapsed.
+    collapse_asks_userfaultfd: bool
+    #: Whether a page of shared memory that is read back from swap for it can be collapsed at once.
+    collapse_takes_swapped: bool
+    #: Whether MADV_NOHUGEPAGE keeps a PMD from mapping a file's huge page.
+    pmd_asks_advice: bool
+    #: Whether mapping a file's huge page by a PMD in a locked mapping locks it.
+    mlock_by_pmd: bool
     #: Whether a large folio of shared memory is swapped out whole where the area has room for that.
     shmem_swaps_folios: bool
     #: Whether mapping all of a file's large folio in a locked mapping locks it.
@@ -223,6 +233,11 @@ def capabilities(profile: KernelProfile) -> Capabilities:
         zap_batch=has("mm.zap_batch"),
         folio_split=has("mm.folio_split"),
         shmem_reads_folios=has("mm.shmem_reads_folios"),
+        collapse_retracts_all=has("mm.collapse_retracts_all"),
+        collapse_asks_userfaultfd=has("mm.collapse_asks_userfaultfd"),
+        collapse_takes_swapped=has("mm.collapse_takes_swapped"),
+        pmd_asks_advice=has("mm.pmd_asks_advice"),
+        mlock_by_pmd=has("mm.mlock_whole_folios") or has("mm.mlock_by_pmd"),
         shmem_swaps_folios=has("mm.shmem_swaps_folios"),
         mlock_whole_folios=has("mm.mlock_whole_folios"),
         zap_pmd_notes_access=has("mm.zap_pmd_notes_access"),

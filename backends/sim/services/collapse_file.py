@@ -11,7 +11,7 @@ from pmcore.backends.sim.services import pagecache, shmem, thp
 from pmcore.backends.sim.virtual import filepmd, mapping
 from pmcore.backends.sim.virtual.pte import FIELD, LEAF, PRESENT, TABLE
 from pmcore.backends.sim.virtual.vma import VmFlag
-from pmcore.backends.sim.virtual.zap import hwpoison_entries
+from pmcore.backends.sim.virtual.zap import hwpoison_entries, swap_entries
 from pmcore.errors import NotModelled
 from pmcore.uapi import Errno, PageFlag
 
@@ -53,6 +53,8 @@ def collapse_range(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: i
 
 def _allowed(core: Core, vma: VmArea) -> bool:
     """Whether huge pages may be in the mapping at all: its last block is whole, and lies as the file's blocks do."""
+    if vma.flags & VmFlag.NOHUGEPAGE:
+        return False
     return vma.end >= core.geometry.pmd_size and filepmd.suits(core, vma, vma.end - core.geometry.pmd_size)
 
 
@@ -66,7 +68,10 @@ def _one(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> _Failed | None
         failed = _gather(core, inode, first)
         if failed is not None:
             return failed
-        _retract(core, inode, first)
+        if core.caps.collapse_retracts_all:
+            _retract(core, inode, first)
+        elif mm.tables.pte_slot(addr) < 0:
+            return _Failed(Errno.EINVAL, stop=True)  # a page table is looked for in vain
     return _install(core, mm, vma, addr, first)
 
 
@@ -108,7 +113,9 @@ def _read_back(core: Core, inode: Inode, first: int) -> _Failed | None:
     ready = (words & _PRESENT) != 0
     pfns = (words[ready] & _FIELD).view(np.int64)
     ready[ready] = (core.memory.frames.flags[pfns] & _UPTODATE) != 0
+    swapped = swap_entries(words)
     for index in np.flatnonzero(~ready & (words != 0)).tolist():
+        read = swapped[index] and core.swap.cached(int(words[index]) & FIELD) < 0
         try:
             there = first + index < end and _brought_in(core, inode, first + index)
         except NoMemory:
@@ -116,6 +123,9 @@ def _read_back(core: Core, inode: Inode, first: int) -> _Failed | None:
         if not there:
             filepmd.unmap(core, inode, first, first + index)
             return _Failed(Errno.EINVAL, stop=True)
+        if read and not core.caps.collapse_takes_swapped:
+            filepmd.unmap(core, inode, first, first + index)
+            return _Failed(Errno.EAGAIN, stop=False)
     filepmd.unmap(core, inode, first, first + pages)
     return None
 
@@ -137,6 +147,8 @@ def _mapped_by(core: Core, inode: Inode) -> list[tuple[AddressSpace, VmArea]]:
 
 def _missed(core: Core, inode: Inode, first: int) -> bool:
     """Whether somebody is told of missing pages of the block, or of the one behind it."""
+    if not core.caps.collapse_asks_userfaultfd:
+        return False
     shift, end = core.geometry.page_shift, first + core.geometry.pmd_pages
     return any(
         vma.flags & VmFlag.UFFD_MISSING and vma.pgoff <= end and first < vma.pgoff + (vma.length >> shift)

@@ -44,7 +44,7 @@ def suits(core: Core, vma: VmArea, addr: int) -> bool:
     start = addr & -size
     if (
         not core.caps.thp
-        or vma.flags & VmFlag.NOHUGEPAGE
+        or (vma.flags & VmFlag.NOHUGEPAGE and core.caps.pmd_asks_advice)
         or ((vma.start >> shift) - vma.pgoff) % (size >> shift)
     ):
         return False
@@ -94,7 +94,7 @@ def map_pmd(
     folio.entire += 1
     folio.add(mm.number, 1)
     core.memory.frames.mapcount[folio.head : folio.head + folio.pages] += 1
-    if vma.flags & VmFlag.LOCKED and core.caps.mlock_whole_folios:
+    if vma.flags & VmFlag.LOCKED and core.caps.mlock_by_pmd:
         mapping.mlock(core, folio.head, folio.pages)
     entry = folio.head | PRESENT | LEAF | YOUNG
     if write:
