@@ -342,6 +342,15 @@ class SwapSpace:
         area.merged.pop(slot, None)
         return True
 
+    def uncache_many(self, area: SwapArea, pfns: Pfns) -> None:
+        """`uncache` for single pages of one area whose slots no entry names."""
+        frames = self.memory.frames
+        slots = frames.swap[pfns] - 1 >> 5
+        frames.swap[pfns] = 0
+        frames.flags[pfns] = frames.flags[pfns] & np.uint64(~_SWAPCACHE & (1 << 64) - 1) | np.uint64(_DIRTY)
+        area.cached[slots] = 0
+        area.give_back(slots)
+
     def cache_one(self, pfn: int, field: int) -> None:
         """`cache` for a single page."""
         frames = self.memory.frames

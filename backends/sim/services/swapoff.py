@@ -68,12 +68,15 @@ def swapoff(core: Core, number: int) -> int:
     back = _bring_back(core, area)
     ksm_swap.copy_back(core, area, copies)
     _replace(core, area, back)
-    for pfn in (area.cached[area.cached != 0] - 1).tolist():
-        folio = core.memory.large.get(core.memory.frames.head(pfn))
-        if folio is None:
-            core.swap.uncache(pfn)
-        elif folio.head == pfn:
-            core.swap.uncache(pfn, folio.order)
+    cached = area.cached[area.cached != 0] - 1
+    if core.memory.large:
+        compound = (core.memory.frames.flags[cached] & np.uint64(COMPOUND)) != 0
+        for pfn in cached[compound].tolist():
+            folio = core.memory.large[core.memory.frames.head(pfn)]
+            if folio.head == pfn:
+                core.swap.uncache(pfn, folio.order)
+        cached = cached[~compound]
+    core.swap.uncache_many(area, cached)
     assert area.used == 0
     areas[number] = None
     count = int(np.count_nonzero(back))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmcore.arrays import BoolArray
-from pmcore.backends.sim.physical.frames import CACHED
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.physical.runs import at
 from pmcore.backends.sim.services import diskfile, filesystem, pagecache, readahead, shmem, userfaultfd
@@ -372,8 +372,10 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
     """
     inode = vma.file
     assert inode is not None
-    if (write and not vma.flags & VmFlag.SHARED) or vma.flags & (VmFlag.UFFD_MISSING | VmFlag.UFFD_MINOR):
+    if vma.flags & (VmFlag.UFFD_MISSING | VmFlag.UFFD_MINOR):
         return 0
+    if write and not vma.flags & VmFlag.SHARED:
+        return _copy_cached(core, mm, vma, start, end)
     shift = core.geometry.page_shift
     first = _page(core, vma, start)
     count = min(end - start >> shift, _end(core, vma) - first)
@@ -424,6 +426,36 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
     elif not vma.flags & VmFlag.UFFD_WP:
         _map_outside(core, mm, vma, start, cached[:count])
     if short:
+        raise NoMemory
+    return count
+
+
+def _copy_cached(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int) -> int:
+    """Write to pages of a private mapping whose entries are empty: copies of the cache, as far as it has them all."""
+    inode, memory = vma.file, core.memory
+    assert inode is not None
+    first = _page(core, vma, start)
+    count = min(end - start >> core.geometry.page_shift, _end(core, vma) - first)
+    slot = mm.tables.pte_slot(start)
+    if count <= 0 or vma.flags & VmFlag.LOCKED or core.pool.flat[slot : slot + count].any():
+        return 0
+    words = inode.index.load(first, count)
+    present = (words & _PRESENT) != 0
+    count = count if present.all() else int(np.argmin(present))
+    count = _ready(core, words[:count], ahead=readahead.stops(core, vma)) if count else 0
+    if not count:
+        return 0
+    mm.prepare_anon(vma)
+    copies = memory.pages(count, mapping.NEW_ANON | ANON_EXCLUSIVE)
+    memory.on_lru_pages(copies)
+    frames, pfns = memory.frames, (words[: len(copies)] & _FIELD).view(np.int64)
+    frames.content[copies] = memory.contents.copies(frames.content[pfns])
+    frames.mapcount[copies] = 1
+    bits = np.uint64(PRESENT | YOUNG | DIRTY | WRITE | core.soft_dirty)
+    core.pool.flat[slot : slot + len(copies)] = copies.view(np.uint64) | bits
+    if len(copies):
+        core.count("copy_on_write", len(copies))
+    if len(copies) < count:
         raise NoMemory
     return count
 

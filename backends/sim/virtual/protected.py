@@ -1,4 +1,4 @@
-"""Writes to many present pages of anonymous memory that may not be written: reused, or copied; and to markers."""
+"""Writes to many present pages of private mappings that may not be written: reused, or copied; and to markers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE
+from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.services import userfaultfd
 from pmcore.backends.sim.virtual import mapping
@@ -47,7 +47,8 @@ def write_many(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array) -> 
     pfns = (entries & _FIELD).view(np.int64)
     flags = frames.flags[pfns]
     zero = pfns == core.zero_pfn
-    mine = ((flags & np.uint64(ANON_EXCLUSIVE)) != 0) | (frames.mapcount[pfns] == 1)
+    mine = (frames.mapcount[pfns] == 1) & ((flags & np.uint64(CACHED)) == 0)
+    mine |= (flags & np.uint64(ANON_EXCLUSIVE)) != 0
     places = np.flatnonzero(zero | ~mine)
     copies = places[:0]
     if len(places):

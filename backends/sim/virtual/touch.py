@@ -224,6 +224,8 @@ def _file(
                 resolves = vma.flags & VmFlag.UFFD_WP and userfaultfd.resolves_itself(vma)
                 told = np.uint64(0 if resolves and core.on_fault is None else UFFD_WP)
                 sort[(entries & (wanted | told)) == _PRESENT] = 3
+            elif write and core.on_fault is None and not vma.flags & VmFlag.LOCKED:
+                sort[protected.simple(core, vma, entries)] = _PROTECTED
             bounds[1:1] = (np.flatnonzero(np.diff(sort)) + 1).tolist()
     for low, high in itertools.pairwise(bounds):
         place = low
@@ -239,6 +241,10 @@ def _file(
         elif sort[low] == 2:
             slot = mm.tables.pte_slot(start)
             core.pool.flat[slot + low : slot + high] |= np.uint64(YOUNG | DIRTY if write else YOUNG)
+            continue
+        elif sort[low] == _PROTECTED and high - low > _FEW:
+            slot = mm.tables.pte_slot(start)
+            protected.write_many(core, mm, vma, core.pool.flat[slot + low : slot + high])
             continue
         elif sort[low] == 3:
             slot = mm.tables.pte_slot(start)
