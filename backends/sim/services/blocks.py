@@ -33,7 +33,8 @@ def clear(core: Core, inode: Inode, first: int, end: int) -> None:
     """Make holes of the blocks from `first` to `end`."""
     words = inode.blocks.cut(first, end)
     inode.shadows.clear(first, end)
-    core.memory.contents.give_back(rows(words))
+    if len(words):
+        core.memory.contents.give_back(rows(words))
 
 
 def store_one(core: Core, inode: Inode, page: int, pfn: int) -> None:

@@ -154,6 +154,8 @@ class Index:
 
     def cut(self, first: int, end: int) -> U64Array:
         """Make holes of all pages from `first` to `end`; the words, by offset, of those that were none."""
+        if not self.pieces or (end == first + 1 and not self.get(first)):
+            return np.zeros(0, dtype=np.uint64)
         numbers = range(first >> _SHIFT, (end - 1 >> _SHIFT) + 1)
         there = list(numbers) if len(numbers) <= len(self.pieces) else sorted(self.pieces)
         words = [np.zeros(0, dtype=np.uint64)]

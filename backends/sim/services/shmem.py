@@ -253,12 +253,10 @@ def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: 
                 get_page(core, inode, place)
             page += run
             continue
-        pfns = core.memory.pages(run, pagecache.NEW_SHMEM & ~_UPTODATE | _DIRTY)
-        core.memory.on_lru_pages(pfns)
-        pagecache.add_at(core, inode, np.arange(page, page + len(pfns), dtype=np.int64), pfns)
-        made.append((page, page + len(pfns)))
-        count += len(pfns)
-        if len(pfns) < run:
+        got = _set_aside(core, inode, page, run)
+        made.append((page, page + got))
+        count += got
+        if got < run:
             inode.fallocend = was
             for first, last in made:
                 pagecache.remove(core, inode, first, last)
@@ -268,6 +266,21 @@ def fallocate(core: Core, inode: Inode, offset: int, length: int, *, keep_size: 
         page += run
     if not keep_size:
         inode.size = max(inode.size, offset + length)
+
+
+def _set_aside(core: Core, inode: Inode, page: int, count: int) -> int:
+    """Have frames for pages that are holes, which nobody has written; for how many memory sufficed."""
+    memory, flags = core.memory, pagecache.NEW_SHMEM & ~_UPTODATE | _DIRTY
+    if count == 1:
+        try:
+            get_page(core, inode, page, flags)
+        except core.NoMemory:
+            return 0
+        return 1
+    pfns = memory.pages(count, flags)
+    memory.on_lru_pages(pfns)
+    pagecache.add_at(core, inode, np.arange(page, page + len(pfns), dtype=np.int64), pfns)
+    return len(pfns)
 
 
 def truncate(core: Core, inode: Inode, length: int) -> None:

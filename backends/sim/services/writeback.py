@@ -28,9 +28,10 @@ _DIRTY, _ACTIVE, _RECLAIM = int(PageFlag.DIRTY), int(PageFlag.ACTIVE), int(PageF
 _UNEVICTABLE, _REFERENCED = int(PageFlag.UNEVICTABLE), int(PageFlag.REFERENCED)
 
 
-def _cached(inode: Inode, first: int, end: int) -> tuple[Pfns, Pfns]:
-    """Pages of a range that are in the cache, ascending, and their frames."""
-    pages, words = inode.index.used(first, end)
+def _cached(core: Core, inode: Inode, first: int, end: int) -> tuple[Pfns, Pfns]:
+    """Pages of a range that are in the cache, ascending, and their frames; none lie behind the end of the file."""
+    end = min(end, -(-inode.size // core.geometry.page_size))
+    pages, words = inode.index.used(first, max(first, end))
     present = (words & _PRESENT) != 0
     return pages[present], (words[present] & _FIELD).view(np.int64)
 
@@ -40,7 +41,7 @@ def write_out(core: Core, inode: Inode, first: int = 0, end: int = _END) -> int:
     if not inode.on_disk:
         return 0
     frames = core.memory.frames
-    pages, pfns = _cached(inode, first, end)
+    pages, pfns = _cached(core, inode, first, end)
     dirty = (frames.flags[pfns] & np.uint64(_DIRTY)) != 0
     pages, pfns = pages[dirty], pfns[dirty]
     if not len(pfns):
@@ -130,7 +131,7 @@ def invalidate(core: Core, inode: Inode, first: int = 0, end: int = _END, *, kee
         return 0
     inode.shadows.clear(first, end)
     frames = core.memory.frames
-    pages, pfns = _cached(inode, first, end)
+    pages, pfns = _cached(core, inode, first, end)
     loose = frames.mapcount[pfns] == 0
     dirty = (frames.flags[pfns] & np.uint64(_DIRTY)) != 0
     late = pfns[loose & dirty & ((frames.flags[pfns] & np.uint64(_UNEVICTABLE)) == 0)]
@@ -162,7 +163,7 @@ def drop_caches(core: Core) -> int:
 
 def dirty_pages(core: Core, inode: Inode, first: int, end: int) -> Pfns:
     """Frames of dirty pages of a range."""
-    pfns = _cached(inode, first, end)[1]
+    pfns = _cached(core, inode, first, end)[1]
     found: Pfns = pfns[(core.memory.frames.flags[pfns] & np.uint64(_DIRTY)) != 0]
     return found
 
