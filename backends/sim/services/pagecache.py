@@ -266,7 +266,7 @@ def uncache(core: Core, pfns: Pfns) -> None:
 def remove(core: Core, inode: Inode, first: int, end: int) -> None:
     """Make holes of the pages from `first` to `end`, none of which is mapped: frames and swap slots are freed."""
     words = inode.index.cut(first, end)
-    if len(words) <= FEW:
+    if len(words) <= FEW and not core.memory.large:
         for word in words.tolist():
             _remove_one(core, word)
         return

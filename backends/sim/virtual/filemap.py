@@ -395,7 +395,8 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
         count = len(words)
         if not shmem.simple(core, words):
             return 0
-    elif words.any() or ahead:
+    bare = not swapped and not ahead and not words.any()
+    if not swapped and not bare:
         count = _ready(core, words, ahead=ahead)
         words = words[:count]
     if not count:
@@ -407,7 +408,7 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
         cached[:] = False
         pfns = shmem.swap_in_many(core, inode, pages, words)
         short = len(pfns) < count
-    elif not cached.any():
+    elif bare or not cached.any():
         pfns = filesystem.fill_holes(core, inode, pages)
         short = len(pfns) < count
     elif not cached.all():
@@ -419,9 +420,10 @@ def touch(core: Core, mm: AddressSpace, vma: VmArea, start: int, end: int, *, wr
     count = len(pfns)
     slot = mm.tables.pte_slot(start)
     entries = core.pool.flat[slot : slot + count]
-    entries[:] = _map(core, mm, vma, pfns)
+    np.bitwise_or(
+        _map(core, mm, vma, pfns), np.uint64(DIRTY | WRITE | core.soft_dirty if write else 0), out=entries
+    )
     if write:
-        entries |= np.uint64(DIRTY | WRITE | core.soft_dirty)
         filesystem.written(core, inode, pages[:count], pfns)
     elif not vma.flags & VmFlag.UFFD_WP:
         _map_outside(core, mm, vma, start, cached[:count])

@@ -46,6 +46,10 @@ _STATE = _PRESENT | _SWAP
 #: Entries taken at a time: as many as stay in a processor's cache.
 _PIECE = 1 << 15
 _DIRTY, _RECLAIM = int(PageFlag.DIRTY), int(PageFlag.RECLAIM)
+#: Pages with none of these that are unmapped become dirty and referenced, and that is all.
+_CLOSER = COMPOUND | int(
+    PageFlag.RECLAIM | PageFlag.REFERENCED | PageFlag.KSM | PageFlag.SWAPCACHE | PageFlag.MLOCKED
+)
 _NOT_RECLAIM = np.uint64(~_RECLAIM & (1 << 64) - 1)
 
 
@@ -216,6 +220,10 @@ def _zap_cached(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, dr
     if core.memory.large and (at(core.memory.frames.flags, pfns) & np.uint64(COMPOUND)).any():
         return False
     entries[:] = 0
+    if common & DIRTY and common & YOUNG and not vma.flags & core.caps.no_recency:
+        pfns = _unmap_plain(core, pfns)
+        if not len(pfns):
+            return True
     if union & DIRTY:
         for _, where in runs(_with(pfns, old, DIRTY, common)):
             flags = core.memory.frames.flags[where]
@@ -224,6 +232,21 @@ def _zap_cached(core: Core, mm: AddressSpace, vma: VmArea, entries: U64Array, dr
         accessed.mark(core, _with(pfns, old, YOUNG, common))
     remove_pages(core, mm, vma, pfns)
     return True
+
+
+def _unmap_plain(core: Core, pfns: Pfns) -> Pfns:
+    """Unmap pages of the cache whose entries were dirty and accessed, unless one needs a closer look: those left."""
+    if "page_idle" in core.numbers:
+        return pfns
+    frames, pieces = core.memory.frames, runs(pfns)
+    for _, where in pieces:
+        if not isinstance(where, slice) or int(np.bitwise_or.reduce(frames.flags[where])) & _CLOSER:
+            return pfns
+    for _, where in pieces:
+        flags = frames.flags[where]  # a view
+        flags |= np.uint64(_DIRTY | int(PageFlag.REFERENCED))
+        frames.mapcount[where] -= 1
+    return pfns[:0]
 
 
 def _with(pfns: Pfns, old: U64Array, bit: int, common: int) -> Pfns:
