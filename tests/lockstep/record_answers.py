@@ -123,7 +123,7 @@ def emulated(tree: Any, paths: list[Path], keeper: Keeper, cache: Path, nodes: i
             keeper.keep(folders.get(line["program"], "") + line["program"], answers_of(line))
 
     wanted = {"programs": 0, "seed": 0, "seconds": 1500, "answers": True, "nodes": nodes}
-    wanted["disk"] = "disk/" in folders.values()
+    wanted["disk"] = any('"openfile"' in path.read_text(encoding="utf-8") for path in paths)
     inside(tree, wanted, paths, cache=cache, listen=listen)
 
 

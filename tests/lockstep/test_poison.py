@@ -25,7 +25,7 @@ ANSWERS = sorted((HERE / "answers").glob("*/poison/*.json"))
 
 
 @pytest.mark.rule("HW-001", "HW-002", "HW-003", "HW-004", "HW-005", "HW-006", "HW-007", "HW-008", "HW-009")
-@pytest.mark.rule("HW-010", "HW-011", "HW-012", "HW-013", "HW-015")
+@pytest.mark.rule("HW-010", "HW-011", "HW-012", "HW-013", "HW-015", "HW-016")
 @pytest.mark.parametrize("path", ANSWERS, ids=lambda path: f"{path.parents[1].name}-{path.stem}")
 def test_the_simulator_answers_as_the_kernel_did(path):
     answers = answers_from_json(path.read_text(encoding="utf-8"), source=str(path))

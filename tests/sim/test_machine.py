@@ -244,9 +244,7 @@ def test_what_is_not_modelled_says_so(machine):
     task = machine.spawn()
     for call in (
         lambda: task.lseek(task.memfd_create("x"), 0, 1),
-        lambda: task.madvise(
-            task.mmap(PAGE, flags=1, fd=task.open_file("f", pages=1)), PAGE, Madvise.HWPOISON
-        ),
+        lambda: machine.hwpoison(np.array([machine.core.zero_pfn], dtype=np.uint64)),
     ):
         with pytest.raises(NotModelled, match="not modelled"):
             call()

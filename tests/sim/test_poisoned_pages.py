@@ -514,3 +514,30 @@ def test_memory_blocks_with_poisoned_frames():
     with pytest.raises((NotModelled, SyscallError)):
         machine.offline_block(block)
     machine.check()
+
+
+@pytest.mark.rule("HW-016")
+def test_clean_pages_of_a_disks_file_are_read_anew():
+    machine = sim()
+    task = machine.spawn()
+    fd = task.open_file("f", pages=8)
+    start = task.mmap(8 * PAGE, flags=SHARED, fd=fd)
+    task.touch(start, 8 * PAGE, write=False)
+    child = task.fork()
+    child.touch(start, 8 * PAGE, write=False)
+    text, frame = task.read(start + 2 * PAGE, 16), pfn(task, start + 2 * PAGE)
+    task.madvise(start + 2 * PAGE, 2 * PAGE, POISON)
+    for who in (task, child):
+        assert not words(who, start + 2 * PAGE)[0] & np.uint64(1 << 63 | 1 << 62)
+    assert flags(machine, frame) & int(PageFlag.HWPOISON | PageFlag.LRU | PageFlag.MMAP) == PageFlag.HWPOISON
+    assert meminfo(machine, "HardwareCorrupted") == 8
+    machine.check()
+    assert child.read(start + 2 * PAGE, 16) == text
+    task.write(start + 2 * PAGE, b"x")
+    with pytest.raises(NotModelled):
+        task.madvise(start + 2 * PAGE, PAGE, POISON)
+    task.madvise(start + 2 * PAGE, PAGE, AWAY)
+    task.fsync(fd)
+    task.madvise(start + 2 * PAGE, PAGE, POISON)
+    assert child.read(start + 2 * PAGE, 16) == b"x" + text[1:]
+    machine.check()

@@ -46,11 +46,11 @@ _ODD = int(
 
 
 def inject(core: Core, mm: AddressSpace, call: Call, start: int, end: int, *, soft: bool) -> None:
-    """MADV_HWPOISON, or MADV_SOFT_OFFLINE, of the pages of the range, until one is refused (rules HW-001 to HW-013).
+    """MADV_HWPOISON, or MADV_SOFT_OFFLINE, of the pages of the range, until one is refused (rules HW-001 to HW-016).
 
     Of a large folio the first page that is met stands for all that follow in as many bytes as the folio has (HW-004).
     Raises AddressSpaceFault, all being done, where whoever asks had a dirty page poisoned. Raises NotModelled, in its
-    turn, at a page of a disk's file, and where a page is to be moved away and there is no room.
+    turn, at a dirty page of a disk's file, and where a page is to be moved away and there is no room.
     """
     if not core.privileged:
         refuse(Errno.EPERM, call, "memory is poisoned by the administrator only")
@@ -225,12 +225,12 @@ def _fault_in(core: Core, mm: AddressSpace, call: Call, vma: VmArea, addr: int) 
 
 
 def _may(core: Core, pfn: int) -> None:
-    """Raise NotModelled for a page of a disk's file, and of one in memory that this kernel would take from it."""
+    """Raise NotModelled for huge pages of files in memory, and for pages that this kernel would take from such."""
     frames = core.memory.frames
     if not frames.flags_at[pfn] & CACHED:
         return
     if core.inodes[frames.owner_at[pfn]].on_disk:
-        raise NotModelled("poisoning pages of a disk's files")
+        return
     if frames.flags_at[pfn] & COMPOUND:
         raise NotModelled("poisoning huge pages of shared memory")
     if not core.caps.memory_failure_keeps_shmem:

@@ -39,6 +39,7 @@ __all__ = [
     "make",
     "put",
     "remove",
+    "remove_poisoned",
     "run",
     "uncache",
 ]
@@ -280,6 +281,14 @@ def remove(core: Core, inode: Inode, first: int, end: int) -> None:
         core.memory.free_any(pfns[~poisoned] if poisoned.any() else pfns)
     if len(pfns) < len(words):
         core.swap.release(words[(words & _PRESENT) == 0] & _FIELD)
+
+
+def remove_poisoned(core: Core, pfn: int) -> None:
+    """Make a hole of a page of a disk's file that nobody maps, without remembering it: its frame is out of use."""
+    frames = core.memory.frames
+    core.inodes[frames.owner_at[pfn]].index.set(frames.index_at[pfn], 0)
+    frames.owner_at[pfn] = frames.index_at[pfn] = 0
+    frames.flags_at[pfn] &= ~(CACHED | int(PageFlag.OWNER_2 | PageFlag.PRIVATE))
 
 
 def _remove_one(core: Core, word: int) -> None:

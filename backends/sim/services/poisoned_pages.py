@@ -11,7 +11,7 @@ import numpy as np
 
 from pmcore.backends.sim.physical.frames import ANON_EXCLUSIVE, CACHED
 from pmcore.backends.sim.physical.memory import COMPOUND, LargeFolio
-from pmcore.backends.sim.services import migrate, thp
+from pmcore.backends.sim.services import migrate, pagecache, thp
 from pmcore.backends.sim.virtual import rmap
 from pmcore.backends.sim.virtual.pte import (
     DIRTY,
@@ -20,8 +20,12 @@ from pmcore.backends.sim.virtual.pte import (
     SOFT_DIRTY,
     SWAP,
     SWAP_EXCLUSIVE,
+    UFFD_MARKER,
     UFFD_WP,
+    WRITE,
 )
+from pmcore.backends.sim.virtual.vma import VmFlag
+from pmcore.errors import NotModelled
 from pmcore.uapi import PageFlag
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ __all__ = ["apart", "first_mapping", "folio_of", "poison", "poison_many", "soft_
 
 _ALL = (1 << 64) - 1
 _BUDDY, _HWPOISON, _DIRTY = int(PageFlag.BUDDY), int(PageFlag.HWPOISON), int(PageFlag.DIRTY)
+_WRITTEN = int(PageFlag.DIRTY | PageFlag.WRITEBACK)
 _SWAPCACHE, _KSM, _UPTODATE = int(PageFlag.SWAPCACHE), int(PageFlag.KSM), int(PageFlag.UPTODATE)
 #: What a page loses that is taken off its LRU list.
 _LISTED = int(PageFlag.LRU | PageFlag.ACTIVE | PageFlag.UNEVICTABLE | PageFlag.MLOCKED)
@@ -76,6 +81,9 @@ def apart(core: Core, pfn: int, *, keep: bool) -> None:
 def poison(core: Core, pfn: int, mm: AddressSpace | None) -> int:
     """Poison a page (rules HW-002 to HW-010); the address that `mm` is told of at once, -1 for none."""
     frames = core.memory.frames
+    if frames.flags_at[pfn] & CACHED and core.inodes[frames.owner_at[pfn]].on_disk:
+        _drop(core, pfn)
+        return -1
     folio = folio_of(core, pfn)
     by_pmd = folio is None
     if folio is not None:
@@ -87,6 +95,29 @@ def poison(core: Core, pfn: int, mm: AddressSpace | None) -> int:
     where = first_mapping(core, mm, pfn) if mm is not None and by_pmd else -1
     dirty = poison_many(core, np.array([pfn], dtype=np.int64))
     return where if dirty[0] else -1
+
+
+def _drop(core: Core, pfn: int) -> None:
+    """A clean page of a disk's file is dropped without harm: its entries are empty, and who comes next reads it anew.
+
+    Raises NotModelled for one that is dirty, or being written (rule HW-016).
+    """
+    frames, flat = core.memory.frames, core.pool.flat
+    maps = _mappings(core, range(pfn, pfn + 1))
+    old = flat[maps.slots]
+    if frames.flags_at[pfn] & _WRITTEN or (old & np.uint64(DIRTY | WRITE)).any():
+        raise NotModelled(
+            "poisoning dirty pages of a disk's files: what was written is lost, and fsync says so"
+        )
+    flat[maps.slots] = 0
+    for place in np.flatnonzero((old & np.uint64(UFFD_WP)) != 0).tolist():
+        vma = maps.mms[int(maps.owners[place])].vmas.at(int(maps.addresses[place]))
+        if vma is not None and vma.flags & VmFlag.UFFD_WP:
+            flat[maps.slots[place]] = UFFD_MARKER
+    frames.mapcount_at[pfn] = 0
+    pagecache.remove_poisoned(core, pfn)
+    _out_of_use(core, np.array([pfn], dtype=np.int64))
+    core.count("memory_failure")
 
 
 def poison_many(core: Core, pfns: Pfns) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
