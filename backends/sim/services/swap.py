@@ -348,7 +348,7 @@ class SwapSpace:
         slots = frames.swap[pfns] - 1 >> 5
         frames.swap[pfns] = 0
         frames.flags[pfns] = frames.flags[pfns] & np.uint64(~_SWAPCACHE & (1 << 64) - 1) | np.uint64(_DIRTY)
-        area.cached[slots] = 0
+        area.cached[slots] = area.group[slots] = 0
         area.give_back(slots)
 
     def cache_one(self, pfn: int, field: int) -> None:
