@@ -157,11 +157,11 @@ def _missed(core: Core, inode: Inode, first: int) -> bool:
 
 
 def _retract(core: Core, inode: Inode, first: int) -> None:
-    """Free the empty page tables of the block, where it lies whole and nobody has private copies or is watched."""
+    """Free the empty page tables of the block, where it lies whole and there are no private copies, watches, guards."""
     size = core.geometry.pmd_size
     for mm, vma in _mapped_by(core, inode):
         addr = vma.start + (first - vma.pgoff << core.geometry.page_shift)
-        if vma.anon_vma is not None or vma.flags & VmFlag.UFFD_WP or addr % size:
+        if vma.anon_vma is not None or vma.flags & (VmFlag.UFFD_WP | VmFlag.MAYBE_GUARD) or addr % size:
             continue
         if vma.start <= addr and addr + size <= vma.end:
             _free_table(core, mm, addr)
