@@ -243,7 +243,12 @@ def fadvise(core: Core, mm: AddressSpace, fd: int, offset: int, length: int, adv
 
 
 def _dontneed(core: Core, inode: Inode, offset: int, last: int) -> None:
-    """What is dirty is written, and stays; the rest goes, the last page only if the range or the file ends with it."""
+    """What is dirty is written, and stays; the rest goes, the last page only if the range or the file ends with it.
+
+    Files in memory are left as they are.
+    """
+    if not inode.on_disk:
+        return
     size = core.geometry.page_size
     first, end = -(-offset // size), last // size
     written = writeback.dirty_pages(core, inode, offset // size, end + 1)

@@ -23,7 +23,7 @@ from pmcore.backends.sim.services import (
 )
 from pmcore.backends.sim.services.userfaultfd import Poisoned
 from pmcore.backends.sim.virtual import zap
-from pmcore.backends.sim.virtual.populate import fault_in
+from pmcore.backends.sim.virtual.populate import fault_in, fault_in_anew
 from pmcore.backends.sim.virtual.pte import (
     FIELD,
     GUARD,
@@ -121,6 +121,7 @@ def _set_flags(mm: AddressSpace, call: Call, vma: VmArea, low: int, high: int, a
 
 
 def _populate(core: Core, mm: AddressSpace, call: Call, start: int, end: int, *, write: bool) -> None:
+    populate = fault_in if core.caps.populate_stops_at_hole else fault_in_anew
     position, holes = start, False
     while position < end:
         vma = mm.vmas.at(position)
@@ -136,7 +137,7 @@ def _populate(core: Core, mm: AddressSpace, call: Call, start: int, end: int, *,
             refuse(Errno.EINVAL, call, "the mapping does not allow the access")
         stop = min(vma.end, end)
         try:
-            fault_in(core, mm, position, stop, write=write)
+            populate(core, mm, position, stop, write=write)
         except AddressSpaceFault as fault:
             if fault.signal == "SIGSTOP":
                 raise  # whoever faults in waits, as an access would

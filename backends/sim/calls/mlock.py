@@ -11,7 +11,7 @@ from pmcore.backends.sim.calls.refuse import Call, refuse
 from pmcore.backends.sim.physical.memory import COMPOUND, NoMemory
 from pmcore.backends.sim.services.batches import large_runs
 from pmcore.backends.sim.virtual import mapping
-from pmcore.backends.sim.virtual.populate import fault_in
+from pmcore.backends.sim.virtual.populate import fault_in_anew
 from pmcore.backends.sim.virtual.pte import FIELD, PRESENT
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.errors import AddressSpaceFault
@@ -108,7 +108,7 @@ def _populate(core: Core, mm: AddressSpace, call: Call, start: int, end: int) ->
             refuse(Errno.ENOMEM, call, "a mapping in it may not be accessed")
         low, high = max(start, vma.start), min(end, vma.end)
         try:
-            fault_in(core, mm, low, high, write=breaks_cow(vma))
+            fault_in_anew(core, mm, low, high, write=breaks_cow(vma))
         except AddressSpaceFault:
             refuse(Errno.ENOMEM, call, "a page in it cannot be faulted in")
         except NoMemory:

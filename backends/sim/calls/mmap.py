@@ -11,7 +11,7 @@ from pmcore.backends.sim.services import pagecache
 from pmcore.backends.sim.services.hugetlb import HugeFile
 from pmcore.backends.sim.services.pagecache import FileSystem, OpenFile
 from pmcore.backends.sim.virtual import hugetlb, protect, zap
-from pmcore.backends.sim.virtual.populate import fault_in
+from pmcore.backends.sim.virtual.populate import fault_in_anew
 from pmcore.backends.sim.virtual.vma import VmArea, VmFlag
 from pmcore.errors import AddressSpaceFault, SyscallError
 from pmcore.geometry import align_up
@@ -154,7 +154,7 @@ def populate(core: Core, mm: AddressSpace, start: int, end: int) -> None:
         if vma.flags & VmFlag.LOCKONFAULT:
             continue
         try:
-            fault_in(core, mm, low, high, write=breaks_cow(vma))
+            fault_in_anew(core, mm, low, high, write=breaks_cow(vma))
         except (AddressSpaceFault, core.NoMemory):
             continue
 

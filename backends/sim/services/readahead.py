@@ -172,20 +172,20 @@ def met(
 # -- who asks --------------------------------------------------------------------------------------------
 
 
-def for_fault(core: Core, vma: VmArea, page: int, around: Callable[[], object]) -> None:
+def for_fault(
+    core: Core, vma: VmArea, page: int, around: Callable[[], object], *, anew: bool = False
+) -> None:
     """A fault at a page of the file: what it has read ahead. Then it is tried again: `around` maps what is there.
 
-    A window beyond what was asked for is not there yet when that happens.
+    A window beyond what was asked for is not there yet when that happens. `anew`: it is tried as if for the first time,
+    and so meets a mark that it has put there itself.
     """
     file = vma.opened
     if file is None or not (file.pages_ahead or vma.flags & VmFlag.HUGEPAGE):
         return
     inode = file.inode
-    word = inode.index.get(page)
-    if word & PRESENT:
-        pfn = word & FIELD
-        if file.pages_ahead and core.memory.frames.flags_at[pfn] & _MARK and not vma.flags & VmFlag.RAND_READ:
-            met(core, file, page, pfn, file.pages_ahead, around)
+    if inode.index.get(page) & PRESENT:
+        _meets(core, file, vma, page, around)
         return
     waits = inode.blocks.get(page) & KIND == WRITTEN
     if vma.flags & VmFlag.HUGEPAGE and core.caps.thp:
@@ -203,6 +203,21 @@ def for_fault(core: Core, vma: VmArea, page: int, around: Callable[[], object]) 
         start = max(0, page - most // 2)
         file.window = (start, most, most // 4)
         _read(core, inode, *file.window, around, waits=waits)
+    if waits and anew:
+        _meets(core, file, vma, page, around)
+
+
+def _meets(core: Core, file: OpenFile, vma: VmArea, page: int, around: Callable[[], object]) -> None:
+    """A fault finds the page in the cache."""
+    word = file.inode.index.get(page)
+    pfn = word & FIELD
+    if (
+        word & PRESENT
+        and file.pages_ahead
+        and core.memory.frames.flags_at[pfn] & _MARK
+        and not vma.flags & VmFlag.RAND_READ
+    ):
+        met(core, file, page, pfn, file.pages_ahead, around)
 
 
 def for_read(core: Core, file: OpenFile, page: int, end: int) -> None:

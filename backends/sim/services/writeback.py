@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pmcore.backends.sim.physical.memory import COMPOUND
 from pmcore.backends.sim.services import blocks, lru, pagecache
 from pmcore.backends.sim.services.pagecache import Inode
 from pmcore.backends.sim.virtual.pte import DIRTY, FIELD, PRESENT, WRITE
@@ -25,6 +26,7 @@ _END = 1 << 51
 _FEW = 1
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
 _DIRTY, _ACTIVE, _RECLAIM = int(PageFlag.DIRTY), int(PageFlag.ACTIVE), int(PageFlag.RECLAIM)
+_HWPOISON = int(PageFlag.HWPOISON)
 _UNEVICTABLE, _REFERENCED = int(PageFlag.UNEVICTABLE), int(PageFlag.REFERENCED)
 
 
@@ -127,19 +129,28 @@ def invalidate(core: Core, inode: Inode, first: int = 0, end: int = _END, *, kee
 
     What was reclaimed of the range is forgotten, what is dirty and mapped nowhere is marked to go once it is written.
     """
-    if not inode.on_disk:
-        return 0
-    inode.shadows.clear(first, end)
     frames = core.memory.frames
-    pages, pfns = _cached(core, inode, first, end)
-    loose = frames.mapcount[pfns] == 0
+    if inode.on_disk:
+        inode.shadows.clear(first, end)
+        pages, pfns = _cached(core, inode, first, end)
+    else:
+        pages, words = inode.index.used(first, end)
+        present = (words & _PRESENT) != 0
+        pages, pfns = pages[present], (words[present] & _FIELD).view(np.int64)
+    loose = (frames.mapcount[pfns] == 0) & ((frames.flags[pfns] & np.uint64(_HWPOISON)) == 0)
+    for head in np.unique(
+        (pfns - frames.behind[pfns])[(frames.flags[pfns] & np.uint64(COMPOUND)) != 0]
+    ).tolist():
+        folio = core.memory.large[head]
+        if folio.mapped:
+            loose[(pfns >= head) & (pfns < head + folio.pages)] = False
     dirty = (frames.flags[pfns] & np.uint64(_DIRTY)) != 0
     late = pfns[loose & dirty & ((frames.flags[pfns] & np.uint64(_UNEVICTABLE)) == 0)]
     if len(late):
         frames.flags[late] = frames.flags[late] & np.uint64(~(_ACTIVE | _REFERENCED) & _ALL) | np.uint64(
             _RECLAIM
         )
-        core.memory.on_lru_pages(late)
+        core.memory.on_lru_pages(late[frames.behind[late] == 0])
     gone = loose & ~dirty
     if keep is not None:
         gone &= ~np.isin(pfns, keep)
@@ -157,7 +168,7 @@ def sync(core: Core) -> int:
 
 
 def drop_caches(core: Core) -> int:
-    """Write 1 to drop_caches: what is clean and unmapped of all files goes; how many pages."""
+    """Write 1 to drop_caches: what is clean and unmapped of all files goes, in memory, too; how many pages."""
     return sum(invalidate(core, inode) for inode in list(core.inodes.values()))
 
 

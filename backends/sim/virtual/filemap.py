@@ -102,7 +102,7 @@ def fault(
             if not write and not vma.flags & _NO_AROUND:
                 map_around(core, mm, vma, addr, fresh=fresh)
 
-        readahead.for_fault(core, vma, page, again)
+        readahead.for_fault(core, vma, page, again, anew=mm.populating)
         if core.pool.at[slot] & PRESENT:
             return
     frames = core.memory.frames

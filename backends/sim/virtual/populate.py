@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pmcore.backends.sim.virtual.space import AddressSpace
     from pmcore.backends.sim.virtual.vma import VmArea
 
-__all__ = ["fault_in"]
+__all__ = ["fault_in", "fault_in_anew"]
 
 _ALL = (1 << 64) - 1
 _FIELD, _PRESENT = np.uint64(FIELD), np.uint64(PRESENT)
@@ -64,6 +64,15 @@ def fault_in(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool)
             late.mark(end)
         else:
             _mark(core, mm, start, end)
+
+
+def fault_in_anew(core: Core, mm: AddressSpace, start: int, end: int, *, write: bool) -> None:
+    """`fault_in` as MAP_POPULATE and mlock do it: a fault that had to wait for a disk begins anew (rule DF-018)."""
+    mm.populating = True
+    try:
+        fault_in(core, mm, start, end, write=write)
+    finally:
+        mm.populating = False
 
 
 def _few_in(

@@ -32,6 +32,8 @@ class AddressSpace:
         #: Flags that every new mapping gets (mlockall).
         self.def_flags = 0
         self.brk_start = self.brk = 0
+        #: Whether its faults are those of MAP_POPULATE and mlock, which begin anew when they have waited.
+        self.populating = False
         #: Whether soft-dirty was ever cleared (before that old kernels show the page shift).
         self.soft_dirty_cleared = False
         #: False once its task has exited.
