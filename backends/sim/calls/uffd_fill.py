@@ -456,6 +456,16 @@ def _huge_slot(core: Core, mm: AddressSpace, vma: VmArea, addr: int) -> tuple[in
     return slot, not core.pool.at[slot] & PRESENT
 
 
+def _there(mm: AddressSpace, start: int, end: int) -> bool:
+    """Whether all of the range can be read without a fault."""
+    position = start
+    for extent in mm.tables.extents(start, end):
+        if extent.start > position or not (extent.entries & np.uint64(PRESENT)).all():
+            return False
+        position = extent.end
+    return position >= end
+
+
 def _copy_huge(
     core: Core, mm: AddressSpace, vma: VmArea, addr: int, caller: AddressSpace, source: int, mode: int
 ) -> Errno | None:
@@ -469,20 +479,31 @@ def _copy_huge(
     if head < 0:
         # The newer kernel takes the entry, empty as it is, for one that came meanwhile.
         return Errno.EEXIST if core.caps.uffd_hugetlb_exhausted_exists else Errno.ENOMEM
-    frames, errno = core.memory.frames, None
+    errno, rows, borrowed = None, [], -1
+    if not _there(caller, source, source + file.pool.size):
+        # What has to be faulted in is copied into another page, while the first is given back.
+        core.hugetlb.untake(vma, index, head, promised=promised)
+        head, borrowed = -1, core.hugetlb.borrow(file.pool)
     try:
-        for number in range(file.pool.pages):
-            frames.content_at[head + number] = _source(core, caller, source + number * small)
+        rows += (_source(core, caller, source + number * small) for number in range(file.pool.pages))
     except AddressSpaceFault as failed:
         errno = _faulted(failed)
     slot, free = _huge_slot(core, mm, vma, addr)
     if errno is None and (not free or (vma.shared and index in file.pages)):
         errno = Errno.EEXIST  # reading the source has filled it
+    if errno is None and head < 0:
+        head = core.hugetlb.take(vma, index)
+        errno = Errno.ENOMEM if head < 0 else None
     if errno is None and vma.shared and index >= file.length // file.pool.size:
         errno = Errno.EFAULT
+    if borrowed >= 0:
+        core.hugetlb.give(borrowed)
     if errno is not None:
-        core.hugetlb.untake(vma, index, head, promised=promised)
+        core.memory.contents.give_back(np.array(rows, dtype=np.int64))
+        if head >= 0:
+            core.hugetlb.untake(vma, index, head, promised=promised)
         return errno
+    core.memory.frames.content[head : head + file.pool.pages] = rows
     if vma.shared:
         core.hugetlb.add_to_file(file, index, head)
     else:

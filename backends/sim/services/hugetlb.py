@@ -268,6 +268,10 @@ class Hugetlb:
             self.restored.add(head)
         self.give(head)
 
+    def borrow(self, pool: Pool) -> int:
+        """A page for a moment, of those that nobody has a promise of; -1 where memory of the buddy allocator does."""
+        return self._take(pool, promised=False) if len(pool.free) > pool.reserved else -1
+
     def take_for_file(self, file: HugeFile, index: int) -> int:
         """A page for the file itself (fallocate), of zeros; -1 if the pool is exhausted."""
         head = self._take(file.pool, promised=index in file.reserved)
