@@ -479,7 +479,8 @@ def _copy_huge(
     if head < 0:
         # The newer kernel takes the entry, empty as it is, for one that came meanwhile.
         return Errno.EEXIST if core.caps.uffd_hugetlb_exhausted_exists else Errno.ENOMEM
-    errno, rows, borrowed = None, [], -1
+    errno, borrowed = None, -1
+    rows: list[int] = []
     if not _there(caller, source, source + file.pool.size):
         # What has to be faulted in is copied into another page, while the first is given back.
         core.hugetlb.untake(vma, index, head, promised=promised)
@@ -499,7 +500,7 @@ def _copy_huge(
     if borrowed >= 0:
         core.hugetlb.give(borrowed)
     if errno is not None:
-        core.memory.contents.give_back(np.array(rows, dtype=np.int64))
+        core.memory.contents.give_back(np.array(rows, dtype=np.int32))
         if head >= 0:
             core.hugetlb.untake(vma, index, head, promised=promised)
         return errno
